@@ -1,0 +1,48 @@
+# The only door to this project: `make help` lists what it can do.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install demo serve test check format train clean
+
+help: ## list these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## install everything into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "flux2: $(PYTHON) was not found: install Python 3.11 or newer, or set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flux2: $(PYTHON) is older than 3.11: set PYTHON=... to a newer one"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "flux2: $(PYTHON) has no venv: install it (Debian: apt install python3-venv)"; exit 1; }
+	@echo "installing into .venv (once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install ## make one picture in five cache modes, with the demo model, on any machine
+	@$(BIN)/python -m demo_model.demo
+
+serve: install ## run both services with the demo model until Ctrl-C
+	@$(BIN)/python -m demo_model.serve
+
+test: install ## run the test suite
+	@$(BIN)/python -m pytest -q
+
+check: install ## format, lint, types, imports, dead code, spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+	$(BIN)/codespell
+
+format: install ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+train: install ## train the demo model again from nothing (hours on two cores)
+	$(BIN)/python -m demo_model.train
+
+clean: ## remove what these targets made
+	rm -rf .venv demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

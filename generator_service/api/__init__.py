@@ -1,0 +1,1 @@
+"""The generator's routes and the bodies they take."""

@@ -1,0 +1,75 @@
+"""``POST /generate``: one picture, as the bytes of an image file."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from generator_service.api.schemas import GenerateRequest
+from generator_service.engine import Engine
+from generator_service.imaging import MEDIA_TYPES
+from generator_service.order import make_order
+from generator_service.settings import GeneratorSettings
+
+router = APIRouter()
+Result = TypeVar("Result")
+
+DISCONNECT_POLL_S = 0.1
+CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass(frozen=True)
+class GeneratorState:
+    """What the lifespan of the app owns."""
+
+    settings: GeneratorSettings
+    engine: Engine
+    embedding_shape: tuple[int, int]
+    """Tokens and width of a prompt embedding."""
+
+
+def generator_state(request: Request) -> GeneratorState:
+    """The state that the lifespan made."""
+    state: GeneratorState = request.app.state.generator
+    return state
+
+
+@router.post(
+    "/generate",
+    response_class=Response,
+    responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
+)
+async def generate(
+    body: GenerateRequest, request: Request, state: Annotated[GeneratorState, Depends(generator_state)]
+) -> Response:
+    """A picture; its seed, schedule and times are in the headers, and in the file itself."""
+    order = make_order(body, state.settings, state.engine.model, state.embedding_shape)
+    delivery = await while_connected(request, state.engine.deliver(order))
+    if delivery is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    timings = delivery.timings
+    headers = {
+        "x-seed": str(order.seed),
+        "x-steps-computed": str(order.schedule.num_computed),
+        "x-steps-total": str(order.schedule.num_steps),
+        "x-schedule": str(order.schedule),
+        "x-queue-ms": f"{1000 * timings.queue_s:.1f}",
+        "x-encode-ms": f"{1000 * timings.encode_s:.1f}",
+        "x-denoise-ms": f"{1000 * timings.denoise_s:.1f}",
+        "x-decode-ms": f"{1000 * timings.decode_s:.1f}",
+    }
+    return Response(delivery.data, media_type=MEDIA_TYPES[order.output_format], headers=headers)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of ``work``, or None if the client left before: then ``work`` is cancelled."""
+    task = asyncio.create_task(work)
+    try:
+        while not (await asyncio.wait([task], timeout=DISCONNECT_POLL_S))[0]:
+            if await request.is_disconnected():
+                return None
+        return task.result()
+    finally:
+        task.cancel()

@@ -1,0 +1,35 @@
+"""The body of ``POST /generate``."""
+
+from typing import Annotated
+
+from pydantic import Field, StrictFloat, StrictInt, StrictStr, model_validator
+
+from generator_service.imaging import ImageFormat
+from shared.schemas import Strict
+
+MAX_SEED = 2**63 - 1
+
+
+class GenerateRequest(Strict):
+    """What to draw. Everything but the prompt has a default."""
+
+    prompt: Annotated[StrictStr | None, Field(description="What to draw.", examples=["a large red circle"])] = None
+    prompt_embeds: Annotated[
+        StrictStr | None, Field(description="Instead of a prompt: its embedding, base64 of a safetensors file.")
+    ] = None
+    width: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
+    height: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
+    num_inference_steps: Annotated[StrictInt, Field(ge=1, le=100)] = 50
+    guidance_scale: Annotated[StrictFloat, Field(ge=0, le=100, allow_inf_nan=False)] = 4.0
+    seed: Annotated[StrictInt | None, Field(ge=0, le=MAX_SEED, description="Drawn, and returned, if absent.")] = None
+    cache: Annotated[
+        StrictStr | StrictInt | None,
+        Field(description="none, slow, medium, fast, ultra, or how many steps are computed.", examples=["fast", 12]),
+    ] = None
+    output_format: ImageFormat = "png"
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> "GenerateRequest":
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        return self

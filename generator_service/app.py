@@ -1,0 +1,78 @@
+"""Builds the generator's app; its lifespan owns the model, the engine and the connection to the text encoder."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import httpx
+from fastapi import FastAPI
+
+from generator_service.api import generate
+from generator_service.encoder_client import EncoderClient
+from generator_service.engine import Engine
+from generator_service.pipelines.flux2 import PARTS, Flux2Model
+from generator_service.settings import GeneratorSettings
+from shared.errors import Flux2Error
+from shared.model_folder import find_model, read_prompt_format
+from shared.schemas import EncoderInfo
+from shared.web import make_app, require_token
+
+
+def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
+    """The app; the model is loaded when it starts. ``transport`` replaces the network to the text encoder."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        model, shape = await asyncio.to_thread(load_model, settings)
+        client = EncoderClient(
+            str(settings.text_encoder_url),
+            shape,
+            token=settings.text_encoder_token,
+            timeout_s=settings.text_encoder_timeout_s,
+            cache_bytes=settings.embedding_cache_bytes,
+            transport=transport,
+        )
+        engine = Engine(model, client, app.state.metrics, settings.max_waiting)
+        async with client, engine.queue:
+            app.state.generator = generate.GeneratorState(settings, engine, shape)
+            app.state.ready = Readiness(client, model, shape)
+            yield
+
+    app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
+    app.include_router(generate.router, dependencies=[require_token(settings.token)])
+    return app
+
+
+def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
+    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
+    folder = find_model(settings.model, settings.revision, PARTS)
+    model = Flux2Model(folder, settings.torch_device(), settings.torch_dtype())
+    return model, (read_prompt_format(folder).max_sequence_length, model.embedding_width)
+
+
+class Readiness:
+    """Says why the generator could not make a picture now: the encoder is away, or embeds for another model."""
+
+    def __init__(self, client: EncoderClient, model: Flux2Model, shape: tuple[int, int]) -> None:
+        self._client = client
+        self._model = model
+        self._shape = shape
+
+    async def __call__(self) -> str | None:
+        """None if all is well."""
+        try:
+            info = await self._client.info()
+        except Flux2Error as error:
+            return str(error)
+        return None if info is None else self._difference(info)
+
+    def _difference(self, info: EncoderInfo) -> str | None:
+        folder = self._model.folder
+        if info.embedding_shape != self._shape:
+            have, want = list(info.embedding_shape), list(self._shape)
+            return f"the text encoder's embeddings have shape {have}, this model takes {want}"
+        if (info.model, info.revision) != (folder.name, folder.revision):
+            has, wants = f"{info.model}@{info.revision}", f"{folder.name}@{folder.revision}"
+            return f"the text encoder serves {has}, this is {wants}"
+        return None

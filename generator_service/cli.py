@@ -1,0 +1,152 @@
+"""``flux2``: pictures from the command line, by a running generator or, with ``--local``, by this process."""
+
+import re
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from generator_service.client import GeneratorError, post_generate
+from generator_service.imaging import ImageFormat, NoProvenance, Provenance, read_provenance
+from shared.errors import Flux2Error
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+out = Console()
+err = Console(stderr=True)
+
+SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+DRAWN_SEEDS = 2**32
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    cache: Annotated[str | None, typer.Option(help="none, slow, medium, fast, ultra, or a number of steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="50")] = None,
+    seed: Annotated[int | None, typer.Option(help="Drawn if absent.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="4.0")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .jpg or .webp file.")] = Path("flux2.png"),
+    like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change it.")] = None,
+    url: Annotated[str, typer.Option(envvar="GENERATOR_URL", help="The generator.")] = "http://127.0.0.1:8000",
+    token: Annotated[str | None, typer.Option(envvar="GENERATOR_TOKEN", help="Its bearer token.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="Load the model (FLUX2_MODEL) into this process.")] = False,
+) -> None:
+    """Draw a picture and save it, with how it was made inside."""
+    with one_line_errors():
+        body = body_like(like) if like else {}
+        body |= given(prompt=prompt, num_inference_steps=steps, seed=seed, guidance_scale=guidance)
+        body |= {"cache": int(cache) if cache.isdigit() else cache} if cache else {}
+        body |= dict(zip(("width", "height"), parse_size(size), strict=True)) if size else {}
+        if "prompt" not in body:
+            raise typer.BadParameter("give a prompt, or --like FILE")
+        body["output_format"] = format_of(output)
+        body.setdefault("seed", secrets.randbelow(DRAWN_SEEDS))
+        data, told = draw_local(body) if local else draw_remote(url, body, token)
+        write_file(output, data)
+        out.print(f"[bold]{output}[/bold]  seed {body['seed']}  {told}", highlight=False)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="A picture made by this service.")]) -> None:
+    """Print how a picture was made."""
+    with one_line_errors():
+        table = Table("parameter", "value", title=f"{file.name}: AI generated")
+        for name, value in asdict(read_provenance(file)).items():
+            if value is not None:
+                table.add_row(name, str(value))
+        out.print(table)
+
+
+class one_line_errors:  # noqa: N801 - reads as the statement it is
+    """Ends the program with one line, instead of a traceback, for what users can meet."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Turn known errors into a line and exit code 1."""
+        if isinstance(error, Flux2Error | GeneratorError | NoProvenance | OSError):
+            err.print(f"flux2: {error}", highlight=False, markup=False)
+            raise typer.Exit(1) from None
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Only the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def body_like(file: Path) -> dict[str, Any]:
+    """The request that made ``file``."""
+    made: Provenance = read_provenance(file)
+    if made.prompt is None:
+        raise NoProvenance(f"{file.name} was made from embeddings that the file does not hold")
+    names = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "cache")
+    return {name: getattr(made, name) for name in names}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``1024x768`` as (1024, 768)."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not match:
+        raise typer.BadParameter("--size is WIDTHxHEIGHT, for example 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def format_of(file: Path) -> ImageFormat:
+    """The image format that the file's name asks for."""
+    if file.suffix.lower() not in SUFFIXES:
+        raise typer.BadParameter(f"the output's name must end in one of {', '.join(SUFFIXES)}")
+    return SUFFIXES[file.suffix.lower()]
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write all of it or nothing."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def draw_remote(url: str, body: dict[str, Any], token: str | None) -> tuple[bytes, str]:
+    """Ask a running generator."""
+    with err.status("drawing"):
+        answer = post_generate(url, body, token)
+    headers = answer.headers
+    told = f"{headers['x-steps-computed']} of {headers['x-steps-total']} steps computed, {headers['x-schedule']}"
+    return answer.data, f"{told}, {float(headers['x-denoise-ms']) / 1000:.2f} s"
+
+
+def draw_local(body: dict[str, Any]) -> tuple[bytes, str]:
+    """Load the model and draw in this process, with a bar that tells computed from reused steps."""
+    with err.status("loading the model") as status:
+        from generator_service.local import draw  # noqa: PLC0415 - torch takes seconds to import
+        from generator_service.settings import GeneratorSettings  # noqa: PLC0415
+
+        strip = StepStrip(status)
+        data, order, seconds = draw(body, GeneratorSettings(), strip.on_step)
+    schedule = order.schedule
+    told = f"{schedule.num_computed} of {schedule.num_steps} steps computed, {schedule}"
+    return data, f"{told}, {seconds:.2f} s"
+
+
+class StepStrip:
+    """A growing strip of steps: computed ones are blocks, reused ones dots."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self._strip = Text()
+
+    def on_step(self, _step: int, is_computed: bool) -> None:
+        """Add one step."""
+        self._strip.append("█" if is_computed else "·", style="green" if is_computed else "dim")
+        self._status.update(self._strip)

@@ -1,0 +1,163 @@
+"""Asks a text encoder service for prompt embeddings: ours, or any of the same protocol.
+
+Nothing that comes back is trusted: bodies are bounded while they arrive and parsed by ``shared.wire``.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Self
+
+import httpx
+import stamina
+import torch
+from pydantic import SecretStr, ValidationError
+
+from shared.byte_cache import ByteBoundedCache
+from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest
+from shared.schemas import EncoderInfo
+from shared.wire import (
+    EMBEDDING_DTYPES,
+    MAX_HEADER_BYTES,
+    SAFETENSORS_MEDIA_TYPE,
+    TORCH_MEDIA_TYPE,
+    WireError,
+    parse_safetensors,
+    parse_torch,
+)
+
+ACCEPT = f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9"
+RETRIED_STATUSES = {502, 503, 504}
+MAX_INFO_BYTES = 64 * 2**10
+MAX_ATTEMPTS = 4
+
+
+class EncoderClient:
+    """The generator's only way out. ``embedding_shape`` is what the model needs: ``(tokens, width)``."""
+
+    def __init__(
+        self,
+        url: str,
+        embedding_shape: tuple[int, int],
+        *,
+        token: SecretStr | None = None,
+        timeout_s: float = 30.0,
+        cache_bytes: int = 0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._base = url.rstrip("/").removesuffix("/predict")
+        self._shape = embedding_shape
+        self._timeout_s = timeout_s
+        self._cache = ByteBoundedCache[torch.Tensor](cache_bytes)
+        headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+        self._http = httpx.AsyncClient(
+            headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0), transport=transport, follow_redirects=False
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
+        """The prompt's embedding ``[1, L, D]``, and whether it was cached.
+
+        Raises:
+            EncoderUnavailable: no connection, or the service says it cannot answer now; after retries.
+            EncoderTimeout: no answer within ``timeout_s`` in all.
+            BadEncoderResponse: the answer is not an embedding; after one retry.
+            InvalidRequest: the service refuses the prompt.
+        """
+        cached = self._cache.get(prompt)
+        if cached is not None:
+            return cached, True
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                tensor = await self._embed_with_retries(prompt)
+        except TimeoutError as error:
+            raise EncoderTimeout(f"the text encoder did not answer within {self._timeout_s:g} s") from error
+        self._cache.put(prompt, tensor)
+        return tensor, False
+
+    async def info(self) -> EncoderInfo | None:
+        """What the service says of itself, or None if it is one of the kind that does not.
+
+        Raises:
+            EncoderUnavailable: it cannot be reached.
+            BadEncoderResponse: it says something that is not an ``EncoderInfo``.
+        """
+        try:
+            async with self._answer("GET", "/info") as response:
+                if response.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+                    return None
+                _raise_for_status(response)
+                return EncoderInfo.model_validate_json(await _read(response, MAX_INFO_BYTES))
+        except ValidationError as error:
+            raise BadEncoderResponse("the text encoder's /info is not understood") from error
+
+    async def _embed_with_retries(self, prompt: str) -> torch.Tensor:
+        bad_answers = 0
+
+        def is_worth_retrying(error: Exception) -> bool:
+            nonlocal bad_answers
+            bad_answers += isinstance(error, BadEncoderResponse)
+            return isinstance(error, EncoderUnavailable) or (bad_answers == 1 and isinstance(error, BadEncoderResponse))
+
+        async for attempt in stamina.retry_context(
+            on=is_worth_retrying, attempts=MAX_ATTEMPTS, timeout=self._timeout_s, wait_initial=0.1, wait_max=2.0
+        ):
+            with attempt:
+                return await self._embed_once(prompt)
+        raise AssertionError  # the loop returns or raises
+
+    async def _embed_once(self, prompt: str) -> torch.Tensor:
+        tokens, width = self._shape
+        limit = tokens * width * max(dtype.itemsize for dtype in EMBEDDING_DTYPES) + MAX_HEADER_BYTES
+        async with self._answer("POST", "/predict", {"prompt": prompt}) as response:
+            _raise_for_status(response)
+            body = await _read(response, limit)
+            media_type = response.headers.get("content-type", "").split(";")[0]
+        parse = parse_safetensors if media_type == SAFETENSORS_MEDIA_TYPE else parse_torch
+        try:
+            return await asyncio.to_thread(parse, body, (1, tokens, width))
+        except WireError as error:
+            raise BadEncoderResponse("the text encoder's answer is not this model's prompt embedding") from error
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, body: dict[str, str] | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        try:
+            async with self._http.stream(method, self._base + path, json=body, headers={"Accept": ACCEPT}) as response:
+                yield response
+        except httpx.TimeoutException as error:
+            raise EncoderTimeout("the text encoder did not answer in time") from error
+        except httpx.RemoteProtocolError as error:
+            raise BadEncoderResponse("the text encoder's answer broke off") from error
+        except httpx.TransportError as error:
+            raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
+        except httpx.DecodingError as error:
+            raise BadEncoderResponse("the text encoder's answer cannot be decoded") from error
+
+
+def _raise_for_status(response: httpx.Response) -> None:
+    status = response.status_code
+    if status == HTTPStatus.OK:
+        return
+    if status in RETRIED_STATUSES or status == HTTPStatus.TOO_MANY_REQUESTS:
+        raise EncoderUnavailable(f"the text encoder cannot answer now (status {status})", retry_after_s=5)
+    if status in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY):
+        raise InvalidRequest("prompt: the text encoder refuses it, it may be too long", param="prompt")
+    raise BadEncoderResponse(f"the text encoder answered with status {status}")
+
+
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    """The whole body, given up as soon as it is larger than ``limit``."""
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > limit:
+            raise BadEncoderResponse("the text encoder's answer is larger than any embedding")
+    return bytes(body)

@@ -1,0 +1,143 @@
+"""A request's way through the generator: admit, embed, wait for the device, draw, encode.
+
+1. A place in the bounded queue is taken, or the request is refused at once.
+2. The prompt's embedding comes from the cache or the text encoder; the device is free for others meanwhile.
+3. The one thread that owns the device draws the picture; a request that was given up is dropped or stopped there.
+4. The picture is encoded, with its parameters inside, on another thread.
+"""
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from generator_service.encoder_client import EncoderClient
+from generator_service.imaging import Provenance, encode_image
+from generator_service.order import Order
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationCancelled, GenerationRequest
+from shared.device_queue import Answer, DeviceQueue
+from shared.metrics import Metrics
+from shared.model_folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a request's time went, in seconds."""
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """The finished file."""
+
+    data: bytes
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request on its way to the device thread, and the flag that stops it."""
+
+    request: GenerationRequest
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Engine:
+    """Turns orders into pictures with one model. Its queue must have been entered by the app's lifespan."""
+
+    def __init__(self, model: Flux2Model, encoder: EncoderClient, metrics: Metrics, max_waiting: int) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.queue = DeviceQueue[Job, GeneratedPicture](self._run, max_waiting=max_waiting)
+        self._metrics = metrics
+
+    async def deliver(self, order: Order) -> Delivery:
+        """Make one picture.
+
+        Raises:
+            Busy: the queue is full.
+            Flux2Error: the encoder or the device failed; the error says how.
+        """
+        with self.queue.place():
+            self._metrics.queue_depth.set(self.queue.depth)
+            began = time.monotonic()
+            embeddings = await self._embeddings(order)
+            encode_s = time.monotonic() - began
+            answer = await self._draw(order, embeddings)
+        picture = answer.value
+        data = await asyncio.to_thread(
+            encode_image, picture.image, order.output_format, provenance(order, self.model.folder, embeddings)
+        )
+        timings = Timings(answer.queue_s, encode_s, picture.denoise_s, picture.decode_s)
+        for stage in ("queue", "encode", "denoise", "decode"):
+            self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
+        return Delivery(data, timings)
+
+    async def _embeddings(self, order: Order) -> torch.Tensor:
+        if order.prompt_embeds is not None:
+            return order.prompt_embeds
+        assert order.prompt is not None
+        embeddings, was_cached = await self.encoder.embed(order.prompt)
+        self._metrics.cache.labels("hit" if was_cached else "miss").inc()
+        return embeddings
+
+    async def _draw(self, order: Order, embeddings: torch.Tensor) -> Answer[GeneratedPicture]:
+        job = Job(generation_request(order, embeddings))
+        try:
+            return await self.queue.submit(job)
+        except asyncio.CancelledError:
+            job.cancelled.set()
+            raise
+
+    def _run(self, jobs: Sequence[Job]) -> list[GeneratedPicture]:
+        """On the device thread."""
+        return [self._run_one(job) for job in jobs]
+
+    def _run_one(self, job: Job) -> GeneratedPicture:
+        def on_step(_step: int, is_computed: bool) -> None:
+            if job.cancelled.is_set():
+                raise GenerationCancelled
+            self._metrics.steps.labels("computed" if is_computed else "reused").inc()
+
+        return self.model.generate(job.request, on_step)
+
+
+def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequest:
+    """What the model needs to know of an order."""
+    return GenerationRequest(
+        prompt_embeds=embeddings,
+        width=order.width,
+        height=order.height,
+        guidance_scale=order.guidance_scale,
+        seed=order.seed,
+        schedule=order.schedule,
+    )
+
+
+def provenance(order: Order, model: ModelFolder, embeddings: torch.Tensor) -> Provenance:
+    """The record that goes into the file."""
+    digest = None
+    if order.prompt is None:
+        digest = hashlib.sha256(embeddings.float().numpy().tobytes()).hexdigest()
+    return Provenance(
+        prompt=order.prompt,
+        width=order.width,
+        height=order.height,
+        num_inference_steps=order.schedule.num_steps,
+        guidance_scale=order.guidance_scale,
+        seed=order.seed,
+        cache=order.cache,
+        schedule=str(order.schedule),
+        computed_steps=list(order.schedule.computed_steps),
+        model=model.name,
+        revision=model.revision,
+        prompt_embeds_sha256=digest,
+    )

@@ -1,0 +1,1 @@
+"""The models that draw. The only package that imports diffusers."""

@@ -1,0 +1,164 @@
+"""FLUX.2's pipeline without its text encoder: embeddings in, a picture out, under a LeMiCa schedule.
+
+The denoising loop, preparation and decoding are ``diffusers.Flux2Pipeline``'s own. Every generation gets a pipeline
+object, a scheduler and a ``CachedTransformer`` of its own around the shared weights, so that nothing one generation
+does, or leaves undone, can reach another.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import Flux2Pipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL.Image import Image
+
+from generator_service.lemica import CachedTransformer, Schedule, check_transformer
+from shared.errors import ModelRefused, OutOfMemory
+from shared.model_folder import ModelFolder
+
+PARTS = ("scheduler", "transformer", "vae")
+StepListener = Callable[[int, bool], None]
+
+
+class GenerationCancelled(Exception):
+    """Whoever asked for the picture does not want it any more."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Everything a picture depends on, beside the weights."""
+
+    prompt_embeds: torch.Tensor
+    """``[1, L, D]``, on the CPU, of any floating dtype."""
+    width: int
+    height: int
+    guidance_scale: float
+    seed: int
+    schedule: Schedule
+    references: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class GeneratedPicture:
+    """A picture and what it took."""
+
+    image: Image
+    denoise_s: float
+    decode_s: float
+    latents: torch.Tensor = field(repr=False)
+    """The final latents, ``[1, tokens, C]``, on the CPU."""
+
+
+class Flux2Model:
+    """The weights of a FLUX.2 model on one device. Use it from one thread at a time."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder = folder
+        diffusers_logging.disable_progress_bar()
+        try:
+            pipeline = Flux2Pipeline.from_pretrained(
+                folder.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise ModelRefused(f"{folder.name} cannot be loaded as a FLUX.2 pipeline") from error
+        pipeline.to(device)
+        self.device = device
+        self.dtype = dtype
+        self.embedding_width = int(pipeline.transformer.config.joint_attention_dim)
+        self.default_side = int(pipeline.vae.config.sample_size)
+        self.pixels_per_token = 2 * pipeline.vae_scale_factor
+        self._components = {
+            "vae": pipeline.vae.eval(),
+            "scheduler": pipeline.scheduler,
+            "transformer": pipeline.transformer.eval(),
+        }
+        check_transformer(self._components["transformer"], self._small_example())
+
+    def generate(self, request: GenerationRequest, on_step: StepListener | None = None) -> GeneratedPicture:
+        """Make one picture.
+
+        Args:
+            request: what to make.
+            on_step: called with each step's number and whether it is computed; ``GenerationCancelled`` raised there
+                ends the generation.
+
+        Raises:
+            OutOfMemory: the device has too little memory for a picture of this size.
+        """
+        try:
+            return self._generate(request, on_step)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            size = f"{request.width}x{request.height}"
+            raise OutOfMemory(f"a picture of {size} does not fit into the memory of the GPU now") from error
+
+    def _generate(self, request: GenerationRequest, on_step: StepListener | None) -> GeneratedPicture:
+        pixels = self.pixels_per_token**2
+        transformer = CachedTransformer(
+            self._components["transformer"], request.schedule, request.width * request.height // pixels, on_step
+        )
+        pipeline = self._pipeline(transformer)
+        clock = _LastStepClock(request.schedule.num_steps, self.device)
+        began = time.perf_counter()
+        images = pipeline(
+            prompt_embeds=request.prompt_embeds.to(self.device, self.dtype),
+            image=list(request.references) or None,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.schedule.num_steps,
+            guidance_scale=request.guidance_scale,
+            # On the CPU, so that a seed means the same noise on every device.
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            callback_on_step_end=clock,
+        ).images
+        ended = time.perf_counter()
+        return GeneratedPicture(images[0], clock.ended - began, ended - clock.ended, clock.latents)
+
+    def _pipeline(self, transformer: CachedTransformer) -> Flux2Pipeline:
+        scheduler = self._components["scheduler"]
+        pipeline = Flux2Pipeline(
+            scheduler=type(scheduler).from_config(scheduler.config),
+            vae=self._components["vae"],
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _small_example(self) -> dict[str, Any]:
+        """Arguments of one forward pass over 2 x 2 image tokens and 8 text tokens."""
+        noise = torch.Generator("cpu").manual_seed(0)
+        channels = self._components["transformer"].config.in_channels
+        image_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 2, 2, 1)))
+        text = torch.randn(1, 8, self.embedding_width, generator=noise)
+        text_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, 8)))
+        return {
+            "hidden_states": torch.randn(1, 4, channels, generator=noise).to(self.device, self.dtype),
+            "timestep": torch.full([1], 0.5, device=self.device, dtype=self.dtype),
+            "guidance": torch.full([1], 4.0, device=self.device),
+            "encoder_hidden_states": text.to(self.device, self.dtype),
+            "img_ids": image_ids.to(self.device),
+            "txt_ids": text_ids.to(self.device),
+        }
+
+
+class _LastStepClock:
+    """A pipeline callback that notes when the last step ended, on the device too, and what it left."""
+
+    def __init__(self, num_steps: int, device: torch.device) -> None:
+        self._last = num_steps - 1
+        self._device = device
+        self.ended = 0.0
+        self.latents = torch.empty(0)
+
+    def __call__(
+        self, _pipeline: object, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if step == self._last:
+            self.latents = tensors["latents"].cpu()  # waits for the device
+            self.ended = time.perf_counter()
+        return tensors

@@ -1,0 +1,38 @@
+"""Settings of the generator, from ``GENERATOR_...`` and, for the encoder it asks, ``TEXT_ENCODER_...``."""
+
+from typing import Annotated
+
+from pydantic import AliasChoices, AnyHttpUrl, Field, SecretStr
+from pydantic_settings import SettingsConfigDict
+
+from shared.settings import ServiceSettings
+
+CacheName = str
+"""``none``, or the name of a schedule."""
+
+
+class GeneratorSettings(ServiceSettings):
+    """What can be set, and what holds if nothing is."""
+
+    model_config = SettingsConfigDict(env_prefix="GENERATOR_")
+
+    port: int = Field(8000, ge=0, le=65535)
+    max_body_bytes: int = Field(48 * 2**20, gt=0)
+    max_waiting: int = Field(8, ge=1)
+    max_pixels: int = Field(2048 * 2048, ge=256)
+    min_side: int = Field(64, ge=16)
+    max_side: int = Field(4096, ge=16)
+    default_cache: Annotated[CacheName | int, Field(union_mode="left_to_right")] = "medium"
+    """The schedule of requests that do not choose one."""
+
+    text_encoder_url: AnyHttpUrl = Field(
+        AnyHttpUrl("http://127.0.0.1:8006"), validation_alias=AliasChoices("TEXT_ENCODER_URL", "text_encoder_url")
+    )
+    """Ours, or any service of the same protocol. With or without ``/predict``."""
+    text_encoder_token: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("TEXT_ENCODER_TOKEN", "text_encoder_token")
+    )
+    text_encoder_timeout_s: float = Field(
+        30.0, gt=0, validation_alias=AliasChoices("TEXT_ENCODER_TIMEOUT_S", "text_encoder_timeout_s")
+    )
+    """In all, retries included."""

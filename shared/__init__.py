@@ -1,0 +1,1 @@
+"""What both services must say or do identically. Imports neither of them."""

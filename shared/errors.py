@@ -1,0 +1,104 @@
+"""The errors a client can meet. Each class owns its HTTP status and machine-readable code.
+
+Flux2Error                    500 internal_error
+├── InvalidRequest            422 invalid_request
+├── MalformedBody             400 malformed_body
+├── Unauthorized              401 unauthorized
+├── PayloadTooLarge           413 payload_too_large
+├── Busy                      429 busy
+├── BadEncoderResponse        502 bad_encoder_response
+├── EncoderUnavailable        503 encoder_unavailable
+├── EncoderTimeout            504 encoder_timeout
+├── OutOfMemory               503 oom
+└── ModelRefused              (at start: the model folder cannot be used)
+"""
+
+from typing import ClassVar
+
+
+class Flux2Error(Exception):
+    """Something went wrong that the client may know about. ``str(error)`` is safe to show."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    is_worth_retrying: ClassVar[bool] = True
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(Flux2Error):
+    """A field's value cannot be used; ``param`` names the field."""
+
+    status = 422
+    code = "invalid_request"
+    is_worth_retrying = False
+
+
+class MalformedBody(Flux2Error):
+    """The body is not JSON."""
+
+    status = 400
+    code = "malformed_body"
+    is_worth_retrying = False
+
+
+class Unauthorized(Flux2Error):
+    """The bearer token is missing or wrong."""
+
+    status = 401
+    code = "unauthorized"
+    is_worth_retrying = False
+
+
+class PayloadTooLarge(Flux2Error):
+    """The body exceeds the service's limit."""
+
+    status = 413
+    code = "payload_too_large"
+    is_worth_retrying = False
+
+
+class Busy(Flux2Error):
+    """The queue is full; ``retry_after_s`` says when a place is likely."""
+
+    status = 429
+    code = "busy"
+
+
+class BadEncoderResponse(Flux2Error):
+    """The text encoder answered with something that is not a prompt embedding."""
+
+    status = 502
+    code = "bad_encoder_response"
+
+
+class EncoderUnavailable(Flux2Error):
+    """The text encoder cannot be reached or says that it is overloaded."""
+
+    status = 503
+    code = "encoder_unavailable"
+
+
+class EncoderTimeout(Flux2Error):
+    """The text encoder did not answer in time."""
+
+    status = 504
+    code = "encoder_timeout"
+
+
+class OutOfMemory(Flux2Error):
+    """The device has too little memory for this request."""
+
+    status = 503
+    code = "oom"
+    is_worth_retrying = False
+
+
+class ModelRefused(Flux2Error):
+    """The model folder is incomplete, unsafe, or not of FLUX.2's architecture."""
+
+    code = "model_refused"
+    is_worth_retrying = False

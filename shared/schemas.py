@@ -1,0 +1,60 @@
+"""The contract between the two services, and the body every error has."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StrictStr
+
+
+class Strict(BaseModel):
+    """Unknown fields and silent conversions are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class PredictRequest(Strict):
+    """Body of ``POST /predict``."""
+
+    prompt: Annotated[
+        StrictStr | list[StrictStr],
+        Field(description="One prompt, or a list of them; a list gives one row each.", examples=["a red circle"]),
+    ]
+
+
+class EncoderInfo(BaseModel):
+    """Body of the text encoder's ``GET /info``: what its embeddings are, for the generator to compare."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    revision: str
+    hidden_layers: tuple[int, ...]
+    hidden_size: int
+    max_sequence_length: int
+    dtype: str
+    version: str
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """Tokens and width of one prompt's embedding."""
+        return self.max_sequence_length, len(self.hidden_layers) * self.hidden_size
+
+
+class ErrorDetail(BaseModel):
+    """The part of an error that OpenAI's and Hugging Face's clients read."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Problem(BaseModel):
+    """Body of every error (RFC 9457, ``application/problem+json``)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    error: ErrorDetail

@@ -1,0 +1,49 @@
+"""Settings that both services have, read once from the environment (or a ``.env`` file) at start."""
+
+from typing import Literal
+
+import torch
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ServiceSettings(BaseSettings):
+    """Each service adds its prefix (``TEXT_ENCODER_``, ``GENERATOR_``) to the names that are its own."""
+
+    model_config = SettingsConfigDict(frozen=True, env_file=".env", extra="ignore", populate_by_name=True)
+
+    model: str = Field(FLUX2_DEV, validation_alias=AliasChoices("FLUX2_MODEL", "model"))
+    """A hub id, or the folder of a diffusers pipeline."""
+    revision: str = Field("main", validation_alias=AliasChoices("FLUX2_REVISION", "revision"))
+    """The hub revision; pin it to a commit in production."""
+    host: str = "127.0.0.1"
+    port: int = Field(ge=0, le=65535)
+    device: str = "auto"
+    """``cuda``, ``cuda:1``, ``cpu``, or ``auto``: the first GPU if there is one."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    max_body_bytes: int = Field(gt=0)
+    max_waiting: int = Field(ge=1)
+    """Requests that may wait for the device; more are refused with 429."""
+    max_prompt_chars: int = Field(20_000, ge=1)
+    embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
+    token: SecretStr | None = None
+    """If set, requests must carry it as ``Authorization: Bearer``; health and metrics stay open."""
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", validation_alias=AliasChoices("LOG_LEVEL", "log_level")
+    )
+
+    def torch_device(self) -> torch.device:
+        """The device to use, ``auto`` resolved."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype to load the model in, ``auto`` resolved."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
+        return DTYPES[self.dtype]

@@ -1,0 +1,186 @@
+"""The skeleton of both services: request ids, limits, errors as problem+json, health and metrics."""
+
+import logging
+import math
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.encoders import jsonable_encoder
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import SecretStr
+from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared.errors import Flux2Error, InvalidRequest, MalformedBody, PayloadTooLarge, Unauthorized
+from shared.metrics import Metrics
+from shared.schemas import ErrorDetail, Problem
+from shared.settings import ServiceSettings
+
+logger = logging.getLogger("flux2")
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+ReadyCheck = Callable[[], Awaitable[str | None]]
+"""Says why the service is not ready, or None."""
+
+
+def make_app(
+    title: str,
+    version: str,
+    settings: ServiceSettings,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+) -> FastAPI:
+    """An app with everything but its own routes. ``lifespan`` may set ``app.state.ready`` to a ``ReadyCheck``."""
+    app = FastAPI(title=title, version=version, lifespan=lifespan)
+    app.state.metrics = Metrics()
+    app.state.ready = _still_loading
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
+    app.add_middleware(RequestContext, metrics=app.state.metrics)
+    app.add_exception_handler(Flux2Error, _on_flux2_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unknown_error)
+    _add_health_routes(app)
+    return app
+
+
+async def _still_loading() -> str | None:
+    return "the model is loading"
+
+
+class RequestContext:
+    """Gives every request an id, counts it, and puts the id into the answer as ``x-request-id``."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        began = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                route = getattr(scope.get("route"), "path", "unknown")
+                self._metrics.requests.labels(route, message["status"]).inc()
+                logger.info(
+                    "%s %s %s %.0f ms [%s]",
+                    scope["method"],
+                    route,
+                    message["status"],
+                    1e3 * (time.monotonic() - began),
+                    request_id,
+                )
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def require_token(token: SecretStr | None) -> Any:
+    """A dependency that refuses requests without the bearer ``token``; with None everyone may pass."""
+
+    async def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+        if token is None:
+            return
+        given = credentials.credentials if credentials else ""
+        if not secrets.compare_digest(given.encode(), token.get_secret_value().encode()):
+            raise Unauthorized("a valid bearer token is required")
+
+    return Depends(check)
+
+
+_bearer = HTTPBearer(auto_error=False)
+
+
+def _add_health_routes(app: FastAPI) -> None:
+    @app.get("/health/live", tags=["health"])
+    async def live() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "alive"}
+
+    @app.get("/health/ready", tags=["health"])
+    async def ready(response: Response) -> dict[str, str]:
+        """The service can do its work now; if not, 503 and why."""
+        reason = await app.state.ready()
+        if reason is None:
+            return {"status": "ready"}
+        response.status_code = 503
+        return {"status": "not ready", "reason": reason}
+
+    app.add_api_route("/health", ready, methods=["GET"], tags=["health"])
+
+    @app.get("/metrics", tags=["health"])
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def problem_response(
+    request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None
+) -> JSONResponse:
+    """The body every error has, readable as RFC 9457 and by OpenAI's and Hugging Face's clients."""
+    status, code = status or error.status, code or error.code
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    problem = Problem(
+        title=code.replace("_", " "),
+        status=status,
+        detail=str(error),
+        code=code,
+        request_id=request.scope.get("state", {}).get("request_id", ""),
+        error=ErrorDetail(message=str(error), type=kind, param=error.param, code=code),
+    )
+    headers = {} if error.is_worth_retrying else {"x-should-retry": "false"}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(jsonable_encoder(problem), status, headers, media_type=PROBLEM_MEDIA_TYPE)
+
+
+async def _on_flux2_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Flux2Error)
+    if error.__cause__ is not None:
+        logger.warning("%s: %s", error.code, error, exc_info=error.__cause__)
+    return problem_response(request, error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return problem_response(request, MalformedBody("the body is not valid JSON"))
+    # A union reports each of its branches: the field is what lies before the branch's own name.
+    fields = [str(part) for part in first["loc"] if part != "body"]
+    param = fields[0] if fields else None
+    told = "; ".join(dict.fromkeys(f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()))
+    return problem_response(request, InvalidRequest(told[:1000], param=param))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == PayloadTooLarge.status:
+        return problem_response(request, PayloadTooLarge("the body is larger than this service accepts"))
+    phrase = HTTPStatus(error.status_code).phrase
+    told = InvalidRequest(f"{phrase}: {request.method} {request.url.path}")
+    return problem_response(request, told, status=error.status_code, code=phrase.lower().replace(" ", "_"))
+
+
+async def _on_unknown_error(request: Request, error: Exception) -> Response:
+    request_id = request.scope.get("state", {}).get("request_id", "")
+    logger.error("request %s failed", request_id, exc_info=error)
+    return problem_response(request, Flux2Error("an internal error; the request id tells the operator more"))

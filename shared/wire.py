@@ -1,0 +1,133 @@
+"""Tensors to bytes and back. The only module that deserialises tensors, and it trusts nothing.
+
+``torch.load(weights_only=True)`` alone runs no code, but was seen to load bit-flipped data silently, to inflate 66 KB
+to 67 MB, and to accept shapes far larger than their storage. The checks here go from the cheapest and outermost in:
+size, container, members, checksums; then the restricted unpickler; then the tensor itself.
+"""
+
+import io
+import zipfile
+from collections.abc import Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+TORCH_MEDIA_TYPE = "application/octet-stream"
+SAFETENSORS_MEDIA_TYPE = "application/vnd.safetensors"
+TENSOR_NAME = "prompt_embeds"
+"""The tensor's key in a safetensors body."""
+MAX_HEADER_BYTES = 4096
+"""What a serialised tensor may weigh beyond its data."""
+MAX_MEMBERS = 16
+ZIP_MAGIC = b"PK\x03\x04"
+EMBEDDING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class WireError(ValueError):
+    """The bytes are not the tensor that was expected. The text names the check that failed, never the content."""
+
+
+def dump_torch(tensor: torch.Tensor) -> bytes:
+    """``torch.save`` of a plain CPU copy: at most the tensor's bytes + 4 KiB, whatever it was a view of."""
+    buffer = io.BytesIO()
+    torch.save(tensor.detach().cpu().clone(memory_format=torch.contiguous_format), buffer)
+    return buffer.getvalue()
+
+
+def dump_safetensors(tensor: torch.Tensor) -> bytes:
+    """A safetensors body with the tensor under ``TENSOR_NAME``."""
+    return save_safetensors({TENSOR_NAME: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)})
+
+
+def parse_torch(data: bytes, shape: Sequence[int | None]) -> torch.Tensor:
+    """The tensor in a ``torch.save`` body.
+
+    Args:
+        data: untrusted bytes.
+        shape: what is expected, ``None`` where any size will do.
+
+    Raises:
+        WireError: the bytes are anything but one plain, finite, contiguous tensor of that shape and of a dtype in
+            ``EMBEDDING_DTYPES``.
+    """
+    _check_size(data, shape)
+    archive = _rebuilt_archive(data)
+    try:
+        loaded = torch.load(archive, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WireError("not a tensor saved by torch.save") from error
+    return _checked(loaded, shape)
+
+
+def parse_safetensors(data: bytes, shape: Sequence[int | None]) -> torch.Tensor:
+    """As ``parse_torch``, for a safetensors body that holds one tensor of any name."""
+    _check_size(data, shape)
+    try:
+        tensors = load_safetensors(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise WireError("not a safetensors file") from error
+    if len(tensors) != 1:
+        raise WireError(f"expected one tensor, found {len(tensors)}")
+    return _checked(next(iter(tensors.values())), shape)
+
+
+def _check_size(data: bytes, shape: Sequence[int | None]) -> None:
+    """Refuse early what is larger than the largest dtype could make it, where the shape is fully known."""
+    largest = max(dtype.itemsize for dtype in EMBEDDING_DTYPES)
+    for size in shape:
+        if size is None:
+            return
+        largest *= size
+    if len(data) > largest + MAX_HEADER_BYTES:
+        raise WireError(f"{len(data)} bytes are more than such a tensor can have")
+
+
+def _rebuilt_archive(data: bytes) -> io.BytesIO:
+    """The same archive written anew, if it has few, distinct, uncompressed members with right checksums.
+
+    torch and Python read a damaged archive differently: torch was seen to take its data from another place than the
+    one whose checksum was right. It therefore gets only what was read, and checked, here.
+    """
+    if not data.startswith(ZIP_MAGIC):
+        raise WireError("not a torch.save archive")
+    rebuilt = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(rebuilt, "w") as copy:
+            members = archive.infolist()
+            if not 0 < len(members) <= MAX_MEMBERS or len({m.filename for m in members}) != len(members):
+                raise WireError("an archive of too many or repeated members")
+            if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > len(data) for m in members):
+                raise WireError("an archive with compressed or oversized members")
+            for member in members:
+                copy.writestr(member.filename, archive.read(member))  # read checks the CRC
+    except WireError:
+        raise
+    except Exception as error:  # noqa: BLE001 - zipfile raises far more than BadZipFile on hostile bytes
+        raise WireError("not a readable archive") from error
+    rebuilt.seek(0)
+    return rebuilt
+
+
+def _checked(loaded: object, shape: Sequence[int | None]) -> torch.Tensor:
+    if type(loaded) is not torch.Tensor:
+        raise WireError(f"expected a tensor, found {type(loaded).__name__}")
+    tensor = loaded
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu" or tensor.requires_grad:
+        raise WireError("expected a plain dense tensor")
+    if tensor.dtype not in EMBEDDING_DTYPES:
+        raise WireError(f"expected a floating tensor, found {tensor.dtype}")
+    if len(tensor.shape) != len(shape) or any(
+        want not in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        raise WireError(f"expected shape {_written(shape)}, found {_written(tensor.shape)}")
+    if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
+        raise WireError("expected a contiguous tensor that fills its storage")
+    if tensor.numel() == 0 or not torch.isfinite(tensor).all():
+        raise WireError("expected finite values")
+    return tensor
+
+
+def _written(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

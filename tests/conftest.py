@@ -1,0 +1,113 @@
+"""Fixtures of the whole suite: two models on disk, loaded once, and the services around them in this process."""
+
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from fastapi import FastAPI
+
+from demo_model.services import WEIGHTS
+from demo_model.train.__main__ import save
+from demo_model.train.autoencoder import make_autoencoder
+from demo_model.train.denoiser import make_transformer
+from demo_model.train.prompts import make_text_encoder, make_tokenizer
+from generator_service.app import create_app as create_generator
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.settings import GeneratorSettings
+from shared.model_folder import ModelFolder
+from text_encoder_service.app import create_app as create_encoder
+from text_encoder_service.settings import TextEncoderSettings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Asynchronous tests run on asyncio, as the services do."""
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the person who runs the tests reaches them."""
+    for name in list(os.environ):
+        if name.startswith(("FLUX2_", "GENERATOR_", "TEXT_ENCODER_", "LOG_LEVEL")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)  # and no .env file
+
+
+@pytest.fixture(scope="session")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the demo's architecture with random weights."""
+    folder = tmp_path_factory.mktemp("model") / "random"
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(0)
+    save(folder, make_autoencoder(), make_transformer(), make_text_encoder(tokenizer), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["demo", "random"])
+def weights(request: pytest.FixtureRequest, random_weights: Path) -> Path:
+    """The demo model, then the random one."""
+    return WEIGHTS if request.param == "demo" else random_weights
+
+
+def local_model(folder: Path) -> Flux2Model:
+    """The generator's part of the model in ``folder``, on the CPU in float32."""
+    return Flux2Model(ModelFolder(folder.name, "local", folder), CPU, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def model(weights: Path) -> Flux2Model:
+    """Either model, loaded."""
+    return local_model(weights)
+
+
+@pytest.fixture(scope="session")
+def demo() -> Flux2Model:
+    """The demo model, loaded."""
+    return local_model(WEIGHTS)
+
+
+@asynccontextmanager
+async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an app whose lifespan runs as long as the block does."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        yield http
+
+
+Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@pytest.fixture
+def serve_encoder() -> Serve:
+    """``async with serve_encoder(**settings) as http``: the text encoder with the demo model."""
+
+    def serve(**settings: object) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+        return served(create_encoder(TextEncoderSettings(model=str(WEIGHTS), **settings)))
+
+    return serve
+
+
+@pytest.fixture
+def serve_generator() -> Serve:
+    """``async with serve_generator(**settings) as http``: the generator, joined to an encoder in this process."""
+
+    @asynccontextmanager
+    async def serve(
+        transport: httpx.AsyncBaseTransport | None = None, **settings: object
+    ) -> AsyncIterator[httpx.AsyncClient]:
+        encoder = create_encoder(TextEncoderSettings(model=str(WEIGHTS)))
+        generator_settings = GeneratorSettings(model=str(WEIGHTS), **settings)
+        async with encoder.router.lifespan_context(encoder):
+            joined = transport or httpx.ASGITransport(encoder)
+            async with served(create_generator(generator_settings, joined)) as http:
+                yield http
+
+    return serve

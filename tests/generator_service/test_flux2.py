@@ -1,0 +1,166 @@
+"""Exactness: what LeMiCa changes, and what it must not."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+from PIL import Image
+
+from generator_service.lemica import Schedule, schedule_for
+from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
+from tests.reference import denoise
+
+MODES = ("none", "slow", "medium", "fast", "ultra", 12)
+
+
+@pytest.fixture(scope="module")
+def pipeline(weights: Path) -> Flux2Pipeline:
+    """The library's own pipeline with the same weights."""
+    loaded = Flux2Pipeline.from_pretrained(weights, text_encoder=None, tokenizer=None, dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def embeddings(model: Flux2Model, seed: int = 0) -> torch.Tensor:
+    """Something of the shape of a prompt embedding."""
+    return torch.randn(1, 32, model.embedding_width, generator=torch.Generator().manual_seed(seed))
+
+
+def request(
+    model: Flux2Model, schedule: Schedule, *, seed: int = 7, side: int = 128, references: tuple[Image.Image, ...] = ()
+) -> GenerationRequest:
+    """A square picture under ``schedule``."""
+    return GenerationRequest(embeddings(model), side, side, 4.0, seed, schedule, references)
+
+
+def pattern(side: int) -> Image.Image:
+    """Some picture to refer to."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_none_is_the_pipeline_itself(model: Flux2Model, pipeline: Flux2Pipeline) -> None:
+    """Without a cache, the picture equals ``Flux2Pipeline``'s, pixel for pixel."""
+    ours = model.generate(request(model, schedule_for("none", 50))).image
+    theirs = pipeline(
+        prompt_embeds=embeddings(model),
+        width=128,
+        height=128,
+        guidance_scale=4.0,
+        num_inference_steps=50,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("cache", MODES)
+@pytest.mark.parametrize("num_steps", [50, 28, 4])
+def test_every_mode_equals_the_reference_loop(
+    model: Flux2Model, pipeline: Flux2Pipeline, cache: str | int, num_steps: int
+) -> None:
+    """Every mode at every step count gives the latents of the plainly written loop, bit for bit."""
+    schedule = schedule_for(min(cache, num_steps) if isinstance(cache, int) else cache, num_steps)
+    ours = model.generate(request(model, schedule)).latents
+    plain = denoise(
+        pipeline,
+        embeddings(model),
+        width=128,
+        height=128,
+        num_steps=num_steps,
+        computed=set(schedule.computed_steps),
+        seed=7,
+    )
+    assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("cache", ["none", "fast"])
+def test_reference_images_keep_their_tokens_out_of_the_residual(
+    model: Flux2Model, pipeline: Flux2Pipeline, cache: str
+) -> None:
+    """With reference images in the sequence the residual covers the noisy tokens alone."""
+    schedule = schedule_for(cache, 20)
+    picture = pattern(64)
+    ours = model.generate(request(model, schedule, references=(picture,))).latents
+    plain = denoise(
+        pipeline,
+        embeddings(model),
+        width=128,
+        height=128,
+        num_steps=20,
+        computed=set(schedule.computed_steps),
+        seed=7,
+        references=[picture],
+    )
+    assert torch.equal(ours, plain)
+
+
+def test_all_steps_computed_is_none(model: Flux2Model) -> None:
+    """A schedule that computes every step changes nothing."""
+    everything = Schedule("all", 12, tuple(range(12)), "test", "test")
+    assert torch.equal(
+        model.generate(request(model, everything)).latents,
+        model.generate(request(model, schedule_for("none", 12))).latents,
+    )
+
+
+def test_reuse_changes_the_picture_a_little(demo: Flux2Model) -> None:
+    """Reused steps are not computed ones: the latents differ, but by far less than two seeds do."""
+    none = demo.generate(request(demo, schedule_for("none", 50))).latents
+    fast = demo.generate(request(demo, schedule_for("fast", 50))).latents
+    other = demo.generate(request(demo, schedule_for("none", 50), seed=8)).latents
+    assert 0 < (fast - none).abs().mean() < 0.5 * (other - none).abs().mean()
+
+
+@pytest.mark.parametrize("failure", [GenerationCancelled, RuntimeError])
+def test_a_generation_that_ends_early_leaves_nothing_behind(demo: Flux2Model, failure: type[Exception]) -> None:
+    """After a cancel or an exception in mid-run, the next picture is what it would have been."""
+    wanted = request(demo, schedule_for("fast", 20))
+    expected = demo.generate(wanted).latents
+
+    def fail_at_step_7(step: int, _is_computed: bool) -> None:
+        if step == 7:
+            raise failure
+
+    with pytest.raises(failure):
+        demo.generate(request(demo, schedule_for("ultra", 20), seed=1, side=256), fail_at_step_7)
+    assert torch.equal(demo.generate(wanted).latents, expected)
+
+
+def test_mixed_requests_from_many_threads_equal_their_serial_results(demo: Flux2Model) -> None:
+    """200 requests of mixed modes, sizes, seeds and cancels, prepared and run by 8 threads, equal the serial ones.
+
+    One thread owns the device, as the engine's queue sees to; everything else interleaves.
+    """
+    rng = random.Random(0)
+    kinds = [(cache, side, seed) for cache in ("none", "fast", "ultra", 3) for side in (64, 80, 128) for seed in (1, 2)]
+    orders = [(*rng.choice(kinds), rng.random() < 0.15) for _ in range(200)]
+    serial = {kind: demo.generate(request(demo, schedule_for(kind[0], 8), side=kind[1], seed=kind[2])) for kind in kinds}
+
+    def run(order: tuple[str | int, int, int, bool]) -> bool:
+        cache, side, seed, is_cancelled = order
+        wanted = request(demo, schedule_for(cache, 8), side=side, seed=seed)
+
+        def on_step(step: int, _is_computed: bool) -> None:
+            if is_cancelled and step == 5:
+                raise GenerationCancelled
+
+        try:
+            made = device.submit(demo.generate, wanted, on_step).result()
+        except GenerationCancelled:
+            return is_cancelled
+        return torch.equal(made.latents, serial[cache, side, seed].latents)
+
+    with ThreadPoolExecutor(1) as device, ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(run, orders))
+
+
+def test_a_seed_means_the_same_picture_again(demo: Flux2Model) -> None:
+    """The same request twice gives the same picture; another seed gives another."""
+    first, second = (demo.generate(request(demo, schedule_for("medium", 10))).image for _ in range(2))
+    other = demo.generate(request(demo, schedule_for("medium", 10), seed=8)).image
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+    assert not np.array_equal(np.asarray(first), np.asarray(other))

@@ -1,0 +1,33 @@
+"""The cache of embeddings."""
+
+from dataclasses import dataclass
+
+from shared.byte_cache import ByteBoundedCache
+
+
+@dataclass(frozen=True)
+class Lump:
+    """Something of a size."""
+
+    nbytes: int
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    """The cache never holds more than its bytes; what was not used for longest goes first."""
+    cache = ByteBoundedCache[Lump](100)
+    for name in "abc":
+        cache.put(name, Lump(40))
+        cache.get("a")
+    assert cache.num_bytes == 80
+    assert cache.get("a") == Lump(40)
+    assert cache.get("b") is None
+    assert cache.get("c") == Lump(40)
+
+
+def test_what_is_larger_than_the_cache_is_not_kept() -> None:
+    """An item larger than the whole cache displaces nothing."""
+    cache = ByteBoundedCache[Lump](100)
+    cache.put("small", Lump(60))
+    cache.put("large", Lump(101))
+    assert cache.get("large") is None
+    assert cache.get("small") == Lump(60)

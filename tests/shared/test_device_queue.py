@@ -1,0 +1,97 @@
+"""The bounded queue in front of one device."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from shared.device_queue import DeviceQueue
+from shared.errors import Busy
+
+pytestmark = pytest.mark.anyio
+
+
+class Gate:
+    """Work that a test lets go on when it likes, and that notes what reached the device."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, batch: Sequence[int]) -> list[int]:
+        """Double each number once the gate is open."""
+        self.batches.append(list(batch))
+        assert self.opened.wait(5)
+        return [2 * number for number in batch]
+
+
+async def ask(queue: DeviceQueue[int, int], number: int) -> int:
+    """Take a place and submit a number."""
+    with queue.place():
+        return (await queue.submit(number)).value
+
+
+async def test_one_runs_and_the_rest_wait_or_are_refused() -> None:
+    """Of 200 callers at once, with 8 places to wait in, 9 are served and 191 are told when to come back."""
+    gate = Gate()
+    async with DeviceQueue[int, int](gate, max_waiting=8) as queue:
+        calls = [asyncio.create_task(ask(queue, number)) for number in range(200)]
+        await asyncio.sleep(0.05)
+        gate.opened.set()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [r for r in results if isinstance(r, Busy)]
+    assert [r for r in results if isinstance(r, int)] == [2 * n for n in range(9)]
+    assert len(refused) == 191
+    assert all(r.retry_after_s is not None and r.retry_after_s > 0 for r in refused)
+
+
+async def test_work_that_arrives_together_shares_a_batch() -> None:
+    """Up to ``max_batch`` items that arrive within the wait are one batch, in order of arrival."""
+    gate = Gate()
+    gate.opened.set()
+    async with DeviceQueue[int, int](gate, max_waiting=20, max_batch=4, max_wait_s=0.02) as queue:
+        assert await asyncio.gather(*(ask(queue, n) for n in range(6))) == [0, 2, 4, 6, 8, 10]
+    assert gate.batches == [[0, 1, 2, 3], [4, 5]]
+
+
+async def test_work_whose_caller_left_never_reaches_the_device() -> None:
+    """A cancelled caller's place is free again and its work is dropped when the batch is formed."""
+    gate = Gate()
+    async with DeviceQueue[int, int](gate, max_waiting=2) as queue:
+        first, second, third = (asyncio.create_task(ask(queue, n)) for n in range(3))
+        await asyncio.sleep(0.02)
+        second.cancel()
+        await asyncio.sleep(0)
+        assert queue.depth == 2
+        gate.opened.set()
+        assert (await first, await third) == (0, 4)
+    assert gate.batches == [[0], [2]]
+
+
+async def test_a_failure_belongs_to_its_batch() -> None:
+    """An exception reaches the callers of its batch and nobody else."""
+
+    def fail_on_odd(batch: Sequence[int]) -> list[int]:
+        if batch[0] % 2:
+            raise ValueError("odd")
+        return list(batch)
+
+    async with DeviceQueue[int, int](fail_on_odd, max_waiting=4) as queue:
+        results = await asyncio.gather(*(ask(queue, n) for n in range(4)), return_exceptions=True)
+        assert results[0] == 0
+        assert results[2] == 2
+        assert isinstance(results[1], ValueError)
+        assert queue.depth == 0
+
+
+async def test_the_event_loop_goes_on_while_the_device_works() -> None:
+    """Other coroutines run while a batch is on the device."""
+    gate = Gate()
+    async with DeviceQueue[int, int](gate, max_waiting=1) as queue:
+        call = asyncio.create_task(ask(queue, 1))
+        for _ in range(10):
+            await asyncio.sleep(0.001)
+        assert not call.done()
+        gate.opened.set()
+        assert await call == 2

@@ -1,0 +1,77 @@
+"""Which model folders are loaded, and what they say of themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
+from shared.errors import ModelRefused
+from shared.model_folder import PromptFormat, find_model, read_prompt_format
+
+PARTS = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, random_weights: Path) -> Path:
+    """A model folder that a test may spoil."""
+    return shutil.copytree(random_weights, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "old.ckpt", "modeling.py", "sub/deep.PKL"])
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_pickles_and_code_are_refused(folder: Path, part: str, name: str) -> None:
+    """A part that holds pickled weights or code is refused, however deep they lie."""
+    file = folder / part / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"")
+    with pytest.raises(ModelRefused, match=file.name):
+        find_model(str(folder), "main", PARTS)
+
+
+def test_a_missing_part_is_named(folder: Path) -> None:
+    """A folder without one of the wanted parts is refused by the part's name."""
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ModelRefused, match="vae"):
+        find_model(str(folder), "main", PARTS)
+    assert find_model(str(folder), "main", ("transformer",)).name == "model"
+
+
+def test_what_is_neither_folder_nor_on_the_hub_is_refused() -> None:
+    """A name that leads nowhere is refused in one sentence."""
+    with pytest.raises(ModelRefused, match="no/such-model"):
+        find_model("no/such-model", "main", PARTS)
+
+
+def test_the_demo_model_states_its_prompt_format(random_weights: Path) -> None:
+    """Layers and length come from the model's own folder."""
+    prompt_format = read_prompt_format(find_model(str(random_weights), "main", PARTS))
+    assert (prompt_format.hidden_layers, prompt_format.max_sequence_length) == ((1, 2, 3), 32)
+
+
+def test_flux2_dev_is_the_default(folder: Path) -> None:
+    """A folder that states nothing has FLUX.2 [dev]'s format: diffusers' constants."""
+    config = folder / "text_encoder" / "config.json"
+    stated = json.loads(config.read_text())
+    del stated["flux2_prompt_format"]
+    config.write_text(json.dumps(stated))
+    assert read_prompt_format(find_model(str(folder), "main", PARTS)) == PromptFormat()
+    assert PromptFormat() == PromptFormat((10, 20, 30), 512, SYSTEM_MESSAGE)
+
+
+def test_an_unknown_key_is_refused(folder: Path) -> None:
+    """A misspelt key in the prompt format is not passed over."""
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({"flux2_prompt_format": {"layers": [1]}}))
+    with pytest.raises(ModelRefused, match="unknown key"):
+        read_prompt_format(find_model(str(folder), "main", PARTS))
+
+
+def test_the_fingerprint_tells_parts_apart(folder: Path) -> None:
+    """It changes with the content of a part, and only of that part."""
+    model = find_model(str(folder), "main", PARTS)
+    before = {part: model.fingerprint(part) for part in PARTS}
+    (folder / "vae" / "config.json").write_text("{}")
+    changed = {part for part in PARTS if model.fingerprint(part) != before[part]}
+    assert changed == {"vae"}

@@ -1,0 +1,74 @@
+"""The shortened text encoder against the whole one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+
+from shared.model_folder import ModelFolder, read_prompt_format
+from text_encoder_service.encoder import MistralEncoder
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "a small red circle above a large blue square on a white background",
+    "A cat, holding [IMG] a sign that says “héllo”",
+    "",
+    "far more words than the encoder has room for " * 8,
+]
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.06}
+"""How far a row of a batch may lie from the single result, as a share of the largest value, by dtype."""
+
+
+def encoder(folder: Path, dtype: torch.dtype = torch.float32) -> MistralEncoder:
+    """Ours."""
+    model = ModelFolder(folder.name, "local", folder)
+    return MistralEncoder(model, read_prompt_format(model), CPU, dtype)
+
+
+def reference(folder: Path, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
+    """The library's, with the whole text encoder."""
+    pipeline = Flux2Pipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
+    with torch.no_grad():
+        embeddings, _ = pipeline.encode_prompt(prompts, max_sequence_length=32, text_encoder_out_layers=(1, 2, 3))
+    return embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 4])
+def test_embeddings_equal_the_whole_encoders_bit_for_bit(weights: Path, count: int, dtype: torch.dtype) -> None:
+    """One prompt or a batch: the result is ``Flux2Pipeline.encode_prompt``'s with all layers, bit for bit."""
+    prompts = PROMPTS[:count]
+    ours = torch.cat([embedding.tensor for embedding in encoder(weights, dtype).encode(prompts)])
+    assert ours.dtype == dtype
+    assert torch.equal(ours, reference(weights, prompts, dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_row_of_a_batch_equals_the_single_result(weights: Path, dtype: torch.dtype) -> None:
+    """Batching changes nothing beyond rounding."""
+    ours = encoder(weights, dtype)
+    for row, prompt in zip(ours.encode(PROMPTS), PROMPTS, strict=True):
+        single = ours.encode([prompt])[0].tensor.float()
+        assert (row.tensor.float() - single).abs().max() <= TOLERANCES[dtype] * single.abs().max()
+
+
+def test_only_the_wanted_layers_are_in_memory(weights: Path) -> None:
+    """Three of four layers are loaded; no final norm, no head, no vision tower."""
+    model = encoder(weights)._model
+    names = {name for name, _ in model.named_parameters()}
+    assert len(model.layers) == 3
+    assert not any(part in name for name in names for part in ("layers.3", "lm_head", "vision", "projector"))
+    assert not any(name.startswith("norm.") for name in names)
+
+
+def test_long_prompts_are_cut_and_told(weights: Path) -> None:
+    """A prompt beyond the limit is cut as the pipeline cuts it, and marked."""
+    assert [embedding.is_truncated for embedding in encoder(weights).encode(PROMPTS)] == [False, False, False, True]
+
+
+def test_a_prompt_that_just_fits_is_not_called_cut(weights: Path) -> None:
+    """A prompt that fills its row to the last token is whole."""
+    ours = encoder(weights)
+    fits = "a" + " a" * 28  # 29 words, the template's three tokens
+    assert [e.is_truncated for e in ours.encode([fits, fits + " a"])] == [False, True]

@@ -1,0 +1,135 @@
+"""``POST /predict`` and its neighbours, over HTTP."""
+
+import asyncio
+import io
+import time
+
+import pytest
+import torch
+
+from tests.conftest import Serve
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_one_prompt_is_one_row(serve_encoder: Serve) -> None:
+    """A string gives a plain contiguous CPU tensor of one row, readable with torch.load's defaults."""
+    async with serve_encoder(dtype="bfloat16") as http:
+        response = await http.post("/predict", json={"prompt": "a red circle"})
+    assert response.headers["content-type"] == "application/octet-stream"
+    tensor = torch.load(io.BytesIO(response.content))
+    assert (tensor.shape, tensor.dtype) == ((1, 32, 384), torch.bfloat16)
+    assert tensor.is_contiguous()
+    assert not tensor.requires_grad
+    assert len(response.content) <= tensor.nbytes + 4096
+    assert "x-truncated-prompts" not in response.headers
+
+
+async def test_a_list_gives_a_row_each(serve_encoder: Serve) -> None:
+    """A list gives its prompts' embeddings in order."""
+    prompts = ["a red circle", "a blue square", "a red circle"]
+    async with serve_encoder() as http:
+        batch = torch.load(io.BytesIO((await http.post("/predict", json={"prompt": prompts})).content))
+        single = torch.load(io.BytesIO((await http.post("/predict", json={"prompt": prompts[1]})).content))
+    assert batch.shape == (3, 32, 384)
+    assert torch.allclose(batch[1:2], single, atol=1e-4)
+    assert torch.equal(batch[0], batch[2])
+
+
+async def test_safetensors_on_request(serve_encoder: Serve) -> None:
+    """``Accept: application/vnd.safetensors`` gives the same tensor as safetensors."""
+    from safetensors.torch import load
+
+    async with serve_encoder() as http:
+        plain = await http.post("/predict", json={"prompt": "a red circle"})
+        safe = await http.post(
+            "/predict", json={"prompt": "a red circle"}, headers={"Accept": "application/vnd.safetensors"}
+        )
+    assert safe.headers["content-type"] == "application/vnd.safetensors"
+    assert torch.equal(load(safe.content)["prompt_embeds"], torch.load(io.BytesIO(plain.content)))
+
+
+async def test_cut_prompts_are_told(serve_encoder: Serve) -> None:
+    """The header names the prompts that were cut, from the device and from the cache."""
+    long = "red " * 100
+    async with serve_encoder() as http:
+        for _ in range(2):
+            response = await http.post("/predict", json={"prompt": ["short", long]})
+            assert response.headers["x-truncated-prompts"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        ({"prompt": []}, 422, "prompt"),
+        ({"prompt": ["a"] * 33}, 422, "prompt"),
+        ({"prompt": 7}, 422, "prompt"),
+        ({"prompt": ["a", 7]}, 422, "prompt"),
+        ({"prompt": None}, 422, "prompt"),
+        ({"prompt": "x" * 20_001}, 422, "prompt"),
+        ({}, 422, "prompt"),
+        ({"prompt": "a", "prompts": "b"}, 422, "prompts"),
+    ],
+)
+async def test_bad_bodies_name_the_field(serve_encoder: Serve, body: object, status: int, field: str) -> None:
+    """What cannot be used is refused with the field's name, in a body that every client reads."""
+    async with serve_encoder() as http:
+        response = await http.post("/predict", json=body)
+    problem = response.json()
+    assert response.status_code == problem["status"] == status
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["error"]["param"] == field
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert problem["error"]["message"] == problem["detail"]
+
+
+async def test_a_body_that_is_no_json_is_400(serve_encoder: Serve) -> None:
+    """Malformed JSON is 400, an unknown path 404, a wrong method 405: all of one form."""
+    async with serve_encoder() as http:
+        broken = await http.post("/predict", content=b"{", headers={"content-type": "application/json"})
+        unknown, wrong = await http.get("/nowhere"), await http.get("/predict")
+    assert [r.status_code for r in (broken, unknown, wrong)] == [400, 404, 405]
+    assert [r.json()["code"] for r in (broken, unknown, wrong)] == ["malformed_body", "not_found", "method_not_allowed"]
+
+
+async def test_a_huge_prompt_never_reaches_the_tokenizer(serve_encoder: Serve) -> None:
+    """10 MB of prompt are refused as too large in under 100 ms."""
+    async with serve_encoder() as http:
+        body = b'{"prompt": "' + b"x" * 10_000_000 + b'"}'
+        began = time.monotonic()
+        response = await http.post("/predict", content=body, headers={"content-type": "application/json"})
+        seconds = time.monotonic() - began
+    assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
+    assert seconds < 0.1
+
+
+async def test_concurrent_prompts_share_forward_passes(serve_encoder: Serve) -> None:
+    """16 prompts at once need far fewer than 16 forward passes, and a repeated one needs none."""
+    async with serve_encoder() as http:
+        prompts = [f"a red circle {n}" for n in range(16)]
+        await asyncio.gather(*(http.post("/predict", json={"prompt": p}) for p in prompts))
+        await http.post("/predict", json={"prompt": prompts[0]})
+        metrics = (await http.get("/metrics")).text
+    lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line and not line.startswith("#"))
+    assert float(lines['flux2_stage_seconds_count{stage="encode"}']) <= 1 + 4  # the first warmed up
+    assert float(lines['flux2_embedding_cache_total{result="hit"}']) == 1
+
+
+async def test_info_and_health(serve_encoder: Serve) -> None:
+    """The service says what its embeddings are, and that it is alive and ready."""
+    async with serve_encoder() as http:
+        info = (await http.get("/info")).json()
+        live, ready = await http.get("/health/live"), await http.get("/health/ready")
+    assert info["hidden_layers"] == [1, 2, 3]
+    assert (info["hidden_size"], info["max_sequence_length"], info["dtype"]) == (128, 32, "float32")
+    assert (live.status_code, ready.status_code) == (200, 200)
+
+
+@pytest.mark.parametrize(("token", "status"), [(None, 401), ("wrong", 401), ("right", 200)])
+async def test_a_token_can_be_required(serve_encoder: Serve, token: str | None, status: int) -> None:
+    """With a token set, only requests that carry it are served; health stays open."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with serve_encoder(token="right") as http:
+        response = await http.post("/predict", json={"prompt": "a"}, headers=headers)
+        assert (await http.get("/health/live")).status_code == 200
+    assert response.status_code == status

@@ -1,0 +1,74 @@
+"""Builds the text encoder's app; its lifespan owns the model, the queue and the cache."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from shared.byte_cache import ByteBoundedCache
+from shared.device_queue import DeviceQueue
+from shared.metrics import Metrics
+from shared.model_folder import find_model, read_prompt_format
+from shared.schemas import EncoderInfo
+from shared.web import make_app, require_token
+from text_encoder_service.encoder import Embedding, MistralEncoder
+from text_encoder_service.routes import EncoderState, router
+from text_encoder_service.settings import TextEncoderSettings
+
+PARTS = ("text_encoder", "tokenizer")
+WARM_UP_PROMPT = "a red circle"
+
+
+def create_app(settings: TextEncoderSettings) -> FastAPI:
+    """The app; the model is loaded when it starts."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        encoder, info = await asyncio.to_thread(load_encoder, settings)
+        metrics: Metrics = app.state.metrics
+
+        def encode(prompts: Sequence[str]) -> Sequence[Embedding]:
+            with metrics.seconds.labels("encode").time():
+                return encoder.encode(prompts)
+
+        queue = DeviceQueue(
+            encode,
+            max_waiting=settings.max_waiting,
+            max_batch=settings.max_batch,
+            max_wait_s=settings.max_wait_ms / 1000,
+        )
+        async with queue:
+            with queue.place():
+                await queue.submit(WARM_UP_PROMPT)
+            cache = ByteBoundedCache[Embedding](settings.embedding_cache_bytes)
+            app.state.encoder = EncoderState(settings, info, queue, cache, metrics)
+            app.state.ready = is_ready
+            yield
+
+    app = make_app("FLUX.2 text encoder", version("flux2-services"), settings, lifespan)
+    app.include_router(router, dependencies=[require_token(settings.token)])
+    return app
+
+
+def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, EncoderInfo]:
+    """Find, check and load the model that ``settings`` name."""
+    folder = find_model(settings.model, settings.revision, PARTS)
+    prompt_format = read_prompt_format(folder)
+    encoder = MistralEncoder(folder, prompt_format, settings.torch_device(), settings.torch_dtype())
+    info = EncoderInfo(
+        model=folder.name,
+        revision=folder.revision,
+        hidden_layers=prompt_format.hidden_layers,
+        hidden_size=encoder.hidden_size,
+        max_sequence_length=prompt_format.max_sequence_length,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        version=version("flux2-services"),
+    )
+    return encoder, info
+
+
+async def is_ready() -> str | None:
+    """Once the lifespan has started the service, nothing holds it back."""
+    return None

@@ -1,0 +1,122 @@
+"""FLUX.2's prompt encoder: a Mistral 3 language model, cut off after the last layer whose output is wanted.
+
+FLUX.2 joins the hidden states of some layers (10, 20 and 30 of 40 for [dev]), taken before the final norm. What comes
+after the last of them, the norm, the head and the vision tower are never loaded. Knows nothing of HTTP or caches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, MistralModel
+from transformers.utils import logging as transformers_logging
+
+from shared.errors import ModelRefused
+from shared.model_folder import ModelFolder, PromptFormat
+
+LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
+"""A Mistral 3 checkpoint's names for its language model, old and new, to that model's own names."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One prompt's embedding, ``[1, L, layers * hidden]`` on the CPU, and whether the prompt had to be cut."""
+
+    tensor: torch.Tensor
+    is_truncated: bool
+
+    @property
+    def nbytes(self) -> int:
+        """The tensor's size in bytes."""
+        return self.tensor.nbytes
+
+
+class _FirstLayers(MistralModel):
+    """A language model that finds more in its checkpoint than it wants, and says nothing of it."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^layers\.", r"lm_head", r"vision_tower", r"multi_modal_projector"]  # noqa: RUF012
+
+
+class MistralEncoder:
+    """Encodes batches of prompts exactly as ``Flux2Pipeline.encode_prompt`` does with the whole text encoder."""
+
+    def __init__(
+        self, folder: ModelFolder, prompt_format: PromptFormat, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.prompt_format = prompt_format
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
+        if not self._tokenizer.chat_template:
+            raise ModelRefused("the tokenizer has no chat template: not FLUX.2's")
+        num_layers = max(prompt_format.hidden_layers)
+        self._model: Any = load_language_model(folder.path / "text_encoder", num_layers, dtype).eval()
+        self._model.to(device)
+        self.hidden_size = int(self._model.config.hidden_size)
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Embedding]:
+        """One embedding for each prompt, in order. Rows of a batch do not depend on each other."""
+        length = self.prompt_format.max_sequence_length
+        batch: Any = self._tokenizer.apply_chat_template(
+            [self._conversation(prompt) for prompt in prompts],
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+        )
+        device = self._model.device
+        output = self._model(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        states = torch.stack([output.hidden_states[layer] for layer in self.prompt_format.hidden_layers], dim=2)
+        embeddings = states.flatten(2).cpu()  # [B, L, layers, H] -> [B, L, layers * H]
+        return [
+            Embedding(row.clone(), self._is_truncated(prompt, mask))
+            for row, prompt, mask in zip(embeddings.split(1), prompts, batch["attention_mask"], strict=True)
+        ]
+
+    def _conversation(self, prompt: str) -> list[dict[str, object]]:
+        """The chat that FLUX.2 makes of a prompt."""
+        content = prompt.replace("[IMG]", "")  # the mark of an image, of which there is none
+        return [
+            {"role": "system", "content": [{"type": "text", "text": self.prompt_format.system_message}]},
+            {"role": "user", "content": [{"type": "text", "text": content}]},
+        ]
+
+    def _is_truncated(self, prompt: str, attention_mask: torch.Tensor) -> bool:
+        """A prompt that fills its row may have been cut; only then is it tokenised again to find out."""
+        if not bool(attention_mask.all()):
+            return False
+        whole: Any = self._tokenizer.apply_chat_template(self._conversation(prompt), tokenize=True, return_dict=True)
+        return len(whole["input_ids"]) > self.prompt_format.max_sequence_length
+
+
+def load_language_model(folder: Path, num_layers: int, dtype: torch.dtype) -> MistralModel:
+    """The first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without its final norm."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "mistral3" or config.text_config.num_hidden_layers < num_layers:
+        raise ModelRefused(f"the text encoder is no Mistral 3 of at least {num_layers} layers")
+    text_config = config.text_config
+    text_config.num_hidden_layers = num_layers
+    transformers_logging.disable_progress_bar()
+    loaded: Any = _FirstLayers.from_pretrained(
+        folder,
+        config=text_config,
+        dtype=dtype,
+        use_safetensors=True,
+        key_mapping=LANGUAGE_MODEL_KEYS,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ModelRefused(f"the text encoder's checkpoint lacks {len(report['missing_keys'])} tensors")
+    model.norm = torch.nn.Identity()
+    return cast("MistralModel", model)

@@ -1,0 +1,91 @@
+"""``POST /predict`` and ``GET /info``."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from fastapi import APIRouter, Depends, Header, Request, Response
+
+from shared.byte_cache import ByteBoundedCache
+from shared.device_queue import DeviceQueue
+from shared.errors import InvalidRequest
+from shared.metrics import Metrics
+from shared.schemas import EncoderInfo, PredictRequest
+from shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
+from text_encoder_service.encoder import Embedding
+from text_encoder_service.settings import TextEncoderSettings
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class EncoderState:
+    """What the lifespan of the app owns."""
+
+    settings: TextEncoderSettings
+    info: EncoderInfo
+    queue: DeviceQueue[str, Embedding]
+    cache: ByteBoundedCache[Embedding]
+    metrics: Metrics
+
+
+def encoder_state(request: Request) -> EncoderState:
+    """The state that the lifespan made."""
+    state: EncoderState = request.app.state.encoder
+    return state
+
+
+State = Annotated[EncoderState, Depends(encoder_state)]
+
+
+@router.get("/info")
+async def info(state: State) -> EncoderInfo:
+    """What this service's embeddings are."""
+    return state.info
+
+
+@router.post(
+    "/predict",
+    response_class=Response,
+    responses={200: {"content": {TORCH_MEDIA_TYPE: {}, SAFETENSORS_MEDIA_TYPE: {}}}},
+)
+async def predict(body: PredictRequest, state: State, accept: Annotated[str, Header()] = "") -> Response:
+    """Prompt embeddings ``[prompts, tokens, width]``, saved by ``torch.save``, or as safetensors if asked for."""
+    prompts = checked_prompts(body, state.settings)
+    embeddings = await asyncio.gather(*[embed(prompt, state) for prompt in prompts])
+    tensor = torch.cat([embedding.tensor for embedding in embeddings])
+    wants_safetensors = SAFETENSORS_MEDIA_TYPE in accept
+    dump = dump_safetensors if wants_safetensors else dump_torch
+    headers = {"x-truncated-prompts": ",".join(str(i) for i, e in enumerate(embeddings) if e.is_truncated)}
+    return Response(
+        await asyncio.to_thread(dump, tensor),
+        media_type=SAFETENSORS_MEDIA_TYPE if wants_safetensors else TORCH_MEDIA_TYPE,
+        headers={name: value for name, value in headers.items() if value},
+    )
+
+
+def checked_prompts(body: PredictRequest, settings: TextEncoderSettings) -> list[str]:
+    """The body's prompts as a list, within the service's limits."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if not 0 < len(prompts) <= settings.max_prompts:
+        raise InvalidRequest(f"prompt: give 1 to {settings.max_prompts} prompts, not {len(prompts)}", param="prompt")
+    longest = max(map(len, prompts))
+    if longest > settings.max_prompt_chars:
+        told = f"prompt: at most {settings.max_prompt_chars} characters each, not {longest}"
+        raise InvalidRequest(told, param="prompt")
+    return prompts
+
+
+async def embed(prompt: str, state: EncoderState) -> Embedding:
+    """One prompt's embedding, from the cache or the device."""
+    cached = state.cache.get(prompt)
+    state.metrics.cache.labels("miss" if cached is None else "hit").inc()
+    if cached is not None:
+        return cached
+    with state.queue.place():
+        state.metrics.queue_depth.set(state.queue.depth)
+        answer = await state.queue.submit(prompt)
+    state.metrics.seconds.labels("queue").observe(answer.queue_s)
+    state.cache.put(prompt, answer.value)
+    return answer.value

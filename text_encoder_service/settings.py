@@ -1,0 +1,22 @@
+"""Settings of the text encoder, from ``TEXT_ENCODER_...``."""
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from shared.settings import ServiceSettings
+
+
+class TextEncoderSettings(ServiceSettings):
+    """What can be set, and what holds if nothing is."""
+
+    model_config = SettingsConfigDict(env_prefix="TEXT_ENCODER_")
+
+    port: int = Field(8006, ge=0, le=65535)
+    max_body_bytes: int = Field(2**20, gt=0)
+    max_waiting: int = Field(256, ge=1)
+    max_prompts: int = Field(32, ge=1)
+    """Prompts in one request."""
+    max_batch: int = Field(8, ge=1)
+    """Prompts that share one forward pass."""
+    max_wait_ms: float = Field(3.0, ge=0)
+    """How long a prompt waits for others to share a forward pass with."""
