@@ -85,7 +85,6 @@ def table(shots: Sequence[Shot]) -> Table:
 
 def save(shots: Sequence[Shot], folder: Path) -> list[Path]:
     """Write every picture and the contact sheet."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{shot.mode}.png" for shot in shots]
     for file, shot in zip(files, shots, strict=True):
         file.write_bytes(shot.answer.data)
@@ -97,6 +96,7 @@ def save(shots: Sequence[Shot], folder: Path) -> list[Path]:
 def main() -> int:
     """Run the demo; 0 if all went well."""
     try:
+        OUTPUT.mkdir(parents=True, exist_ok=True)  # first: it may be impossible
         with running_services() as services:
             shots = shoot(services.generator_url)
         files = save(shots, OUTPUT)

@@ -69,6 +69,8 @@ def running_services(log_level: str = "warning") -> Iterator[Services]:
         "TEXT_ENCODER_PORT": str(encoder_port),
         "GENERATOR_PORT": str(generator_port),
         "TEXT_ENCODER_URL": encoder_url,
+        "GENERATOR_TOKEN": "",
+        "TEXT_ENCODER_TOKEN": "",
         "HF_HUB_OFFLINE": "1",
         # Two processes with a thread pool each on few cores: do not spin while waiting for work.
         "OMP_WAIT_POLICY": "passive",

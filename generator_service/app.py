@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from generator_service.api import generate
 from generator_service.encoder_client import EncoderClient
 from generator_service.engine import Engine
+from generator_service.order import open_shelf
 from generator_service.pipelines.flux2 import PARTS, Flux2Model
 from generator_service.settings import GeneratorSettings
 from shared.errors import Flux2Error
@@ -25,6 +26,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         model, shape = await asyncio.to_thread(load_model, settings)
+        shelf = open_shelf(settings, model)
         client = EncoderClient(
             str(settings.text_encoder_url),
             shape,
@@ -35,7 +37,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
         )
         engine = Engine(model, client, app.state.metrics, settings.max_waiting)
         async with client, engine.queue:
-            app.state.generator = generate.GeneratorState(settings, engine, shape)
+            app.state.generator = generate.GeneratorState(settings, engine, shelf, shape)
             app.state.ready = Readiness(client, model, shape)
             yield
 

@@ -1,6 +1,5 @@
 """``flux2``: pictures from the command line, by a running generator or, with ``--local``, by this process."""
 
-import re
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +11,14 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from generator_service.client import GeneratorError, post_generate
+from generator_service import schedules_cli
+from generator_service.client import stream_generate
 from generator_service.imaging import ImageFormat, NoProvenance, Provenance, read_provenance
-from shared.errors import Flux2Error
+from generator_service.terminal import one_line_errors, parse_size, step_strip
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app.add_typer(schedules_cli.schedules, name="schedules")
+app.command()(schedules_cli.calibrate)
 out = Console()
 err = Console(stderr=True)
 
@@ -64,19 +66,6 @@ def inspect(file: Annotated[Path, typer.Argument(help="A picture made by this se
         out.print(table)
 
 
-class one_line_errors:  # noqa: N801 - reads as the statement it is
-    """Ends the program with one line, instead of a traceback, for what users can meet."""
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Turn known errors into a line and exit code 1."""
-        if isinstance(error, Flux2Error | GeneratorError | NoProvenance | OSError):
-            err.print(f"flux2: {error}", highlight=False, markup=False)
-            raise typer.Exit(1) from None
-
-
 def given(**options: Any) -> dict[str, Any]:
     """Only the options that were given."""
     return {name: value for name, value in options.items() if value is not None}
@@ -89,14 +78,6 @@ def body_like(file: Path) -> dict[str, Any]:
         raise NoProvenance(f"{file.name} was made from embeddings that the file does not hold")
     names = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "cache")
     return {name: getattr(made, name) for name in names}
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``1024x768`` as (1024, 768)."""
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not match:
-        raise typer.BadParameter("--size is WIDTHxHEIGHT, for example 1024x768")
-    return int(match[1]), int(match[2])
 
 
 def format_of(file: Path) -> ImageFormat:
@@ -119,8 +100,8 @@ def write_file(file: Path, data: bytes) -> None:
 
 def draw_remote(url: str, body: dict[str, Any], token: str | None) -> tuple[bytes, str]:
     """Ask a running generator."""
-    with err.status("drawing"):
-        answer = post_generate(url, body, token)
+    with err.status("drawing") as status:
+        answer = stream_generate(url, body, StepStrip(status).on_step, token)
     headers = answer.headers
     told = f"{headers['x-steps-computed']} of {headers['x-steps-total']} steps computed, {headers['x-schedule']}"
     return answer.data, f"{told}, {float(headers['x-denoise-ms']) / 1000:.2f} s"
@@ -148,5 +129,5 @@ class StepStrip:
 
     def on_step(self, _step: int, is_computed: bool) -> None:
         """Add one step."""
-        self._strip.append("█" if is_computed else "·", style="green" if is_computed else "dim")
+        self._strip.append(step_strip([is_computed]))
         self._status.update(self._strip)

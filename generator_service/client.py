@@ -1,5 +1,9 @@
 """A client of a running generator, for the command line."""
 
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +33,59 @@ def post_generate(
     Raises:
         GeneratorError: no connection, or an answer other than 200; the text is the service's own.
     """
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    try:
-        with httpx.Client(headers=headers, timeout=timeout, transport=transport) as http:
-            response = http.post(f"{url.rstrip('/')}/generate", json=body)
-    except httpx.HTTPError as error:
-        raise GeneratorError(f"no answer from {url}: is the generator running? ({type(error).__name__})") from error
+    with _connection(url, token, transport) as http:
+        response = http.post("/generate", json=body)
     if response.status_code != httpx.codes.OK:
         raise GeneratorError(_detail(response))
     return Answer(response.content, dict(response.headers))
+
+
+def stream_generate(
+    url: str,
+    body: dict[str, Any],
+    on_step: Callable[[int, bool], None],
+    token: str | None = None,
+    transport: httpx.BaseTransport | None = None,
+) -> Answer:
+    """As ``post_generate``, with ``on_step`` called for every step as the generator tells of it."""
+    headers = {"Accept": "text/event-stream"}
+    with (
+        _connection(url, token, transport) as http,
+        http.stream("POST", "/generate", json=body, headers=headers) as response,
+    ):
+        if response.status_code != httpx.codes.OK:
+            response.read()
+            raise GeneratorError(_detail(response))
+        for name, data in _events(response):
+            if name == "step":
+                on_step(data["step"], data["computed"])
+            elif name == "error":
+                raise GeneratorError(data["detail"])
+            elif name == "completed":
+                return Answer(base64.b64decode(data.pop("image")), data)
+    raise GeneratorError("the generator's answer broke off")
+
+
+@contextmanager
+def _connection(url: str, token: str | None, transport: httpx.BaseTransport | None) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport) as http:
+            yield http
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise GeneratorError(f"no answer from {url}: is the generator running? ({type(error).__name__})") from error
+
+
+def _events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and data of each server-sent event."""
+    name = ""
+    for line in response.iter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
 
 
 def _detail(response: httpx.Response) -> str:

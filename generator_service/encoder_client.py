@@ -27,7 +27,10 @@ from shared.wire import (
     parse_torch,
 )
 
-ACCEPT = f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9"
+ACCEPT = {
+    "Accept": f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9",
+    "Accept-Encoding": "identity",  # embeddings do not compress, and 500 bytes can unpack to gigabytes
+}
 RETRIED_STATUSES = {502, 503, 504}
 MAX_INFO_BYTES = 64 * 2**10
 MAX_ATTEMPTS = 4
@@ -106,7 +109,7 @@ class EncoderClient:
             return isinstance(error, EncoderUnavailable) or (bad_answers == 1 and isinstance(error, BadEncoderResponse))
 
         async for attempt in stamina.retry_context(
-            on=is_worth_retrying, attempts=MAX_ATTEMPTS, timeout=self._timeout_s, wait_initial=0.1, wait_max=2.0
+            on=is_worth_retrying, attempts=MAX_ATTEMPTS, timeout=self._timeout_s, wait_initial=0.1, wait_jitter=0.1
         ):
             with attempt:
                 return await self._embed_once(prompt)
@@ -130,7 +133,7 @@ class EncoderClient:
         self, method: str, path: str, body: dict[str, str] | None = None
     ) -> AsyncIterator[httpx.Response]:
         try:
-            async with self._http.stream(method, self._base + path, json=body, headers={"Accept": ACCEPT}) as response:
+            async with self._http.stream(method, self._base + path, json=body, headers=ACCEPT) as response:
                 yield response
         except httpx.TimeoutException as error:
             raise EncoderTimeout("the text encoder did not answer in time") from error
@@ -138,8 +141,6 @@ class EncoderClient:
             raise BadEncoderResponse("the text encoder's answer broke off") from error
         except httpx.TransportError as error:
             raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
-        except httpx.DecodingError as error:
-            raise BadEncoderResponse("the text encoder's answer cannot be decoded") from error
 
 
 def _raise_for_status(response: httpx.Response) -> None:
@@ -155,6 +156,8 @@ def _raise_for_status(response: httpx.Response) -> None:
 
 async def _read(response: httpx.Response, limit: int) -> bytes:
     """The whole body, given up as soon as it is larger than ``limit``."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise BadEncoderResponse("the text encoder's answer is compressed, which was not asked for")
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk

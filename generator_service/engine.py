@@ -18,7 +18,13 @@ import torch
 from generator_service.encoder_client import EncoderClient
 from generator_service.imaging import Provenance, encode_image
 from generator_service.order import Order
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationCancelled, GenerationRequest
+from generator_service.pipelines.flux2 import (
+    Flux2Model,
+    GeneratedPicture,
+    GenerationCancelled,
+    GenerationRequest,
+    StepListener,
+)
 from shared.device_queue import Answer, DeviceQueue
 from shared.metrics import Metrics
 from shared.model_folder import ModelFolder
@@ -47,6 +53,7 @@ class Job:
     """A request on its way to the device thread, and the flag that stops it."""
 
     request: GenerationRequest
+    on_step: StepListener | None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -58,20 +65,20 @@ class Engine:
         self.encoder = encoder
         self.queue = DeviceQueue[Job, GeneratedPicture](self._run, max_waiting=max_waiting)
         self._metrics = metrics
+        metrics.queue_depth.set_function(lambda: self.queue.depth)
 
-    async def deliver(self, order: Order) -> Delivery:
-        """Make one picture.
+    async def deliver(self, order: Order, on_step: StepListener | None = None) -> Delivery:
+        """Make one picture; ``on_step`` is called on the device thread before each step.
 
         Raises:
             Busy: the queue is full.
             Flux2Error: the encoder or the device failed; the error says how.
         """
         with self.queue.place():
-            self._metrics.queue_depth.set(self.queue.depth)
             began = time.monotonic()
             embeddings = await self._embeddings(order)
             encode_s = time.monotonic() - began
-            answer = await self._draw(order, embeddings)
+            answer = await self._draw(order, embeddings, on_step)
         picture = answer.value
         data = await asyncio.to_thread(
             encode_image, picture.image, order.output_format, provenance(order, self.model.folder, embeddings)
@@ -89,8 +96,10 @@ class Engine:
         self._metrics.cache.labels("hit" if was_cached else "miss").inc()
         return embeddings
 
-    async def _draw(self, order: Order, embeddings: torch.Tensor) -> Answer[GeneratedPicture]:
-        job = Job(generation_request(order, embeddings))
+    async def _draw(
+        self, order: Order, embeddings: torch.Tensor, on_step: StepListener | None
+    ) -> Answer[GeneratedPicture]:
+        job = Job(generation_request(order, embeddings), on_step)
         try:
             return await self.queue.submit(job)
         except asyncio.CancelledError:
@@ -102,10 +111,12 @@ class Engine:
         return [self._run_one(job) for job in jobs]
 
     def _run_one(self, job: Job) -> GeneratedPicture:
-        def on_step(_step: int, is_computed: bool) -> None:
+        def on_step(step: int, is_computed: bool) -> None:
             if job.cancelled.is_set():
                 raise GenerationCancelled
             self._metrics.steps.labels("computed" if is_computed else "reused").inc()
+            if job.on_step is not None:
+                job.on_step(step, is_computed)
 
         return self.model.generate(job.request, on_step)
 

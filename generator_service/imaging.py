@@ -2,12 +2,13 @@
 
 import io
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -16,7 +17,8 @@ PARAMETERS = "flux2"
 """The key of the PNG text chunk with the parameters as JSON."""
 PNG_LEVEL = 1
 """zlib level: 1 is about twice as fast as the default for a few per cent more bytes."""
-MAX_INSPECTED_PIXELS = 64 * 2**20
+MAX_JPEG_PROMPT_BYTES = 60_000
+"""Of a prompt as JSON: a JPEG file's EXIF ends at 64 KiB, and the rest of the record takes some of it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Provenance:
     num_inference_steps: int
     guidance_scale: float
     seed: int
-    cache: str | int
+    cache: str | int | dict[str, float]
     schedule: str
     computed_steps: list[int]
     model: str
@@ -67,11 +69,12 @@ def read_provenance(file: Path) -> Provenance:
         NoProvenance: it is no readable picture of this service.
     """
     try:
-        with Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
+        # Warnings: of damage, or many pixels, which stay compressed here.
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
             if image.format == "PNG":
                 found = json.loads(str(image.info[PARAMETERS]))
             else:
                 found = json.loads(image.getexif()[ExifTags.Base.ImageDescription])[PARAMETERS]
         return Provenance(**found)
-    except (OSError, UnidentifiedImageError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged or hostile file can raise anything in PIL
         raise NoProvenance(f"{file.name} is no picture made by this service, or its record was removed") from error

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine import generation_request, provenance
 from generator_service.imaging import encode_image
-from generator_service.order import Order, make_order
+from generator_service.order import Order, make_order, open_shelf
 from generator_service.pipelines import flux2, prompt
 from generator_service.settings import GeneratorSettings
 from shared.errors import InvalidRequest
@@ -31,9 +31,10 @@ def draw(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepL
     device, dtype = settings.torch_device(), settings.torch_dtype()
     folder = find_model(settings.model, settings.revision, (*flux2.PARTS, *prompt.PARTS))
     assert request.prompt is not None  # the command line gives no embeddings
-    embeddings = prompt.embed_prompt(folder, request.prompt, device, dtype)
+    (embeddings,) = prompt.embed_prompts(folder, [request.prompt], device, dtype)
     model = flux2.Flux2Model(folder, device, dtype)
-    order = make_order(request, settings, model, (embeddings.shape[1], embeddings.shape[2]))
+    shape = (embeddings.shape[1], embeddings.shape[2])
+    order = make_order(request, settings, model, open_shelf(settings, model), shape)
     picture = model.generate(generation_request(order, embeddings), on_step)
     record = provenance(order, model.folder, embeddings)
     return encode_image(picture.image, order.output_format, record), order, picture.denoise_s

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AliasChoices, AnyHttpUrl, Field, SecretStr
+from pydantic import AliasChoices, AnyHttpUrl, DirectoryPath, Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from shared.settings import ServiceSettings
@@ -22,8 +22,10 @@ class GeneratorSettings(ServiceSettings):
     max_pixels: int = Field(2048 * 2048, ge=256)
     min_side: int = Field(64, ge=16)
     max_side: int = Field(4096, ge=16)
-    default_cache: Annotated[CacheName | int, Field(union_mode="left_to_right")] = "medium"
+    default_cache: Annotated[int | CacheName, Field(union_mode="left_to_right")] = "medium"
     """The schedule of requests that do not choose one."""
+    schedules_dir: DirectoryPath | None = Field(None, validation_alias=AliasChoices("SCHEDULES_DIR", "schedules_dir"))
+    """A folder of calibrated schedules, beside those that come with the product."""
 
     text_encoder_url: AnyHttpUrl = Field(
         AnyHttpUrl("http://127.0.0.1:8006"), validation_alias=AliasChoices("TEXT_ENCODER_URL", "text_encoder_url")

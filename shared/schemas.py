@@ -4,6 +4,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
+Text = Annotated[StrictStr, Field(min_length=0)]
+"""Text that UTF-8 can write. JSON can hold half characters; only with some constraint does pydantic refuse them."""
+
 
 class Strict(BaseModel):
     """Unknown fields and silent conversions are refused."""
@@ -15,7 +18,7 @@ class PredictRequest(Strict):
     """Body of ``POST /predict``."""
 
     prompt: Annotated[
-        StrictStr | list[StrictStr],
+        Text | list[Text],
         Field(description="One prompt, or a list of them; a list gives one row each.", examples=["a red circle"]),
     ]
 

@@ -13,7 +13,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class ServiceSettings(BaseSettings):
     """Each service adds its prefix (``TEXT_ENCODER_``, ``GENERATOR_``) to the names that are its own."""
 
-    model_config = SettingsConfigDict(frozen=True, env_file=".env", extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", populate_by_name=True
+    )
 
     model: str = Field(FLUX2_DEV, validation_alias=AliasChoices("FLUX2_MODEL", "model"))
     """A hub id, or the folder of a diffusers pipeline."""

@@ -11,14 +11,13 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import SecretStr
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.errors import Flux2Error, InvalidRequest, MalformedBody, PayloadTooLarge, Unauthorized
@@ -43,12 +42,11 @@ def make_app(
     app = FastAPI(title=title, version=version, lifespan=lifespan)
     app.state.metrics = Metrics()
     app.state.ready = _still_loading
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
     app.add_exception_handler(Flux2Error, _on_flux2_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_unknown_error)
     _add_health_routes(app)
     return app
 
@@ -58,7 +56,10 @@ async def _still_loading() -> str | None:
 
 
 class RequestContext:
-    """Gives every request an id, counts it, and puts the id into the answer as ``x-request-id``."""
+    """Gives every request an id, counts it, and puts the id into the answer as ``x-request-id``.
+
+    What nobody expected ends here as a 500: the handler that starlette has for it would answer past this class.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -72,9 +73,12 @@ class RequestContext:
         request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
+        has_answered = False
 
         async def send_with_id(message: Message) -> None:
+            nonlocal has_answered
             if message["type"] == "http.response.start":
+                has_answered = True
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 route = getattr(scope.get("route"), "path", "unknown")
                 self._metrics.requests.labels(route, message["status"]).inc()
@@ -88,7 +92,47 @@ class RequestContext:
                 )
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if has_answered:
+                raise  # half an answer: the server ends the connection
+            logger.exception("request %s failed", request_id)
+            response = problem_response(Request(scope), unknown_error(error))
+            await response(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuses bodies of more than ``max_bytes``: by their declared length before a byte is read, else while reading.
+
+    starlette's own middleware answers in plain text; here the error has the form of all others.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        declared = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            response = problem_response(Request(scope), self._too_large())
+            await response(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise HTTPException(PayloadTooLarge.status)
+            return message
+
+        await self._app(scope, receive_within_limit, send)
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the body is larger than the {self._max_bytes} bytes that this service accepts")
 
 
 def require_token(token: SecretStr | None) -> Any:
@@ -130,13 +174,11 @@ def _add_health_routes(app: FastAPI) -> None:
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def problem_response(
-    request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None
-) -> JSONResponse:
-    """The body every error has, readable as RFC 9457 and by OpenAI's and Hugging Face's clients."""
+def problem_of(request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None) -> Problem:
+    """What every error's body says, readable as RFC 9457 and by OpenAI's and Hugging Face's clients."""
     status, code = status or error.status, code or error.code
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    problem = Problem(
+    kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    return Problem(
         title=code.replace("_", " "),
         status=status,
         detail=str(error),
@@ -144,12 +186,19 @@ def problem_response(
         request_id=request.scope.get("state", {}).get("request_id", ""),
         error=ErrorDetail(message=str(error), type=kind, param=error.param, code=code),
     )
+
+
+def problem_response(
+    request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None
+) -> JSONResponse:
+    """The answer to a request that failed."""
+    problem = problem_of(request, error, status=status, code=code)
     headers = {} if error.is_worth_retrying else {"x-should-retry": "false"}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    if status == 401:
+    if problem.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(jsonable_encoder(problem), status, headers, media_type=PROBLEM_MEDIA_TYPE)
+    return JSONResponse(problem.model_dump(), problem.status, headers, media_type=PROBLEM_MEDIA_TYPE)
 
 
 async def _on_flux2_error(request: Request, error: Exception) -> Response:
@@ -175,12 +224,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == PayloadTooLarge.status:
         return problem_response(request, PayloadTooLarge("the body is larger than this service accepts"))
+    if error.status_code == MalformedBody.status:  # bytes, or nesting, that FastAPI cannot read
+        return problem_response(request, MalformedBody("the body is not valid JSON"))
     phrase = HTTPStatus(error.status_code).phrase
     told = InvalidRequest(f"{phrase}: {request.method} {request.url.path}")
     return problem_response(request, told, status=error.status_code, code=phrase.lower().replace(" ", "_"))
 
 
-async def _on_unknown_error(request: Request, error: Exception) -> Response:
-    request_id = request.scope.get("state", {}).get("request_id", "")
-    logger.error("request %s failed", request_id, exc_info=error)
-    return problem_response(request, Flux2Error("an internal error; the request id tells the operator more"))
+def unknown_error(_error: Exception) -> Flux2Error:
+    """What clients are told of an exception that nobody expected: nothing of it."""
+    return Flux2Error("an internal error; the request id tells the operator more")

@@ -104,7 +104,7 @@ def _rebuilt_archive(data: bytes) -> io.BytesIO:
                 copy.writestr(member.filename, archive.read(member))  # read checks the CRC
     except WireError:
         raise
-    except Exception as error:  # noqa: BLE001 - zipfile raises far more than BadZipFile on hostile bytes
+    except Exception as error:
         raise WireError("not a readable archive") from error
     rebuilt.seek(0)
     return rebuilt

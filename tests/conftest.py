@@ -36,7 +36,9 @@ def anyio_backend() -> str:
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting of the person who runs the tests reaches them."""
     for name in list(os.environ):
-        if name.startswith(("FLUX2_", "GENERATOR_", "TEXT_ENCODER_", "LOG_LEVEL")):
+        if name.startswith(
+            ("FLUX2_", "GENERATOR_", "TEXT_ENCODER_", "LOG_LEVEL", "SCHEDULES_DIR", "MODEL", "REVISION")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)  # and no .env file
 
@@ -87,7 +89,7 @@ Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 @pytest.fixture
 def serve_encoder() -> Serve:
-    """``async with serve_encoder(**settings) as http``: the text encoder with the demo model."""
+    """Serves the text encoder with the demo model and the given settings."""
 
     def serve(**settings: object) -> AbstractAsyncContextManager[httpx.AsyncClient]:
         return served(create_encoder(TextEncoderSettings(model=str(WEIGHTS), **settings)))
@@ -97,7 +99,7 @@ def serve_encoder() -> Serve:
 
 @pytest.fixture
 def serve_generator() -> Serve:
-    """``async with serve_generator(**settings) as http``: the generator, joined to an encoder in this process."""
+    """Serves the generator with the demo model and the given settings, joined to an encoder in this process."""
 
     @asynccontextmanager
     async def serve(

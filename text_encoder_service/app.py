@@ -39,6 +39,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
             max_batch=settings.max_batch,
             max_wait_s=settings.max_wait_ms / 1000,
         )
+        metrics.queue_depth.set_function(lambda: queue.depth)
         async with queue:
             with queue.place():
                 await queue.submit(WARM_UP_PROMPT)

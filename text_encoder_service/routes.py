@@ -84,7 +84,6 @@ async def embed(prompt: str, state: EncoderState) -> Embedding:
     if cached is not None:
         return cached
     with state.queue.place():
-        state.metrics.queue_depth.set(state.queue.depth)
         answer = await state.queue.submit(prompt)
     state.metrics.seconds.labels("queue").observe(answer.queue_s)
     state.cache.put(prompt, answer.value)

@@ -51,7 +51,7 @@ def main() -> None:
     """Train the three stages and write ``demo_model/weights``."""
     parser = argparse.ArgumentParser(prog="python -m demo_model.train", description=__doc__)
     parser.add_argument("--autoencoder-steps", type=int, default=2600)
-    parser.add_argument("--denoiser-steps", type=int, default=5000)
+    parser.add_argument("--denoiser-steps", type=int, default=7000)
     parser.add_argument("--examples", type=int, default=24_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints")

@@ -3,14 +3,17 @@
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 
+from generator_service.api import events
 from generator_service.api.schemas import GenerateRequest
-from generator_service.engine import Engine
+from generator_service.engine import Delivery, Engine
 from generator_service.imaging import MEDIA_TYPES
-from generator_service.order import make_order
+from generator_service.lemica import Shelf
+from generator_service.order import Order, make_order
 from generator_service.settings import GeneratorSettings
 
 router = APIRouter()
@@ -26,6 +29,7 @@ class GeneratorState:
 
     settings: GeneratorSettings
     engine: Engine
+    shelf: Shelf
     embedding_shape: tuple[int, int]
     """Tokens and width of a prompt embedding."""
 
@@ -42,15 +46,29 @@ def generator_state(request: Request) -> GeneratorState:
     responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
 )
 async def generate(
-    body: GenerateRequest, request: Request, state: Annotated[GeneratorState, Depends(generator_state)]
+    body: GenerateRequest,
+    request: Request,
+    state: Annotated[GeneratorState, Depends(generator_state)],
+    accept: Annotated[str, Header()] = "",
 ) -> Response:
-    """A picture; its seed, schedule and times are in the headers, and in the file itself."""
-    order = make_order(body, state.settings, state.engine.model, state.embedding_shape)
+    """A picture; its seed, schedule and times are in the headers, and in the file itself.
+
+    With ``Accept: text/event-stream``: an event for every step, and the picture as base64 in the last one.
+    """
+    order = make_order(body, state.settings, state.engine.model, state.shelf, state.embedding_shape)
+    if events.MEDIA_TYPE in accept:
+        deliver = partial(state.engine.deliver, order)
+        return await events.stream(request, deliver, order.schedule.num_steps, partial(result_headers, order))
     delivery = await while_connected(request, state.engine.deliver(order))
     if delivery is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(delivery.data, media_type=MEDIA_TYPES[order.output_format], headers=result_headers(order, delivery))
+
+
+def result_headers(order: Order, delivery: Delivery) -> dict[str, str]:
+    """What the answer says beside the picture."""
     timings = delivery.timings
-    headers = {
+    return {
         "x-seed": str(order.seed),
         "x-steps-computed": str(order.schedule.num_computed),
         "x-steps-total": str(order.schedule.num_steps),
@@ -60,7 +78,6 @@ async def generate(
         "x-denoise-ms": f"{1000 * timings.denoise_s:.1f}",
         "x-decode-ms": f"{1000 * timings.decode_s:.1f}",
     }
-    return Response(delivery.data, media_type=MEDIA_TYPES[order.output_format], headers=headers)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:

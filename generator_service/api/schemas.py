@@ -5,15 +5,21 @@ from typing import Annotated
 from pydantic import Field, StrictFloat, StrictInt, StrictStr, model_validator
 
 from generator_service.imaging import ImageFormat
-from shared.schemas import Strict
+from shared.schemas import Strict, Text
 
 MAX_SEED = 2**63 - 1
+
+
+class MaxError(Strict):
+    """A ``cache`` that computes as few steps as keep every error within a bound: needs calibrated schedules."""
+
+    max_error: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 
 
 class GenerateRequest(Strict):
     """What to draw. Everything but the prompt has a default."""
 
-    prompt: Annotated[StrictStr | None, Field(description="What to draw.", examples=["a large red circle"])] = None
+    prompt: Annotated[Text | None, Field(description="What to draw.", examples=["a large red circle"])] = None
     prompt_embeds: Annotated[
         StrictStr | None, Field(description="Instead of a prompt: its embedding, base64 of a safetensors file.")
     ] = None
@@ -23,8 +29,11 @@ class GenerateRequest(Strict):
     guidance_scale: Annotated[StrictFloat, Field(ge=0, le=100, allow_inf_nan=False)] = 4.0
     seed: Annotated[StrictInt | None, Field(ge=0, le=MAX_SEED, description="Drawn, and returned, if absent.")] = None
     cache: Annotated[
-        StrictStr | StrictInt | None,
-        Field(description="none, slow, medium, fast, ultra, or how many steps are computed.", examples=["fast", 12]),
+        StrictStr | StrictInt | MaxError | None,
+        Field(
+            description="none, slow, medium, fast, ultra, a schedule's name, or how many steps are computed.",
+            examples=["fast", 12, {"max_error": 0.01}],
+        ),
     ] = None
     output_format: ImageFormat = "png"
 

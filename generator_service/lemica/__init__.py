@@ -1,18 +1,88 @@
 """LeMiCa (arXiv 2511.00090) for FLUX.2: which denoising steps are computed, and what the others do instead.
 
-Knows nothing of services, requests or pictures. ``schedule`` needs no torch; ``cached_transformer`` wraps any object
-with the parts of diffusers' ``Flux2Transformer2DModel``.
+Knows nothing of services, requests or pictures. ``cached_transformer`` and ``calibration`` work with any object that
+has the parts of diffusers' ``Flux2Transformer2DModel``; everything else needs no torch, which is imported only when
+one of these two is used.
 """
 
-from generator_service.lemica.cached_transformer import CachedTransformer, TransformerMismatch, check_transformer
-from generator_service.lemica.schedule import PUBLISHED, Schedule, ScheduleMismatch, schedule_for
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from generator_service.lemica.errors import (
+    BadGraph,
+    CalibrationMismatch,
+    LemicaError,
+    NoSuchPath,
+    ScheduleMismatch,
+    TransformerMismatch,
+)
+from generator_service.lemica.fitting import with_fitted_predictor
+from generator_service.lemica.graph import ErrorGraph
+from generator_service.lemica.path import (
+    cheapest_within,
+    lexicographic_minimax_path,
+    lexicographic_minimax_paths,
+    minimum_total_error_path,
+    schedule_of,
+)
+from generator_service.lemica.predictor import PREDICTORS, Fitted, Linear, Predictor, Reuse, Trace
+from generator_service.lemica.schedule import PUBLISHED, Schedule, load_schedules, save_schedules, schedule_for
+from generator_service.lemica.shelf import SHIPPED, Shelf, load_shelf
+from generator_service.lemica.signature import Signature
+
+if TYPE_CHECKING:
+    from generator_service.lemica.cached_transformer import CachedTransformer, check_transformer
+    from generator_service.lemica.calibration import Calibration, Trajectory, TrajectoryRecorder, num_forwards
+
+NEED_TORCH = {
+    "CachedTransformer": "cached_transformer",
+    "check_transformer": "cached_transformer",
+    "Calibration": "calibration",
+    "Trajectory": "calibration",
+    "TrajectoryRecorder": "calibration",
+    "num_forwards": "calibration",
+}
 
 __all__ = [
+    "PREDICTORS",
     "PUBLISHED",
+    "SHIPPED",
+    "BadGraph",
     "CachedTransformer",
+    "Calibration",
+    "CalibrationMismatch",
+    "ErrorGraph",
+    "Fitted",
+    "LemicaError",
+    "Linear",
+    "NoSuchPath",
+    "Predictor",
+    "Reuse",
     "Schedule",
     "ScheduleMismatch",
+    "Shelf",
+    "Signature",
+    "Trace",
+    "Trajectory",
+    "TrajectoryRecorder",
     "TransformerMismatch",
+    "cheapest_within",
     "check_transformer",
+    "lexicographic_minimax_path",
+    "lexicographic_minimax_paths",
+    "load_schedules",
+    "load_shelf",
+    "minimum_total_error_path",
+    "num_forwards",
+    "save_schedules",
     "schedule_for",
+    "schedule_of",
+    "with_fitted_predictor",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is asked for."""
+    if name not in NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{NEED_TORCH[name]}"), name)

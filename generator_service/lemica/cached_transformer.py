@@ -3,11 +3,12 @@
 At a computed step the whole transformer runs, untouched, and two hooks note what its stack of blocks did to the noisy
 image tokens: ``R = h_out - h_in``, with ``h_in`` the output of ``x_embedder`` and ``h_out`` the input of ``norm_out``.
 A reused step is ``proj_out(norm_out(x_embedder(latents) + R, temb))``: no block runs, the timestep embedding is fresh
-(LeMiCa, arXiv 2511.00090, and its authors' FLUX.2 script).
+(LeMiCa, arXiv 2511.00090, and its authors' FLUX.2 script). Which ``R`` is the schedule's predictor's to say.
 
-Only five names of diffusers' transformer are relied upon (``PARTS``); its ``forward`` and its blocks are not copied.
+Only four parts of diffusers' transformer are relied upon (``PARTS``); its ``forward`` and its blocks are not copied.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,23 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generator_service.lemica.schedule import Schedule, ScheduleMismatch
+from generator_service.lemica.errors import ScheduleMismatch, TransformerMismatch
+from generator_service.lemica.predictor import Snapshot
+from generator_service.lemica.schedule import Schedule
+from generator_service.lemica.signature import Signature
 
 PARTS = ("time_guidance_embed", "x_embedder", "norm_out", "proj_out")
 StepListener = Callable[[int, bool], None]
 
 
-class TransformerMismatch(RuntimeError):
-    """The transformer is not built as reuse needs it: the library has changed, or this is another model."""
-
-
 @dataclass
 class Run:
-    """The state of one generation: how far it is, and what the last computed step left."""
+    """The state of one generation: how far it is, and what the last computed steps left, oldest first."""
 
+    past: deque[Snapshot]
     step: int = 0
-    residual: Tensor | None = None
-    captured: dict[str, Tensor] = field(default_factory=dict)
+    sigmas: list[float] = field(default_factory=list)
 
 
 class CachedTransformer:
@@ -41,19 +41,27 @@ class CachedTransformer:
 
     Args:
         transformer: diffusers' ``Flux2Transformer2DModel``, or anything with its ``PARTS``, ``config`` and ``dtype``.
-        schedule: which steps are computed.
+        schedule: which steps are computed, and how the others are predicted.
         num_image_tokens: the noisy tokens, which come first in ``hidden_states``; the rest are reference images.
+            None: counted from ``img_ids``, where FLUX.2 gives noisy tokens time 0.
         on_step: called with the step's number and whether it was computed, before the step runs.
+        scheduler: the run's, whose ``sigmas`` are exact. None: the timesteps, which are coarse in bfloat16.
     """
 
     def __init__(
-        self, transformer: Any, schedule: Schedule, num_image_tokens: int, on_step: StepListener | None = None
-    ) -> None:  # fmt: skip
+        self,
+        transformer: Any,
+        schedule: Schedule,
+        num_image_tokens: int | None = None,
+        on_step: StepListener | None = None,
+        scheduler: Any = None,
+    ) -> None:
         self._transformer = transformer
         self._schedule = schedule
         self._num_image_tokens = num_image_tokens
         self._on_step = on_step
-        self._run = Run()
+        self._scheduler = scheduler
+        self._run = Run(deque(maxlen=schedule.predictor.num_past))
 
     @property
     def config(self) -> Any:
@@ -66,15 +74,12 @@ class CachedTransformer:
         dtype: torch.dtype = self._transformer.dtype
         return dtype
 
-    def __call__(
-        self, *, hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None, **rest: Any
-    ) -> tuple[Tensor]:
+    def __call__(self, *, hidden_states: Tensor, timestep: Tensor, **rest: Any) -> tuple[Tensor]:
         """One denoising step.
 
         Args:
             hidden_states: ``[B, noisy + reference tokens, C]``.
             timestep: sigma, ``[B]``.
-            guidance: guidance scale, ``[B]``, or None.
             rest: what else the transformer takes; a computed step passes it on as it is.
 
         Returns:
@@ -86,51 +91,77 @@ class CachedTransformer:
         is_computed = self._schedule.is_computed(step)
         if self._on_step is not None:
             self._on_step(step, is_computed)
-        if is_computed:
-            output = self._compute(hidden_states, timestep, guidance, rest)
-        else:
-            output = self._reuse(hidden_states, timestep, guidance)
+        if self._num_image_tokens is None:
+            self._num_image_tokens = count_noisy_tokens(rest["img_ids"])
+        arguments = {**rest, "hidden_states": hidden_states, "timestep": timestep}
+        output = self._compute(arguments) if is_computed else self._predict(arguments)
         self._run.step += 1
         return (output,)
 
-    def _compute(
-        self, hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None, rest: dict[str, Any]
-    ) -> Tensor:
-        """Run the transformer and keep its residual on the noisy tokens, ``[B, noisy tokens, inner]``."""
-        captured = self._run.captured
-        captured.clear()
-        hooks = [
-            self._transformer.x_embedder.register_forward_hook(
-                lambda _module, _args, output: captured.__setitem__("h_in", output)
-            ),
-            self._transformer.norm_out.register_forward_pre_hook(
-                lambda _module, args: captured.__setitem__("h_out", args[0])
-            ),
-        ]
-        try:
-            rest = {**rest, "return_dict": False}
-            output: Tensor = self._transformer(
-                hidden_states=hidden_states, timestep=timestep, guidance=guidance, **rest
-            )[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        noisy = slice(self._num_image_tokens)
-        self._run.residual = captured["h_out"][:, noisy] - captured["h_in"][:, noisy]
-        captured.clear()
+    def _compute(self, arguments: dict[str, Any]) -> Tensor:
+        assert self._num_image_tokens is not None
+        output, residual = compute(self._transformer, self._num_image_tokens, arguments)
+        is_velocity = self._schedule.predictor.trace == "velocity"
+        trace = output[:, : self._num_image_tokens] if is_velocity else residual
+        self._run.past.append(Snapshot(self._sigma(arguments), trace))
         return output
 
-    def _reuse(self, hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None) -> Tensor:
-        """The cheap step: embed the noisy tokens, add the last residual, project."""
-        residual = self._run.residual
-        assert residual is not None  # a schedule starts with a computed step
-        model = self._transformer
-        dtype = hidden_states.dtype
-        scaled_guidance = None if guidance is None else guidance.to(dtype) * 1000
-        temb = model.time_guidance_embed(timestep.to(dtype) * 1000, scaled_guidance)
-        h_in = model.x_embedder(hidden_states[:, : self._num_image_tokens])
-        velocity: Tensor = model.proj_out(model.norm_out(h_in + residual, temb))
-        return velocity
+    def _predict(self, arguments: dict[str, Any]) -> Tensor:
+        assert self._num_image_tokens is not None
+        predictor = self._schedule.predictor
+        trace = predictor.predict(self._run.past, self._run.step, self._sigma(arguments))
+        return trace if predictor.trace == "velocity" else project(self._transformer, trace, arguments)
+
+    def _sigma(self, arguments: dict[str, Any]) -> float:
+        if self._scheduler is None:
+            return float(arguments["timestep"][0])
+        if not self._run.sigmas:
+            self._run.sigmas = self._scheduler.sigmas.tolist()  # once: it waits for the device
+        return self._run.sigmas[self._run.step]
+
+
+def count_noisy_tokens(image_ids: Tensor) -> int:
+    """How many of the tokens with these position ids ``[..., tokens, 4]`` are not of reference images."""
+    ids = image_ids.reshape(-1, *image_ids.shape[-2:])[0]
+    return int((ids[:, 0] == 0).sum())
+
+
+def compute(transformer: Any, num_image_tokens: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Run the transformer and note what its blocks did.
+
+    Args:
+        transformer: as for ``CachedTransformer``.
+        num_image_tokens: the noisy tokens.
+        arguments: the transformer's keyword arguments.
+
+    Returns:
+        The velocity ``[B, all tokens, C]`` and the residual of the noisy tokens ``[B, noisy tokens, inner]``.
+    """
+    captured: dict[str, Tensor] = {}
+    hooks = [
+        transformer.x_embedder.register_forward_hook(
+            lambda _module, _args, output: captured.__setitem__("h_in", output)
+        ),
+        transformer.norm_out.register_forward_pre_hook(lambda _module, args: captured.__setitem__("h_out", args[0])),
+    ]
+    try:
+        output: Tensor = transformer(**{**arguments, "return_dict": False})[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    noisy = slice(num_image_tokens)
+    return output, captured["h_out"][:, noisy] - captured["h_in"][:, noisy]
+
+
+def project(transformer: Any, residual: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The cheap step: embed the noisy tokens, add ``residual`` ``[B, noisy tokens, inner]``, project to a velocity."""
+    hidden_states, timestep, guidance = (arguments[name] for name in ("hidden_states", "timestep", "guidance"))
+    dtype = hidden_states.dtype
+    scaled_guidance = None if guidance is None else guidance.to(dtype) * 1000
+    temb = transformer.time_guidance_embed(timestep.to(dtype) * 1000, scaled_guidance)
+    h_in = transformer.x_embedder(hidden_states[:, : residual.shape[1]])
+    velocity: Tensor = transformer.proj_out(transformer.norm_out(h_in + residual, temb))
+    return velocity
 
 
 @torch.no_grad()
@@ -150,7 +181,7 @@ def check_transformer(transformer: Any, example: dict[str, Any]) -> None:
     missing = [name for name in PARTS if not hasattr(transformer, name)]
     if missing:
         raise TransformerMismatch(f"the transformer has no {', '.join(missing)}: this diffusers cannot be used")
-    schedule = Schedule("check", 2, (0,), "check", "check")
+    schedule = Schedule("check", 2, (0,), "check", Signature("any", 2))
     cached = CachedTransformer(transformer, schedule, example["hidden_states"].shape[1])
     try:
         (computed,), (reused,) = cached(**example), cached(**example)

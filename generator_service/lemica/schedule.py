@@ -1,15 +1,26 @@
-"""Schedules: which steps of a run are computed. No torch here.
+"""Schedules: which steps of a run are computed, and how the others are predicted. No torch here.
 
 The published lists are those of LeMiCa's authors for FLUX.2, 50 steps. For any other count a list is carried over in
-relative position and says so in its ``source``.
+relative position and says so in its ``source``. Calibrated schedules come from files.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Self
+
+from generator_service.lemica.errors import ScheduleMismatch
+from generator_service.lemica.json_file import write_json
+from generator_service.lemica.predictor import Predictor, Reuse, predictor_from_json, predictor_to_json
+from generator_service.lemica.signature import Signature
+
+FORMAT = "lemica-schedules/1"
 
 PUBLISHED_STEPS = 50
-PUBLISHED_FOR = "FLUX.2"
+PUBLISHED_FOR = Signature("FLUX.2", PUBLISHED_STEPS)
 PUBLISHED: MappingProxyType[str, tuple[int, ...]] = MappingProxyType(
     {
         "slow": (*range(21), 27, 34, 41, 47, 49),
@@ -20,23 +31,23 @@ PUBLISHED: MappingProxyType[str, tuple[int, ...]] = MappingProxyType(
 )
 
 
-class ScheduleMismatch(ValueError):
-    """A schedule cannot be made, or was made for a run of another length."""
-
-
 @dataclass(frozen=True)
 class Schedule:
-    """Which of ``num_steps`` denoising steps run the transformer; the others reuse what the last of them left.
-
-    ``source`` says where the list comes from: ``all`` (no step is reused), ``published``, or ``resampled`` (carried
-    over from a published list). ``signature`` says what it was made for.
-    """
+    """Which of ``num_steps`` denoising steps run the transformer; the others are predicted from what these left."""
 
     name: str
     num_steps: int
     computed_steps: tuple[int, ...]
     source: str
-    signature: str
+    """``all`` (no step is predicted), ``published``, ``resampled`` (carried over from a published list) or
+    ``calibrated``."""
+    signature: Signature
+    """What it was made for."""
+    predictor: Predictor = field(default_factory=Reuse)
+    max_error: float | None = None
+    """The largest error of its path, of a calibrated schedule."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured with it, of a calibrated schedule."""
 
     def __post_init__(self) -> None:
         steps = self.computed_steps
@@ -57,7 +68,70 @@ class Schedule:
         return len(self.computed_steps)
 
     def __str__(self) -> str:
-        return f"{self.name}; source={self.source}; signature={self.signature}"
+        return f"{self.name}; source={self.source}; predictor={self.predictor.name}; signature={self.signature}"
+
+    def save(self, path: Path | str) -> None:
+        """Write a file with this schedule alone."""
+        save_schedules([self], path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a file with one schedule.
+
+        Raises:
+            ScheduleMismatch: it is something else, or holds several.
+        """
+        found = load_schedules(path)
+        if len(found) != 1:
+            raise ScheduleMismatch(f"{Path(path).name} holds {len(found)} schedules, not one")
+        return cls(**vars(found[0]))
+
+
+def save_schedules(schedules: Iterable[Schedule], path: Path | str) -> None:
+    """Write schedules into one JSON file, all or nothing."""
+    entries = [
+        {
+            "name": schedule.name,
+            "num_steps": schedule.num_steps,
+            "computed_steps": list(schedule.computed_steps),
+            "source": schedule.source,
+            "signature": schedule.signature.to_json(),
+            "predictor": predictor_to_json(schedule.predictor),
+            "max_error": schedule.max_error,
+            "evidence": dict(schedule.evidence),
+        }
+        for schedule in schedules
+    ]
+    write_json(Path(path), {"format": FORMAT, "schedules": entries})
+
+
+def load_schedules(path: Path | str) -> list[Schedule]:
+    """Read the schedules in a file.
+
+    Raises:
+        ScheduleMismatch: it is not a file of schedules; the text says why.
+    """
+    name = Path(path).name
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise ScheduleMismatch(f"{name} has format {data['format']!r}, not {FORMAT}")
+        return [_schedule_from_json(entry) for entry in data["schedules"]]
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ScheduleMismatch(f"{name} is not a file of schedules") from error
+
+
+def _schedule_from_json(entry: Mapping[str, Any]) -> Schedule:
+    return Schedule(
+        name=str(entry["name"]),
+        num_steps=int(entry["num_steps"]),
+        computed_steps=tuple(map(int, entry["computed_steps"])),
+        source=str(entry["source"]),
+        signature=Signature(**entry["signature"]),
+        predictor=predictor_from_json(entry["predictor"]),
+        max_error=None if entry["max_error"] is None else float(entry["max_error"]),
+        evidence=dict(entry["evidence"]),
+    )
 
 
 def schedule_for(cache: str | int, num_steps: int) -> Schedule:
@@ -71,7 +145,7 @@ def schedule_for(cache: str | int, num_steps: int) -> Schedule:
         ScheduleMismatch: there is no such name, or the number does not lie in 1..``num_steps``.
     """
     if cache in ("none", num_steps):
-        return Schedule("none", num_steps, tuple(range(num_steps)), "all", f"{num_steps} steps")
+        return Schedule("none", num_steps, tuple(range(num_steps)), "all", Signature("any", num_steps))
     if isinstance(cache, int):
         return _of_size(cache, num_steps)
     if cache not in PUBLISHED:
@@ -79,8 +153,13 @@ def schedule_for(cache: str | int, num_steps: int) -> Schedule:
         raise ScheduleMismatch(f"there is no schedule {cache!r}: choose one of {known}, or a number of computed steps")
     steps = PUBLISHED[cache]
     if num_steps == PUBLISHED_STEPS:
-        return Schedule(cache, num_steps, steps, "published", f"{PUBLISHED_FOR}, {PUBLISHED_STEPS} steps")
-    return _resampled(cache, max(1, round(len(steps) * num_steps / PUBLISHED_STEPS)), num_steps, cache)
+        return Schedule(cache, num_steps, steps, "published", PUBLISHED_FOR)
+    return _resampled(cache, published_size(cache, num_steps), num_steps, cache)
+
+
+def published_size(name: str, num_steps: int) -> int:
+    """How many of ``num_steps`` steps the published schedule ``name`` computes: its share of 50."""
+    return max(1, round(len(PUBLISHED[name]) * num_steps / PUBLISHED_STEPS))
 
 
 def _of_size(num_computed: int, num_steps: int) -> Schedule:
@@ -95,14 +174,13 @@ def _of_size(num_computed: int, num_steps: int) -> Schedule:
     nearest = min(PUBLISHED, key=distance)
     if num_steps == PUBLISHED_STEPS and num_computed == len(PUBLISHED[nearest]):
         return schedule_for(nearest, num_steps)
-    return _resampled(f"{num_computed} computed", num_computed, num_steps, nearest)
+    return _resampled(f"{num_computed} computed, like {nearest}", num_computed, num_steps, nearest)
 
 
 def _resampled(name: str, num_computed: int, num_steps: int, origin: str) -> Schedule:
     """The published list ``origin`` as ``num_computed`` of ``num_steps`` steps, in the same relative positions."""
     steps = resample(PUBLISHED[origin], PUBLISHED_STEPS, num_computed, num_steps)
-    signature = f"{PUBLISHED_FOR}, {PUBLISHED_STEPS} steps ({origin})"
-    return Schedule(name, num_steps, steps, "resampled", signature)
+    return Schedule(name, num_steps, steps, "resampled", PUBLISHED_FOR)
 
 
 def resample(steps: tuple[int, ...], old_length: int, num_computed: int, new_length: int) -> tuple[int, ...]:

@@ -6,16 +6,28 @@ does, or leaves undone, can reach another.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import Flux2Pipeline
+from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 
-from generator_service.lemica import CachedTransformer, Schedule, check_transformer
+from generator_service.lemica import (
+    CachedTransformer,
+    Calibration,
+    Predictor,
+    Schedule,
+    Signature,
+    Trace,
+    Trajectory,
+    TrajectoryRecorder,
+    TransformerMismatch,
+    check_transformer,
+)
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder
 
@@ -69,13 +81,17 @@ class Flux2Model:
         self.dtype = dtype
         self.embedding_width = int(pipeline.transformer.config.joint_attention_dim)
         self.default_side = int(pipeline.vae.config.sample_size)
-        self.pixels_per_token = 2 * pipeline.vae_scale_factor
+        self.pixels_per_token = 2 * int(pipeline.vae_scale_factor)
+        self.fingerprint = f"transformer {folder.fingerprint('transformer')}"
         self._components = {
             "vae": pipeline.vae.eval(),
             "scheduler": pipeline.scheduler,
             "transformer": pipeline.transformer.eval(),
         }
-        check_transformer(self._components["transformer"], self._small_example())
+        try:
+            check_transformer(self._components["transformer"], self._small_example())
+        except TransformerMismatch as error:
+            raise ModelRefused(str(error)) from error
 
     def generate(self, request: GenerationRequest, on_step: StepListener | None = None) -> GeneratedPicture:
         """Make one picture.
@@ -96,14 +112,63 @@ class Flux2Model:
             raise OutOfMemory(f"a picture of {size} does not fit into the memory of the GPU now") from error
 
     def _generate(self, request: GenerationRequest, on_step: StepListener | None) -> GeneratedPicture:
-        pixels = self.pixels_per_token**2
+        scheduler = self._scheduler()
         transformer = CachedTransformer(
-            self._components["transformer"], request.schedule, request.width * request.height // pixels, on_step
+            self._components["transformer"],
+            request.schedule,
+            self.num_image_tokens(request.width, request.height),
+            on_step,
+            scheduler,
         )
-        pipeline = self._pipeline(transformer)
         clock = _LastStepClock(request.schedule.num_steps, self.device)
         began = time.perf_counter()
-        images = pipeline(
+        image = self._run(request, self._pipeline(transformer, scheduler), clock)
+        ended = time.perf_counter()
+        return GeneratedPicture(image, clock.ended - began, ended - clock.ended, clock.latents)
+
+    def num_image_tokens(self, width: int, height: int) -> int:
+        """How many tokens a picture has in the transformer."""
+        return width * height // self.pixels_per_token**2
+
+    def signature(
+        self, *, num_steps: int, width: int, height: int, guidance_scale: float, is_edit: bool = False
+    ) -> Signature:
+        """What a schedule for such a picture must have been made for."""
+        return Signature(
+            model=self.fingerprint,
+            num_steps=num_steps,
+            image_tokens=self.num_image_tokens(width, height),
+            guidance_scale=guidance_scale,
+            task="edit" if is_edit else "text-to-image",
+            dtype=str(self.dtype).removeprefix("torch."),
+            libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
+        )
+
+    def record(self, request: GenerationRequest, trace: Trace = "residual", keep_on: str | None = None) -> Trajectory:
+        """The full run of a request, whatever its schedule, for calibration.
+
+        Args:
+            request: what to make.
+            trace: what to keep of each step.
+            keep_on: the device that keeps it; None for the model's own.
+        """
+        scheduler = self._scheduler()
+        recorder = TrajectoryRecorder(self._components["transformer"], trace, torch.device(keep_on or self.device))
+        clock = _LastStepClock(request.schedule.num_steps, self.device)
+        self._run(request, self._pipeline(recorder, scheduler), clock, output_type="latent")
+        return recorder.trajectory(clock.latents, scheduler.sigmas)
+
+    def calibration(
+        self, trajectories: Sequence[Trajectory], predictor: Predictor, batch_size: int = 64
+    ) -> Calibration:
+        """The calibration of this model's transformer on recorded runs."""
+        return Calibration(self._components["transformer"], trajectories, predictor, batch_size)
+
+    def _run(
+        self, request: GenerationRequest, pipeline: Flux2Pipeline, clock: "_LastStepClock", output_type: str = "pil"
+    ) -> Any:
+        """What the library's pipeline makes of a request."""
+        return pipeline(
             prompt_embeds=request.prompt_embeds.to(self.device, self.dtype),
             image=list(request.references) or None,
             width=request.width,
@@ -113,14 +178,17 @@ class Flux2Model:
             # On the CPU, so that a seed means the same noise on every device.
             generator=torch.Generator("cpu").manual_seed(request.seed),
             callback_on_step_end=clock,
-        ).images
-        ended = time.perf_counter()
-        return GeneratedPicture(images[0], clock.ended - began, ended - clock.ended, clock.latents)
+            output_type=output_type,
+        ).images[0]
 
-    def _pipeline(self, transformer: CachedTransformer) -> Flux2Pipeline:
+    def _scheduler(self) -> Any:
+        """A scheduler for one generation: it counts steps."""
         scheduler = self._components["scheduler"]
+        return type(scheduler).from_config(scheduler.config)
+
+    def _pipeline(self, transformer: CachedTransformer | TrajectoryRecorder, scheduler: Any) -> Flux2Pipeline:
         pipeline = Flux2Pipeline(
-            scheduler=type(scheduler).from_config(scheduler.config),
+            scheduler=scheduler,
             vae=self._components["vae"],
             text_encoder=None,
             tokenizer=None,

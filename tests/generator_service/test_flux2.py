@@ -10,7 +10,8 @@ import torch
 from diffusers import Flux2Pipeline
 from PIL import Image
 
-from generator_service.lemica import Schedule, schedule_for
+from demo_model.services import WEIGHTS
+from generator_service.lemica import CachedTransformer, Schedule, Signature, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
 from tests.reference import denoise
 
@@ -100,7 +101,7 @@ def test_reference_images_keep_their_tokens_out_of_the_residual(
 
 def test_all_steps_computed_is_none(model: Flux2Model) -> None:
     """A schedule that computes every step changes nothing."""
-    everything = Schedule("all", 12, tuple(range(12)), "test", "test")
+    everything = Schedule("all", 12, tuple(range(12)), "test", Signature("test", 12))
     assert torch.equal(
         model.generate(request(model, everything)).latents,
         model.generate(request(model, schedule_for("none", 12))).latents,
@@ -138,7 +139,9 @@ def test_mixed_requests_from_many_threads_equal_their_serial_results(demo: Flux2
     rng = random.Random(0)
     kinds = [(cache, side, seed) for cache in ("none", "fast", "ultra", 3) for side in (64, 80, 128) for seed in (1, 2)]
     orders = [(*rng.choice(kinds), rng.random() < 0.15) for _ in range(200)]
-    serial = {kind: demo.generate(request(demo, schedule_for(kind[0], 8), side=kind[1], seed=kind[2])) for kind in kinds}
+    serial = {
+        kind: demo.generate(request(demo, schedule_for(kind[0], 8), side=kind[1], seed=kind[2])) for kind in kinds
+    }
 
     def run(order: tuple[str | int, int, int, bool]) -> bool:
         cache, side, seed, is_cancelled = order
@@ -164,3 +167,19 @@ def test_a_seed_means_the_same_picture_again(demo: Flux2Model) -> None:
     other = demo.generate(request(demo, schedule_for("medium", 10), seed=8)).image
     assert np.array_equal(np.asarray(first), np.asarray(second))
     assert not np.array_equal(np.asarray(first), np.asarray(other))
+
+
+def test_any_flux2_pipeline_can_be_accelerated(demo: Flux2Model) -> None:
+    """Three lines around diffusers' own pipeline give the service's picture."""
+    loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
+    transformer = CachedTransformer(loaded.transformer, schedule_for("fast", 20), scheduler=loaded.scheduler)
+    fast = Flux2Pipeline(**{**loaded.components, "transformer": transformer})
+    image = fast(
+        prompt_embeds=embeddings(demo),
+        width=128,
+        height=128,
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    expected = demo.generate(request(demo, schedule_for("fast", 20))).image
+    assert np.array_equal(np.asarray(image), np.asarray(expected))

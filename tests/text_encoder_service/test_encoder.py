@@ -12,7 +12,7 @@ from text_encoder_service.encoder import MistralEncoder
 CPU = torch.device("cpu")
 PROMPTS = [
     "a small red circle above a large blue square on a white background",
-    "A cat, holding [IMG] a sign that says “héllo”",
+    "A [IMG]cat “é”",
     "",
     "far more words than the encoder has room for " * 8,
 ]

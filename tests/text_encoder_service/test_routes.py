@@ -3,9 +3,11 @@
 import asyncio
 import io
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from tests.conftest import Serve
 
@@ -38,8 +40,6 @@ async def test_a_list_gives_a_row_each(serve_encoder: Serve) -> None:
 
 async def test_safetensors_on_request(serve_encoder: Serve) -> None:
     """``Accept: application/vnd.safetensors`` gives the same tensor as safetensors."""
-    from safetensors.torch import load
-
     async with serve_encoder() as http:
         plain = await http.post("/predict", json={"prompt": "a red circle"})
         safe = await http.post(
@@ -101,6 +101,22 @@ async def test_a_huge_prompt_never_reaches_the_tokenizer(serve_encoder: Serve) -
         seconds = time.monotonic() - began
     assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
     assert seconds < 0.1
+
+
+async def test_a_body_without_a_length_is_limited_while_it_is_read(serve_encoder: Serve) -> None:
+    """A chunked body is refused as too large as soon as it is, in the same form."""
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(10_000):
+            yield b"x" * 1000
+            sent.append(1)
+
+    sent: list[int] = []
+    async with serve_encoder(max_body_bytes=5000) as http:
+        response = await http.post("/predict", content=endless(), headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
+    assert len(sent) < 10
 
 
 async def test_concurrent_prompts_share_forward_passes(serve_encoder: Serve) -> None:

@@ -1,0 +1,234 @@
+"""How much each way of skipping steps changes the pictures: ``python -m benchmarks.quality``.
+
+One run, the demo model, the same embeddings and seeds for all: LeMiCa's calibrated schedules with every predictor,
+the published lists, even spacing, fewer plain steps, and the caches of diffusers and cache-dit. The reference is the
+picture of the full run of the same seed. Prints a card and, last, one JSON line.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import Flux2Pipeline
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from skimage.metrics import structural_similarity
+
+from benchmarks.peers import Peer, db_cache, fresh, mag_cache, mag_ratios
+from demo_model.checker import mistakes, read_picture
+from demo_model.scenes import Scene, scenes
+from demo_model.services import WEIGHTS
+from generator_service.lemica import (
+    CachedTransformer,
+    ErrorGraph,
+    Reuse,
+    Schedule,
+    Signature,
+    lexicographic_minimax_path,
+    minimum_total_error_path,
+    schedule_for,
+)
+from generator_service.similarity import psnr
+from shared.model_folder import ModelFolder, read_prompt_format
+from text_encoder_service.encoder import MistralEncoder
+
+GUIDANCE = 4.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A held-out prompt."""
+
+    scene: Scene
+    embedding: torch.Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way of skipping did to all cases; PSNR and SSIM are of float pictures, range 1."""
+
+    name: str
+    budget: int
+    computed: float
+    psnr: float
+    psnr_worst_tenth: float
+    psnr_worst: float
+    ssim: float
+    right: float
+    seconds: float
+
+
+Draw = Callable[[Case], tuple[torch.Tensor, int]]
+"""The picture ``[3, H, W]`` in 0..1, and how many steps were computed."""
+
+
+class Studio:
+    """The demo model and the cases it is judged on."""
+
+    def __init__(self, num_prompts: int, num_steps: int, side: int) -> None:
+        folder = ModelFolder(WEIGHTS.name, "local", WEIGHTS)
+        encoder = MistralEncoder(folder, read_prompt_format(folder), torch.device("cpu"), torch.float32)
+        chosen = [s for n in (1, 2) for s in scenes(random.Random(10 + n), num_prompts // 2, n, held_out=True)]
+        embeddings = encoder.encode([scene.prompt for scene in chosen])
+        self.cases = [Case(s, e.tensor, 1000 + k) for k, (s, e) in enumerate(zip(chosen, embeddings, strict=True))]
+        self.pipeline = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.num_steps = num_steps
+        self.side = side
+        self.references = [self.call(self.pipeline, case) for case in track(self.cases, "references", transient=True)]
+
+    def call(self, pipeline: Flux2Pipeline, case: Case, num_steps: int | None = None) -> torch.Tensor:
+        """One picture by diffusers' pipeline."""
+        picture: torch.Tensor = pipeline(
+            prompt_embeds=case.embedding,
+            width=self.side,
+            height=self.side,
+            num_inference_steps=num_steps or self.num_steps,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(case.seed),
+            output_type="pt",
+        ).images[0]
+        return picture
+
+    def plain(self, num_steps: int) -> Draw:
+        """A run of fewer steps, all computed."""
+        return lambda case: (self.call(self.pipeline, case, num_steps), num_steps)
+
+    def scheduled(self, schedule: Schedule) -> Draw:
+        """LeMiCa, on diffusers' own pipeline."""
+        parts = self.pipeline.components
+
+        def draw(case: Case) -> tuple[torch.Tensor, int]:
+            transformer = CachedTransformer(parts["transformer"], schedule, scheduler=parts["scheduler"])
+            pipeline = Flux2Pipeline(**{**parts, "transformer": transformer})
+            pipeline.set_progress_bar_config(disable=True)
+            return self.call(pipeline, case), schedule.num_computed
+
+        return draw
+
+    def cached(self, peer: Peer, knob: float) -> Draw:
+        """Another cache."""
+        pipeline = fresh(self.pipeline)
+        count = peer.install(pipeline, knob)
+        return lambda case: (self.call(pipeline, case), count())
+
+    def judge(self, name: str, budget: int, draw: Draw) -> Outcome:
+        """Draw every case and compare."""
+        began = time.perf_counter()
+        drawn = [draw(case) for case in self.cases]
+        seconds = (time.perf_counter() - began) / len(drawn)
+        ratios, similarities, right = [], [], 0
+        for case, reference, (picture, _) in zip(self.cases, self.references, drawn, strict=True):
+            ours, full = (np.asarray(p.permute(1, 2, 0), dtype=np.float64) for p in (picture, reference))
+            ratios.append(min(psnr(ours, full, peak=1), 120.0))
+            similarities.append(structural_similarity(ours, full, channel_axis=2, data_range=1))
+            right += not mistakes(case.scene, read_picture((picture * 255).round()))
+        ordered = sorted(ratios)
+        return Outcome(
+            name=name,
+            budget=budget,
+            computed=statistics.fmean(count for _, count in drawn),
+            psnr=statistics.fmean(ratios),
+            psnr_worst_tenth=statistics.fmean(ordered[: max(1, len(ordered) // 10)]),
+            psnr_worst=ordered[0],
+            ssim=statistics.fmean(similarities),
+            right=right / len(drawn),
+            seconds=seconds,
+        )
+
+    def knob_for(self, peer: Peer, counts: dict[float, float], budget: int) -> float:
+        """The knob with the fewest computed steps that are not fewer than ``budget``; the nearest if all are."""
+        if not counts:
+            probes = self.cases[:: max(1, len(self.cases) // 6)]
+            for knob in track(peer.knobs, peer.name, transient=True):
+                draw = self.cached(peer, knob)
+                counts[knob] = statistics.fmean(draw(case)[1] for case in probes)
+        enough = [knob for knob, count in counts.items() if count >= budget]
+        return min(enough or counts, key=lambda knob: abs(counts[knob] - budget))
+
+
+def uniform(budget: int, num_steps: int) -> Schedule:
+    """Evenly spaced steps, the last one computed."""
+    steps = tuple(round(k * (num_steps - 1) / (budget - 1)) for k in range(budget))
+    return Schedule(f"{budget} even", num_steps, steps, "uniform", Signature("any", num_steps), Reuse())
+
+
+def outcomes(
+    studio: Studio, graphs: dict[str, ErrorGraph], budgets: list[int], *, has_peers: bool
+) -> Iterator[Outcome]:
+    """Every way at every budget."""
+    num_steps = studio.num_steps
+    yield studio.judge("no cache", num_steps, studio.plain(num_steps))
+    for budget in budgets:
+        yield studio.judge("fewer plain steps", budget, studio.plain(budget))
+        yield studio.judge("even spacing, reuse", budget, studio.scheduled(uniform(budget, num_steps)))
+        yield studio.judge("published lists", budget, studio.scheduled(schedule_for(budget, num_steps)))
+        for name, graph in graphs.items():
+            yield studio.judge(f"LeMiCa, {name}", budget, studio.scheduled(lexicographic_minimax_path(graph, budget)))
+        total = minimum_total_error_path(next(iter(graphs.values())), budget)
+        yield studio.judge(f"smallest total error, {total.predictor.name}", budget, studio.scheduled(total))
+    if not has_peers:
+        return
+    ratios = mag_ratios(studio.pipeline, lambda pipeline: studio.call(pipeline, studio.cases[0]), num_steps)
+    for peer in (mag_cache(ratios, num_steps), db_cache(has_taylor_seer=False), db_cache(has_taylor_seer=True)):
+        counts: dict[float, float] = {}
+        for budget in budgets:
+            yield studio.judge(peer.name, budget, studio.cached(peer, studio.knob_for(peer, counts, budget)))
+
+
+def card(found: list[Outcome]) -> Table:
+    """All outcomes, budget by budget, best first."""
+    table = Table("budget", "way", "computed", "PSNR", "worst tenth", "worst", "SSIM", "right", "s")
+    for budget in sorted({outcome.budget for outcome in found}, reverse=True):
+        for o in sorted((o for o in found if o.budget == budget), key=lambda o: -o.psnr):
+            ratios = (f"{value:.1f}" for value in (o.psnr, o.psnr_worst_tenth, o.psnr_worst))
+            row = (
+                str(budget),
+                o.name,
+                f"{o.computed:.1f}",
+                *ratios,
+                f"{o.ssim:.4f}",
+                f"{o.right:.1%}",
+                f"{o.seconds:.2f}",
+            )
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def main() -> None:
+    """Measure, print, and save what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("graphs", type=Path, nargs="+", help="error graphs of the demo model, one for each predictor")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[26, 20, 15, 10, 8])
+    parser.add_argument("--no-peers", action="store_true", help="leave out diffusers' and cache-dit's caches")
+    args = parser.parse_args()
+    loaded = [ErrorGraph.load(file) for file in args.graphs]
+    graphs = {str(graph.signature.predictor if graph.signature else "reuse"): graph for graph in loaded}
+    studio = Studio(args.prompts, loaded[0].num_steps, args.side)
+    found: list[Outcome] = []
+    for outcome in outcomes(studio, graphs, args.budgets, has_peers=not args.no_peers):
+        found.append(outcome)
+        print(f"{outcome.budget:>3} {outcome.name:<40} {outcome.computed:5.1f} {outcome.psnr:6.1f} dB", flush=True)
+    Console(width=120).print(card(found))
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    libraries = {name: version(name) for name in ("diffusers", "cache-dit") if not args.no_peers}
+    told = {"prompts": args.prompts, "side": args.side, "steps": studio.num_steps, "machine": machine} | libraries
+    print(json.dumps(told | {"outcomes": [asdict(outcome) for outcome in found]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""``POST /generate`` with ``Accept: text/event-stream``: one event per step, then the picture or what went wrong."""
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from fastapi import Request
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from generator_service.engine import Delivery
+from shared.errors import Flux2Error
+from shared.web import problem_of, unknown_error
+
+logger = logging.getLogger("flux2")
+
+MEDIA_TYPE = "text/event-stream"
+PING_S = 15
+StepListener = Callable[[int, bool], None]
+
+
+async def stream(
+    request: Request,
+    work: Callable[[StepListener], Coroutine[Any, Any, Delivery]],
+    num_steps: int,
+    headers: Callable[[Delivery], dict[str, str]],
+) -> EventSourceResponse:
+    """Run ``work`` and tell its steps as they happen.
+
+    Events: ``step`` (step, total, computed), then ``completed`` (image as base64, and what else would be in the
+    headers) or ``error`` (the problem that would be the body). A client that leaves cancels the work.
+
+    Raises:
+        Busy: the queue is full; nothing was sent yet.
+    """
+    loop = asyncio.get_running_loop()
+    steps: asyncio.Queue[tuple[int, bool] | None] = asyncio.Queue()
+
+    def on_step(step: int, is_computed: bool) -> None:
+        loop.call_soon_threadsafe(steps.put_nowait, (step, is_computed))
+
+    task = asyncio.create_task(work(on_step))
+    task.add_done_callback(lambda _task: steps.put_nowait(None))
+    await asyncio.sleep(0)  # the work takes its place in the queue, or is refused
+    if task.done():
+        task.result()
+
+    async def events() -> AsyncIterator[ServerSentEvent]:
+        try:
+            while (step := await steps.get()) is not None:
+                yield _event("step", {"step": step[0], "total": num_steps, "computed": step[1]})
+            delivery = task.result()
+            picture = {"image": base64.b64encode(delivery.data).decode()}
+            yield _event("completed", headers(delivery) | picture)
+        except Flux2Error as error:
+            yield _event("error", problem_of(request, error).model_dump())
+        except Exception as error:
+            logger.exception("a streamed generation failed")
+            yield _event("error", problem_of(request, unknown_error(error)).model_dump())
+        finally:
+            task.cancel()
+
+    return EventSourceResponse(events(), ping=PING_S)
+
+
+def _event(name: str, data: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(data), event=name)

@@ -1,0 +1,138 @@
+"""From a model and prompts to an error graph, and from a graph to schedules: what the command line does."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from generator_service.lemica import (
+    Calibration,
+    ErrorGraph,
+    Predictor,
+    Schedule,
+    Signature,
+    Trajectory,
+    lexicographic_minimax_paths,
+    num_forwards,
+    schedule_for,
+    schedule_of,
+)
+from generator_service.pipelines import flux2, prompt
+from generator_service.settings import GeneratorSettings
+from shared.errors import InvalidRequest
+from shared.model_folder import find_model
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is calibrated on: every prompt with every seed."""
+
+    prompts: tuple[str, ...]
+    num_seeds: int
+    width: int
+    height: int
+    num_steps: int
+    guidance_scale: float = 4.0
+
+    @property
+    def count(self) -> int:
+        """How many runs that is."""
+        return len(self.prompts) * self.num_seeds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a calibration takes."""
+
+    forwards: int
+    """Transformer steps of a batch of one."""
+    seconds: float
+    """At the speed of one timed run; batches are faster."""
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """The file's lines that are not empty.
+
+    Raises:
+        InvalidRequest: there are none.
+    """
+    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not prompts:
+        raise InvalidRequest(f"{file.name} holds no prompts: write one on each line")
+    return prompts
+
+
+class Recording:
+    """A model and the runs of it that are calibrated on.
+
+    Args:
+        settings: which model, where and in what dtype.
+        samples: what to run.
+        predictor: whose traces are kept.
+        keep_on: the device that keeps them: the model's own if None, ``cpu`` to spare its memory.
+    """
+
+    def __init__(
+        self, settings: GeneratorSettings, samples: Samples, predictor: Predictor, keep_on: str | None = None
+    ) -> None:
+        self._samples = samples
+        self._predictor = predictor
+        self._keep_on = keep_on
+        device, dtype = settings.torch_device(), settings.torch_dtype()
+        folder = find_model(settings.model, settings.revision, (*flux2.PARTS, *prompt.PARTS))
+        self._embeddings = prompt.embed_prompts(folder, samples.prompts, device, dtype)
+        self._model = flux2.Flux2Model(folder, device, dtype)
+
+    @property
+    def signature(self) -> Signature:
+        """What the runs are."""
+        known = self._model.signature(
+            num_steps=self._samples.num_steps,
+            width=self._samples.width,
+            height=self._samples.height,
+            guidance_scale=self._samples.guidance_scale,
+        )
+        return replace(known, predictor=self._predictor.name)
+
+    def estimate(self, max_skip: int) -> Estimate:
+        """What calibrating would take, by one run."""
+        began = time.perf_counter()
+        self._run(self._embeddings[0], 0)
+        step_s = (time.perf_counter() - began) / self._samples.num_steps
+        forwards = self._samples.count * num_forwards(self._samples.num_steps, max_skip)
+        return Estimate(forwards, forwards * step_s)
+
+    def calibration(self, batch_size: int) -> Calibration:
+        """Run every sample."""
+        runs = [self._run(e, seed) for e in self._embeddings for seed in range(self._samples.num_seeds)]
+        return self._model.calibration(runs, self._predictor, batch_size)
+
+    def _run(self, embedding: torch.Tensor, seed: int) -> Trajectory:
+        size = self._samples
+        request = flux2.GenerationRequest(
+            embedding, size.width, size.height, size.guidance_scale, seed, schedule_for("none", size.num_steps)
+        )
+        return self._model.record(request, self._predictor.trace, self._keep_on)
+
+
+def calibrate(
+    recording: Recording, output: Path, *, max_skip: int, batch_size: int, on_progress: Callable[[int, int], None]
+) -> ErrorGraph:
+    """Measure every edge and save the graph as ``output``; a killed run goes on from the file beside it.
+
+    Raises:
+        CalibrationMismatch: that file is of another calibration.
+    """
+    checkpoint = output.with_name(f"{output.name}.unfinished")
+    graph = recording.calibration(batch_size).measure(recording.signature, max_skip, checkpoint, on_progress)
+    graph.save(output)
+    checkpoint.unlink(missing_ok=True)
+    return graph
+
+
+def plan_all(graph: ErrorGraph) -> list[Schedule]:
+    """The schedule of every budget that the graph has one for, but that which computes everything."""
+    paths = lexicographic_minimax_paths(graph)
+    return [schedule_of(graph, path) for budget, path in sorted(paths.items()) if budget < graph.num_steps]

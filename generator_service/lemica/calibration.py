@@ -1,0 +1,274 @@
+"""Measures the error of every edge of a run on sample trajectories (LeMiCa, section 3.2).
+
+Edge (i, j) starts from the full run's latents after step i, predicts steps i + 1 .. j - 1, computes the rest, and
+compares the final latents. All edges that end in j continue together, as one batch, since they share noise levels.
+A predictor that looks further back than i is given steps as far apart as the skip is long, as a schedule would.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generator_service.lemica.cached_transformer import CachedTransformer, compute, count_noisy_tokens, project
+from generator_service.lemica.errors import CalibrationMismatch
+from generator_service.lemica.fitting import fit_weights
+from generator_service.lemica.graph import Edge, ErrorGraph
+from generator_service.lemica.predictor import Fitted, Predictor, Snapshot, Trace
+from generator_service.lemica.schedule import Schedule
+from generator_service.lemica.signature import Signature
+
+SAMPLE_ARGUMENTS = ("encoder_hidden_states", "guidance")
+"""The transformer's arguments that differ between samples; position ids do not."""
+ProgressListener = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A full run of one sample."""
+
+    sigmas: Sequence[float]
+    """``T + 1`` noise levels, ending with 0."""
+    latents: Tensor
+    """The noisy tokens before each step and after the last, ``[T + 1, tokens, C]``."""
+    traces: Tensor
+    """What a predictor predicts, at each step, ``[T, tokens, width]``."""
+    references: Tensor
+    """Tokens of reference images, ``[tokens, C]``; they do not change."""
+    arguments: Mapping[str, Any]
+    """The transformer's other arguments, for a batch of one."""
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the run has."""
+        return len(self.traces)
+
+
+class TrajectoryRecorder:
+    """Stands in for the transformer during one full run, and keeps what happened.
+
+    Args:
+        transformer: as for ``CachedTransformer``.
+        trace: what to keep of each step.
+        device: where to keep it: the run's device is fastest, the CPU spares its memory.
+    """
+
+    def __init__(self, transformer: Any, trace: Trace, device: torch.device) -> None:
+        self._transformer = transformer
+        self._trace = trace
+        self._device = device
+        self._latents: list[Tensor] = []
+        self._traces: list[Tensor] = []
+        self._references = torch.empty(0)
+        self._arguments: dict[str, Any] = {}
+
+    @property
+    def config(self) -> Any:
+        """The transformer's configuration."""
+        return self._transformer.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's dtype."""
+        dtype: torch.dtype = self._transformer.dtype
+        return dtype
+
+    def __call__(self, *, hidden_states: Tensor, timestep: Tensor, **rest: Any) -> tuple[Tensor]:
+        """One step of the run, computed."""
+        noisy = count_noisy_tokens(rest["img_ids"])
+        arguments = {**rest, "hidden_states": hidden_states, "timestep": timestep}
+        output, residual = compute(self._transformer, noisy, arguments)
+        trace = output[:, :noisy] if self._trace == "velocity" else residual
+        self._latents.append(hidden_states[0, :noisy].to(self._device))
+        self._traces.append(trace[0].to(self._device))
+        self._references, self._arguments = hidden_states[0, noisy:], rest
+        return (output,)
+
+    def trajectory(self, final_latents: Tensor, sigmas: Tensor) -> Trajectory:
+        """The run with noise levels ``sigmas`` that ended with ``final_latents``, ``[1, tokens, C]``."""
+        latents = torch.stack([*self._latents, final_latents[0].to(self._device)])
+        return Trajectory(sigmas.tolist(), latents, torch.stack(self._traces), self._references, self._arguments)
+
+
+def edges_of(num_steps: int, max_skip: int) -> list[tuple[int, list[Edge]]]:
+    """Every edge that skips something and at most ``max_skip`` - 1 steps, grouped by its end."""
+    return [(j, [(i, j) for i in range(max(0, j - max_skip), j - 1)]) for j in range(2, num_steps + 1)]
+
+
+def num_forwards(num_steps: int, max_skip: int) -> int:
+    """How many transformer steps the calibration takes for one sample, the full run included."""
+    return num_steps + sum(len(edges) * (num_steps - j) for j, edges in edges_of(num_steps, max_skip))
+
+
+class Calibration:
+    """Measures edges and schedules on sample trajectories of one transformer.
+
+    Args:
+        transformer: the transformer that the trajectories were recorded with.
+        trajectories: full runs with the same noise levels and number of tokens.
+        predictor: what predicts the steps of an edge; ``Fitted`` ones get weights for each edge from the samples.
+        batch_size: how many latents go through the transformer together.
+
+    Raises:
+        CalibrationMismatch: the trajectories differ in more than their samples.
+    """
+
+    def __init__(
+        self, transformer: Any, trajectories: Sequence[Trajectory], predictor: Predictor, batch_size: int = 64
+    ) -> None:
+        first = trajectories[0]
+        if any(t.latents.shape != first.latents.shape or t.sigmas != first.sigmas for t in trajectories):
+            raise CalibrationMismatch("samples of different sizes or steps cannot be calibrated together")
+        self._transformer = transformer
+        self._trajectories = trajectories
+        self._predictor = predictor
+        self._batch_size = batch_size
+        self._sigmas = first.sigmas
+        self._device = first.references.device
+        self.num_steps = first.num_steps
+        self.gram = gram_matrix([trajectory.traces for trajectory in trajectories])
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The noise levels, ``[T + 1]``."""
+        return torch.tensor(self._sigmas)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        signature: Signature,
+        max_skip: int,
+        checkpoint: Path | None = None,
+        on_progress: ProgressListener | None = None,
+    ) -> ErrorGraph:
+        """The graph of all edges that skip less than ``max_skip`` steps.
+
+        Args:
+            signature: what the samples are.
+            max_skip: the most steps from one computed step to the next.
+            checkpoint: a file that is replaced whenever all edges to one step are done. If it exists the calibration
+                goes on from it, and gives the same graph as one that was never interrupted.
+            on_progress: called with the number of edges done and of all.
+
+        Raises:
+            CalibrationMismatch: ``checkpoint`` belongs to another calibration.
+        """
+        done = self._resume(checkpoint, signature)
+        groups = edges_of(self.num_steps, max_skip)
+        total = sum(len(edges) for _, edges in groups)
+        for j, edges in groups:
+            if not all(edge in done for edge in edges):
+                done |= dict(zip(edges, self._errors_of(j, edges), strict=True))
+                if checkpoint is not None:
+                    self._graph(done, signature).save(checkpoint)
+            if on_progress is not None:
+                on_progress(sum(edge in done for _, group in groups for edge in group), total)
+        return self._graph(done, signature)
+
+    @torch.no_grad()
+    def errors_of_schedule(self, schedule: Schedule) -> list[float]:
+        """What a whole schedule costs each sample: the mean absolute difference of its final latents."""
+        errors: list[float] = []
+        for samples in _chunks(range(len(self._trajectories)), self._batch_size):
+            latents = self._latents_at(0, samples)
+            transformer = CachedTransformer(self._transformer, schedule, latents.shape[1], scheduler=self)
+            for step in range(self.num_steps):
+                latents = self._advance(latents, step, transformer(**self._arguments(latents, step, samples))[0])
+            errors += self._differences(latents, samples)
+        return errors
+
+    def _resume(self, checkpoint: Path | None, signature: Signature) -> dict[Edge, tuple[float, ...]]:
+        if checkpoint is None or not checkpoint.exists():
+            return {}
+        graph = ErrorGraph.load(checkpoint)
+        if graph.signature != signature or any(len(s) != len(self._trajectories) for s in graph.samples.values()):
+            raise CalibrationMismatch(f"{checkpoint.name} is of another calibration: remove it or choose another file")
+        return dict(graph.samples)
+
+    def _graph(self, samples: Mapping[Edge, tuple[float, ...]], signature: Signature) -> ErrorGraph:
+        means = {edge: fmean(errors) for edge, errors in samples.items()}
+        return ErrorGraph(self.num_steps, means, signature, samples, tuple(map(tuple, self.gram.tolist())))
+
+    def _errors_of(self, j: int, edges: Sequence[Edge]) -> list[tuple[float, ...]]:
+        """The errors of ``edges``, all of which end in ``j``, for each sample."""
+        samples = range(len(self._trajectories))
+        starts = [(self._skip(edge, sample), sample) for edge in edges for sample in samples]
+        errors: list[float] = []
+        for chunk in _chunks(starts, self._batch_size):
+            latents = torch.cat([latents for latents, _ in chunk])
+            errors += self._finish(latents, j, [sample for _, sample in chunk])
+        return [tuple(errors[k : k + len(samples)]) for k in range(0, len(errors), len(samples))]
+
+    def _skip(self, edge: Edge, sample: int) -> Tensor:
+        """The latents ``[1, tokens, C]`` before step j, after computing step i and predicting those between."""
+        i, j = edge
+        trajectory = self._trajectories[sample]
+        steps = past_steps(edge, self._predictor.num_past)
+        past = [Snapshot(self._sigmas[s], trajectory.traces[s : s + 1].to(self._device)) for s in steps]
+        latents = self._latents_at(i + 1, [sample])
+        for step in range(i + 1, j):
+            predictor = self._predictor
+            if isinstance(predictor, Fitted):
+                predictor = replace(predictor, weights={step: fit_weights(self.gram, steps, step)})
+            trace = predictor.predict(past, step, self._sigmas[step])
+            if predictor.trace == "residual":
+                trace = project(self._transformer, trace, self._arguments(latents, step, [sample]))
+            latents = self._advance(latents, step, trace)
+        return latents
+
+    def _finish(self, latents: Tensor, step: int, samples: Sequence[int]) -> list[float]:
+        """Compute all steps from ``step`` on and return each latent's error."""
+        for later in range(step, self.num_steps):
+            arguments = self._arguments(latents, later, samples)
+            velocity = self._transformer(**arguments, return_dict=False)[0]
+            latents = self._advance(latents, later, velocity)
+        return self._differences(latents, samples)
+
+    def _differences(self, latents: Tensor, samples: Sequence[int]) -> list[float]:
+        finals = self._latents_at(self.num_steps, samples)
+        found: list[float] = (latents - finals).float().abs().mean(dim=(1, 2)).tolist()
+        return found
+
+    def _latents_at(self, step: int, samples: Sequence[int]) -> Tensor:
+        return torch.stack([self._trajectories[s].latents[step] for s in samples]).to(self._device)
+
+    def _advance(self, latents: Tensor, step: int, velocity: Tensor) -> Tensor:
+        """Euler's step along the noisy tokens' velocity, in float32."""
+        length = self._sigmas[step + 1] - self._sigmas[step]
+        return (latents.float() + length * velocity[:, : latents.shape[1]]).to(latents.dtype)
+
+    def _arguments(self, latents: Tensor, step: int, samples: Sequence[int]) -> dict[str, Any]:
+        """The transformer's arguments for a batch of these samples' latents."""
+        chosen = [self._trajectories[s] for s in samples]
+        arguments = {k: v for k, v in chosen[0].arguments.items() if k != "return_dict"}
+        for name in SAMPLE_ARGUMENTS:
+            if arguments[name] is not None:
+                arguments[name] = torch.cat([t.arguments[name] for t in chosen])
+        references = torch.stack([t.references for t in chosen])
+        # As the pipeline does it: the rounding of bfloat16 comes before the division.
+        timestep = torch.full([len(samples)], 1000 * self._sigmas[step], device=self._device).to(latents.dtype) / 1000
+        return {**arguments, "hidden_states": torch.cat([latents, references], dim=1), "timestep": timestep}
+
+
+def past_steps(edge: Edge, num_past: int) -> tuple[int, ...]:
+    """The computed steps that an edge's predictions look back on, oldest first: i, and as far apart as the skip is."""
+    i, j = edge
+    steps = {max(0, i - k * (j - i)) for k in range(num_past)}
+    return tuple(sorted(steps))
+
+
+def gram_matrix(traces: Sequence[Tensor]) -> Tensor:
+    """Inner products of the traces at every two steps, summed over the samples: float64 ``[T, T]``."""
+    total = torch.zeros(len(traces[0]), len(traces[0]), dtype=torch.float64)
+    for trace in traces:
+        flat = trace.flatten(1).double()
+        total += (flat @ flat.T).cpu()
+    return total
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[k : k + size] for k in range(0, len(items), size)]

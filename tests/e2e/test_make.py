@@ -1,0 +1,33 @@
+"""The Makefile: what a user without Python, or without a clue, is told."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run make."""
+    make = shutil.which("make")
+    assert make is not None
+    return subprocess.run([make, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_lists_every_target() -> None:
+    """``make help``, and ``make`` alone, name each target with what it does."""
+    targets = set(re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split())
+    for result in (make(), make("help")):
+        assert {line.split()[0] for line in result.stdout.splitlines()} == targets
+        assert all(len(line.split()) > 1 for line in result.stdout.splitlines())
+
+
+def test_a_missing_python_is_one_line(tmp_path: Path) -> None:
+    """It names the command that was not found and what would be right."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    result = make("demo", "PYTHON=no-such-python", folder=tmp_path)
+    assert result.returncode != 0
+    assert "flux2: no-such-python was not found: install Python 3.11 or newer" in result.stdout
+    assert not (tmp_path / ".venv").exists()

@@ -1,0 +1,162 @@
+"""The services and the demo as the processes that users start."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from demo_model.services import WEIGHTS
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 60
+
+
+def free_port() -> int:
+    """A port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """Free ports, and this checkout's code in whatever folder a program runs."""
+    ports = {"TEXT_ENCODER_PORT": str(free_port()), "GENERATOR_PORT": str(free_port())}
+    return {**os.environ, **ports, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+
+
+def run(module: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a program of this project to its end."""
+    command = [sys.executable, "-m", module]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def only_line(text: str) -> str:
+    """The one line that a program says of what is wrong."""
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith("flux2: ")
+    return lines[0]
+
+
+def test_the_demo_draws_one_prompt_in_five_modes(environment: dict[str, str], tmp_path: Path) -> None:
+    """Five pictures, a contact sheet and a table: none computes 50 steps, ultra 10, and the pictures are alike."""
+    result = run("demo_model.demo", environment)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "demo-output"
+    pictures = {
+        mode: np.asarray(Image.open(folder / f"{mode}.png")) for mode in ("none", "slow", "medium", "fast", "ultra")
+    }
+    assert all(picture.shape == (128, 128, 3) for picture in pictures.values())
+    assert not np.array_equal(pictures["none"], pictures["ultra"])
+    assert np.abs(pictures["none"].astype(float) - pictures["ultra"]).mean() < 8
+    with Image.open(folder / "contact-sheet.png") as sheet:
+        assert sheet.width == 5 * 128
+    for told in ("50/50", "26/50", "20/50", "15/50", "10/50", "PSNR", "contact-sheet.png"):
+        assert told in result.stdout
+
+
+@pytest.mark.parametrize("module", ["demo_model.demo", "demo_model.serve"])
+@pytest.mark.parametrize("name", ["TEXT_ENCODER_PORT", "GENERATOR_PORT"])
+def test_a_port_in_use_is_one_line(environment: dict[str, str], module: str, name: str) -> None:
+    """The line names the port and the variable that changes it."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run(module, environment | {name: str(port)})
+    assert result.returncode == 1
+    assert str(port) in only_line(result.stderr)
+    assert name in result.stderr
+
+
+def test_nonsense_for_a_port_is_one_line(environment: dict[str, str]) -> None:
+    """It says what would be right."""
+    result = run("demo_model.serve", environment | {"GENERATOR_PORT": "eight"})
+    assert result.returncode == 1
+    assert "GENERATOR_PORT is 'eight'" in only_line(result.stderr)
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
+    """The demo says which folder and why."""
+    (tmp_path / "demo-output").write_text("in the way")
+    result = run("demo_model.demo", environment)
+    assert result.returncode == 1
+    assert "demo-output" in only_line(result.stderr)
+
+
+@pytest.mark.parametrize("module", ["text_encoder_service", "generator_service"])
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"FLUX2_MODEL": str(ROOT / "tests")}, "not a diffusers pipeline"),
+        ({"FLUX2_MODEL": "nobody/nothing", "HF_HUB_OFFLINE": "1"}, "'nobody/nothing'"),
+        ({"FLUX2_MODEL": str(WEIGHTS), "LOG_LEVEL": "loud"}, "LOG_LEVEL"),
+    ],
+)
+def test_a_service_that_cannot_start_says_why(
+    environment: dict[str, str], module: str, settings: dict[str, str], told: str
+) -> None:
+    """A model that cannot be used, or a bad setting, is one line and a status that is not 0."""
+    result = run(module, environment | settings)
+    assert result.returncode == 1
+    assert told in only_line(result.stderr)
+
+
+@pytest.fixture
+def serving(environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], list[str]]]:
+    """``make serve``, ready, and the two services' addresses."""
+    process = subprocess.Popen([sys.executable, "-m", "demo_model.serve"], env=environment, stderr=subprocess.DEVNULL)
+    urls = [f"http://127.0.0.1:{environment[name]}" for name in ("TEXT_ENCODER_PORT", "GENERATOR_PORT")]
+    try:
+        wait_for(lambda: answers(f"{urls[1]}/health/ready"))
+        yield process, urls
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    """Whether it says 200."""
+    try:
+        return httpx.get(url).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def wait_for(condition: object) -> None:
+    """Until ``condition()`` holds."""
+    assert callable(condition)
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_both_services(serving: tuple[subprocess.Popen[bytes], list[str]], sent: signal.Signals) -> None:
+    """``make serve`` runs until Ctrl-C, then nothing of it is left."""
+    process, urls = serving
+    drawn = httpx.post(f"{urls[1]}/generate", json={"prompt": "a red square", "num_inference_steps": 4}, timeout=60)
+    assert drawn.headers["content-type"] == "image/png"
+    process.send_signal(sent)
+    assert process.wait(PATIENCE_S) == 0
+    assert not any(answers(f"{url}/health/live") for url in urls)
+
+
+def test_one_service_does_not_outlive_the_other(serving: tuple[subprocess.Popen[bytes], list[str]]) -> None:
+    """If a service dies, the other is stopped and the status says that something is wrong."""
+    process, urls = serving
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("only Linux tells a process's children")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    assert process.wait(PATIENCE_S) == 1
+    assert not any(answers(f"{url}/health/live") for url in urls)

@@ -1,0 +1,138 @@
+"""The transformer's stand-in: what it relies on, and how it fails."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from generator_service.lemica import (
+    CachedTransformer,
+    Schedule,
+    ScheduleMismatch,
+    Signature,
+    TransformerMismatch,
+    check_transformer,
+)
+
+
+class Tiny(nn.Module):
+    """Another transformer with the same outer parts, whose inside has nothing of diffusers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_embedder = nn.Linear(4, 8)
+        self.block = nn.Linear(8, 8)
+        self.norm_out = Modulated()
+        self.proj_out = nn.Linear(8, 4)
+        self.config: dict[str, Any] = {}
+        self.dtype = torch.float32
+        self.num_block_runs = 0
+
+    def time_guidance_embed(self, timestep: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+        """Something that depends on both."""
+        return (timestep + 10 * guidance).view(-1, 1, 1) / 1000
+
+    def forward(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, guidance: torch.Tensor, **_rest: Any
+    ) -> tuple[torch.Tensor]:
+        """One pass."""
+        self.num_block_runs += 1
+        hidden = self.x_embedder(hidden_states)
+        hidden = hidden + torch.tanh(self.block(hidden))
+        return (self.proj_out(self.norm_out(hidden, self.time_guidance_embed(timestep * 1000, guidance * 1000))),)
+
+
+class Modulated(nn.Module):
+    """A norm with a shift."""
+
+    def forward(self, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Normalise and shift."""
+        return nn.functional.layer_norm(hidden, hidden.shape[-1:]) + temb
+
+
+def inputs(num_tokens: int = 6) -> dict[str, Any]:
+    """Arguments of one pass."""
+    noise = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(1, num_tokens, 4, generator=noise),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([4.0]),
+        "return_dict": False,
+    }
+
+
+def schedule(num_steps: int, *computed: int) -> Schedule:
+    """A schedule for tests."""
+    return Schedule("test", num_steps, computed, "test", Signature("test", num_steps))
+
+
+@torch.no_grad()
+def test_the_transformer_runs_at_computed_steps_only() -> None:
+    """At a reused step no block runs; every step is told, with what it is."""
+    tiny, told = Tiny(), []
+    cached = CachedTransformer(tiny, schedule(5, 0, 3), 6, lambda *step: told.append(step))
+    for _ in range(5):
+        cached(**inputs())
+    assert tiny.num_block_runs == 2
+    assert told == [(0, True), (1, False), (2, False), (3, True), (4, False)]
+
+
+@torch.no_grad()
+def test_other_blocks_do_not_matter() -> None:
+    """A transformer with other blocks passes the check, and is left without hooks."""
+    tiny = Tiny()
+    check_transformer(tiny, inputs())
+    assert not tiny.x_embedder._forward_hooks
+    assert not tiny.norm_out._forward_pre_hooks
+
+
+@pytest.mark.parametrize("part", ["x_embedder", "norm_out", "proj_out"])
+def test_a_missing_part_fails_loudly(part: str) -> None:
+    """A release without a part that reuse relies on is refused at start, by the part's name."""
+    tiny = Tiny()
+    delattr(tiny, part)
+    with pytest.raises(TransformerMismatch, match=part):
+        check_transformer(tiny, inputs())
+
+
+def test_a_part_that_is_not_called_fails_loudly() -> None:
+    """A release that keeps the names but calls something else is refused at start."""
+    tiny = Tiny()
+    tiny.norm_out.forward = None  # type: ignore[method-assign, assignment]
+    with pytest.raises(TransformerMismatch):
+        check_transformer(tiny, inputs())
+
+
+def test_a_part_that_means_something_else_fails_loudly() -> None:
+    """A release where something happens after ``proj_out`` is refused at start: reuse would miss it."""
+
+    class Changed(Tiny):
+        """Doubles its velocity at the end."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+            """One pass."""
+            return (2 * super().forward(*args, **kwargs)[0],)
+
+    with pytest.raises(TransformerMismatch, match="differs"):
+        check_transformer(Changed(), inputs())
+
+
+@torch.no_grad()
+def test_a_run_longer_than_its_schedule_is_refused() -> None:
+    """A schedule is never stretched silently."""
+    cached = CachedTransformer(Tiny(), schedule(1, 0), 6)
+    cached(**inputs())
+    with pytest.raises(ScheduleMismatch):
+        cached(**inputs())
+
+
+@torch.no_grad()
+def test_hooks_are_gone_after_a_failure() -> None:
+    """An exception inside the transformer leaves no hook behind."""
+    tiny = Tiny()
+    cached = CachedTransformer(tiny, schedule(2, 0), 6)
+    with pytest.raises(RuntimeError):
+        cached(**{**inputs(), "hidden_states": torch.zeros(1, 6, 5)})
+    assert not tiny.x_embedder._forward_hooks
+    assert not tiny.norm_out._forward_pre_hooks

@@ -1,0 +1,177 @@
+"""Calibration: what an edge's error is, and that nothing interrupts it for good."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from demo_model.services import WEIGHTS
+from generator_service.lemica import (
+    PREDICTORS,
+    Calibration,
+    CalibrationMismatch,
+    ErrorGraph,
+    Fitted,
+    Linear,
+    Predictor,
+    Reuse,
+    Schedule,
+    Signature,
+    num_forwards,
+    schedule_for,
+    with_fitted_predictor,
+)
+from generator_service.lemica.calibration import edges_of
+from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+
+STEPS = 8
+SIGNATURE = Signature("demo", STEPS)
+
+
+def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> GenerationRequest:
+    """A small picture of some embedding."""
+    embeddings = torch.randn(1, 32, model.embedding_width, generator=torch.Generator().manual_seed(seed))
+    return GenerationRequest(embeddings, 64, 64, 4.0, seed, schedule or schedule_for("none", STEPS))
+
+
+def calibration(model: Flux2Model, predictor: Predictor, num_samples: int = 2) -> Calibration:
+    """Two small samples."""
+    runs = [model.record(request(model, seed), predictor.trace) for seed in range(num_samples)]
+    return model.calibration(runs, predictor)
+
+
+@pytest.mark.parametrize("predictor", [Reuse(), PREDICTORS["velocity"]], ids=lambda p: p.name)
+@pytest.mark.parametrize("edge", [(0, 2), (2, 5), (3, 7), (5, 8), (0, 8)])
+def test_an_edge_costs_what_skipping_it_alone_costs(
+    demo: Flux2Model, predictor: Predictor, edge: tuple[int, int]
+) -> None:
+    """An edge's error is that of the picture whose schedule computes every step but those inside the edge."""
+    if predictor.trace == "velocity":
+        predictor = Linear("held", trace="velocity", damping=0.0)
+    graph = calibration(demo, predictor).measure(SIGNATURE, 8)
+    steps = (*range(edge[0] + 1), *range(edge[1], STEPS))
+    schedule = Schedule("one skip", STEPS, steps, "test", SIGNATURE, predictor)
+    for seed, error in enumerate(graph.samples[edge]):
+        cached = demo.generate(request(demo, seed, schedule)).latents
+        full = demo.generate(request(demo, seed)).latents
+        assert (cached - full).abs().mean().item() == pytest.approx(error, rel=1e-3, abs=1e-6)
+
+
+def test_a_schedule_costs_what_its_picture_differs(demo: Flux2Model) -> None:
+    """The error of a whole schedule, with any predictor, is that of the picture made with it."""
+    for predictor in (Reuse(), Linear(), Linear("velocity", trace="velocity")):
+        schedule = Schedule("test", STEPS, (0, 1, 3, 6), "test", SIGNATURE, predictor)
+        for seed, error in enumerate(calibration(demo, predictor).errors_of_schedule(schedule)):
+            cached = demo.generate(request(demo, seed, schedule)).latents
+            full = demo.generate(request(demo, seed)).latents
+            assert (cached - full).abs().mean().item() == pytest.approx(error, rel=1e-3)
+
+
+def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
+    """All edges that skip something, and no more than the cap, get one error for each sample."""
+    graph = calibration(demo, Reuse()).measure(SIGNATURE, 3)
+    wanted = {(i, j) for i, j in itertools.combinations(range(STEPS + 1), 2) if 2 <= j - i <= 3}
+    assert set(graph.errors) == set(graph.samples) == wanted
+    assert all(len(errors) == 2 for errors in graph.samples.values())
+    assert all(graph.errors[edge] == sum(graph.samples[edge]) / 2 for edge in wanted)
+
+
+@pytest.mark.parametrize(("num_steps", "cap", "count"), [(28, 6, 1505), (28, 10, 2307), (50, 6, 5410), (50, 10, 8940)])
+def test_the_cost_is_known_beforehand(num_steps: int, cap: int, count: int) -> None:
+    """The number of transformer steps of one sample's calibration, beside its full run."""
+    assert num_forwards(num_steps, cap) == count + num_steps
+    assert edges_of(4, 2) == [(2, [(0, 2)]), (3, [(1, 3)]), (4, [(2, 4)])]
+
+
+def test_fitted_weights_are_the_least_squares(demo: Flux2Model) -> None:
+    """A fitted predictor comes nearer to the true traces of the samples than a line, and a line nearer than reuse."""
+    runs = [demo.record(request(demo, seed)) for seed in range(2)]
+    graph = demo.calibration(runs, Reuse()).measure(SIGNATURE, 2)
+    schedule = with_fitted_predictor(Schedule("test", STEPS, (0, 1, 2, 4), "test", SIGNATURE), graph)
+    assert isinstance(schedule.predictor, Fitted)
+    assert set(schedule.predictor.weights) == {3, 5, 6, 7}
+    weights = torch.tensor(schedule.predictor.weights[6], dtype=torch.float64)
+    past = torch.stack([torch.cat([run.traces[s].flatten() for run in runs]).double() for s in (4, 2, 1)])
+    target = torch.cat([run.traces[6].flatten() for run in runs]).double()
+    best = torch.linalg.lstsq(past.T, target.unsqueeze(1)).solution.flatten()
+    found, least = (((target - w @ past) ** 2).sum() for w in (weights, best))
+    assert found == pytest.approx(least.item(), rel=1e-3)
+
+
+def test_samples_must_belong_together(demo: Flux2Model) -> None:
+    """Runs of different lengths are refused, and so is the checkpoint of another calibration."""
+    first = demo.record(request(demo, 0))
+    other = demo.record(request(demo, 0, schedule_for("none", 4)))
+    with pytest.raises(CalibrationMismatch):
+        demo.calibration([first, other], Reuse())
+
+
+def test_the_checkpoint_of_another_calibration_is_refused(demo: Flux2Model, tmp_path: Path) -> None:
+    """A calibration never goes on from what was measured for something else."""
+    one = calibration(demo, Reuse())
+    one.measure(SIGNATURE, 2, tmp_path / "graph.json")
+    with pytest.raises(CalibrationMismatch, match=r"graph\.json"):
+        one.measure(Signature("other", STEPS), 2, tmp_path / "graph.json")
+
+
+KILLED = """
+import os, sys, torch
+from pathlib import Path
+from tests.conftest import local_model
+from tests.generator_service.test_calibration import SIGNATURE, calibration
+from generator_service.lemica import Linear
+torch.set_num_threads(1)
+model, folder = local_model(Path(sys.argv[1])), Path(sys.argv[2])
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        graph = calibration(model, Linear()).measure(SIGNATURE, 5, folder / "partial.json")
+        graph.save(folder / line.strip())
+        os._exit(0)
+    print(child, flush=True)
+    print("ended", os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
+    """Killed at 20 random moments and started again, a calibration gives the very graph of one that was not."""
+    rng = random.Random(0)
+    folder = Path(__file__).parents[2]
+    command = [sys.executable, "-c", KILLED, str(WEIGHTS), str(tmp_path)]
+    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(name: str, kill_after_s: float | None) -> int:
+            """Start a calibration, kill it, and say how it ended."""
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+            child = int(process.stdout.readline())
+            if kill_after_s is not None:
+                time.sleep(kill_after_s)
+                with suppress(ProcessLookupError):  # it was quicker
+                    os.kill(child, signal.SIGKILL)
+            return int(process.stdout.readline().split()[1])
+
+        assert process.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        assert run("whole.json", None) == 0
+        seconds = time.monotonic() - began
+        num_kills = 0
+        while num_kills < 20:
+            (tmp_path / "partial.json").unlink(missing_ok=True)
+            while run("resumed.json", rng.uniform(0, 0.9 * seconds)) == signal.SIGKILL:
+                num_kills += 1
+            assert ErrorGraph.load(tmp_path / "resumed.json") == ErrorGraph.load(tmp_path / "whole.json")
+        process.stdin.close()

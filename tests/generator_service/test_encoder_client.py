@@ -1,0 +1,344 @@
+"""What the generator makes of the text encoder's answers, good and bad."""
+
+import asyncio
+import gzip
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+
+import httpx
+import pytest
+import stamina
+import torch
+from pydantic import SecretStr
+
+from generator_service.encoder_client import EncoderClient
+from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, Flux2Error, InvalidRequest
+from shared.schemas import EncoderInfo
+from shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
+
+pytestmark = pytest.mark.anyio
+
+EMBEDDING = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0))
+INFO = EncoderInfo(
+    model="m", revision="r", hidden_layers=(1, 2), hidden_size=3, max_sequence_length=4, dtype="float32", version="1"
+)
+NUM_ATTEMPTS = 4
+Reply = Callable[[], httpx.Response | Exception]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting() -> Iterator[None]:
+    """Retries follow at once, as many as the client wants."""
+    with stamina.set_testing(True, attempts=100, cap=True):
+        yield
+
+
+class Encoder:
+    """Gives the next reply to each request, the last one for ever, and keeps the requests."""
+
+    def __init__(self, *replies: Reply) -> None:
+        self.replies = list(replies)
+        self.requests: list[httpx.Request] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        """One request."""
+        self.requests.append(request)
+        reply = (self.replies.pop(0) if len(self.replies) > 1 else self.replies[0])()
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+def client(
+    encoder: Callable[[httpx.Request], Awaitable[httpx.Response]],
+    *,
+    url: str = "http://encoder",
+    token: str | None = None,
+    cache: int = 0,
+    timeout_s: float = 5,
+) -> EncoderClient:
+    """A client of ``encoder``, for embeddings of the shape of ``EMBEDDING``."""
+    return EncoderClient(
+        url,
+        (4, 6),
+        token=SecretStr(token) if token else None,
+        timeout_s=timeout_s,
+        cache_bytes=cache,
+        transport=httpx.MockTransport(encoder),
+    )
+
+
+def body(content: bytes, media_type: str = TORCH_MEDIA_TYPE) -> Reply:
+    """A reply that looks like an embedding."""
+    return lambda: httpx.Response(200, content=content, headers={"content-type": media_type})
+
+
+def status(code: int) -> Reply:
+    """A reply with nothing but a status, and a secret."""
+    return lambda: httpx.Response(code, headers={"location": "http://elsewhere/secret"}, text="secret")
+
+
+def refused() -> Exception:
+    """Nobody listens."""
+    return httpx.ConnectError("secret")
+
+
+good = body(dump_torch(EMBEDDING))
+
+
+@pytest.mark.parametrize("url", ["http://encoder", "http://encoder/", "http://encoder/predict", "http://encoder/x/"])
+async def test_the_embedding_arrives(url: str) -> None:
+    """The prompt is sent as the public protocol has it, with or without /predict in the setting."""
+    encoder = Encoder(good)
+    async with client(encoder, url=url) as sut:
+        tensor, was_cached = await sut.embed("a „house“")
+    [request] = encoder.requests
+    assert torch.equal(tensor, EMBEDDING)
+    assert not was_cached
+    assert (request.method, request.url.path) == ("POST", "/x/predict" if "/x" in url else "/predict")
+    assert request.content == '{"prompt":"a „house“"}'.encode()
+    assert "authorization" not in request.headers
+
+
+async def test_safetensors_are_preferred() -> None:
+    """Both formats are asked for, neither compressed; the answer's media type decides how it is read."""
+    encoder = Encoder(body(dump_safetensors(EMBEDDING), SAFETENSORS_MEDIA_TYPE))
+    async with client(encoder) as sut:
+        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
+    asked = encoder.requests[0].headers
+    assert asked["accept"] == "application/vnd.safetensors, application/octet-stream;q=0.9"
+    assert asked["accept-encoding"] == "identity"
+
+
+async def test_the_token_is_sent() -> None:
+    """As a bearer token, when there is one."""
+    encoder = Encoder(good)
+    async with client(encoder, token="t") as sut:
+        await sut.embed("a")
+    assert encoder.requests[0].headers["authorization"] == "Bearer t"
+
+
+async def test_a_repeated_prompt_is_not_asked_again() -> None:
+    """An embedding is kept, within its bytes."""
+    encoder = Encoder(good)
+    async with client(encoder, cache=EMBEDDING.nbytes) as sut:
+        found = [await sut.embed(prompt) for prompt in ("a", "a", "b", "a")]
+    assert [was_cached for _, was_cached in found] == [False, True, False, False]
+    assert all(torch.equal(tensor, EMBEDDING) for tensor, _ in found)
+    assert len(encoder.requests) == 3
+
+
+async def test_a_failure_is_not_kept() -> None:
+    """The prompt that failed is asked again when it comes again."""
+    encoder = Encoder(status(422), good)
+    async with client(encoder, cache=2**20) as sut:
+        with pytest.raises(InvalidRequest):
+            await sut.embed("a")
+        assert not (await sut.embed("a"))[1]
+
+
+@pytest.mark.parametrize("failure", [refused, *map(status, (429, 502, 503, 504))])
+async def test_what_may_pass_is_tried_again(failure: Reply) -> None:
+    """A refused connection and an overloaded encoder are tried again, until it answers."""
+    encoder = Encoder(*[failure] * (NUM_ATTEMPTS - 1), good)
+    async with client(encoder) as sut:
+        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
+    assert len(encoder.requests) == NUM_ATTEMPTS
+
+
+@pytest.mark.parametrize("failure", [refused, status(503)])
+async def test_what_does_not_pass_is_503(failure: Reply) -> None:
+    """After the last attempt the client is told to come back."""
+    encoder = Encoder(failure)
+    async with client(encoder) as sut:
+        with pytest.raises(EncoderUnavailable) as caught:
+            await sut.embed("a")
+    assert (caught.value.status, len(encoder.requests)) == (503, NUM_ATTEMPTS)
+    assert caught.value.retry_after_s is not None
+
+
+async def test_the_attempts_take_about_a_second() -> None:
+    """With its real waits, an encoder that is away is known to be away within 2 s."""
+    with stamina.set_testing(False):
+        async with client(Encoder(refused), timeout_s=2) as sut:
+            with pytest.raises(EncoderUnavailable):
+                await sut.embed("a")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no tensor",
+        dump_torch(EMBEDDING[:, :3]),
+        dump_torch(EMBEDDING * float("nan")),
+        dump_torch(EMBEDDING.double()),
+        dump_torch(EMBEDDING)[:-10],
+        dump_safetensors(EMBEDDING),  # said to be torch's
+    ],
+)
+async def test_what_is_no_embedding_is_502(content: bytes) -> None:
+    """A wrong answer is asked for exactly once more, then refused."""
+    encoder = Encoder(body(content))
+    async with client(encoder) as sut:
+        with pytest.raises(BadEncoderResponse) as caught:
+            await sut.embed("a")
+    assert (caught.value.status, len(encoder.requests)) == (502, 2)
+
+
+async def test_one_wrong_answer_is_forgiven() -> None:
+    """If the second answer is right, nothing happened."""
+    async with client(Encoder(body(b"no tensor"), good)) as sut:
+        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
+
+
+@pytest.mark.parametrize("code", [302, 401, 404, 500])
+async def test_other_statuses_are_502(code: int) -> None:
+    """Any other status is the encoder's fault, and a redirect is not followed."""
+    encoder = Encoder(status(code))
+    async with client(encoder) as sut:
+        with pytest.raises(BadEncoderResponse, match=str(code)):
+            await sut.embed("a")
+    assert {request.url.host for request in encoder.requests} == {"encoder"}
+
+
+@pytest.mark.parametrize("code", [413, 422])
+async def test_a_prompt_that_the_encoder_refuses(code: int) -> None:
+    """It is the client's prompt, and it is not tried again."""
+    encoder = Encoder(status(code))
+    async with client(encoder) as sut:
+        with pytest.raises(InvalidRequest) as caught:
+            await sut.embed("a")
+    assert (caught.value.param, len(encoder.requests)) == ("prompt", 1)
+
+
+async def test_a_long_answer_is_given_up() -> None:
+    """A body is read no further than an embedding can be long, and asked for once more."""
+    num_chunks = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal num_chunks
+        for _ in range(1000):
+            num_chunks += 1
+            yield b"x" * 1000
+
+    encoder = Encoder(lambda: httpx.Response(200, content=chunks()))
+    async with client(encoder) as sut:
+        with pytest.raises(BadEncoderResponse, match="larger"):
+            await sut.embed("a")
+    assert len(encoder.requests) == 2
+    assert num_chunks <= 2 * 5  # 4 KiB of header and 96 bytes of embedding, each time
+
+
+async def test_a_compressed_answer_is_not_unpacked() -> None:
+    """A few bytes could unpack to gigabytes: what is compressed is refused unread."""
+    num_chunks = 0
+
+    async def bomb() -> AsyncIterator[bytes]:
+        nonlocal num_chunks
+        num_chunks += 1
+        yield gzip.compress(dump_torch(EMBEDDING))
+
+    headers = {"content-encoding": "gzip"}
+    async with client(Encoder(lambda: httpx.Response(200, content=bomb(), headers=headers))) as sut:
+        with pytest.raises(BadEncoderResponse, match="compressed"):
+            await sut.embed("a")
+    assert num_chunks == 0
+
+
+async def hang(_request: httpx.Request) -> httpx.Response:
+    """Never answers."""
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+async def drip(_request: httpx.Request) -> httpx.Response:
+    """Answers, a byte now and then."""
+
+    async def drops() -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.05)
+            yield b"x"
+
+    return httpx.Response(200, content=drops())
+
+
+async def fail_slowly(_request: httpx.Request) -> httpx.Response:
+    """Takes a while to be away."""
+    await asyncio.sleep(0.2)
+    raise httpx.ConnectError("refused")
+
+
+@pytest.mark.parametrize("encoder", [hang, drip, fail_slowly])
+async def test_there_is_one_limit_of_time(encoder: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> None:
+    """The limit holds for all attempts together, whatever the encoder does meanwhile."""
+    async with client(encoder, timeout_s=0.3) as sut:
+        began = time.monotonic()
+        with pytest.raises(EncoderTimeout, match=r"0\.3 s") as caught:
+            await sut.embed("a")
+        assert 0.25 < time.monotonic() - began < 1
+    assert caught.value.status == 504
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (httpx.ConnectError, EncoderUnavailable),
+        (httpx.ReadError, EncoderUnavailable),
+        (httpx.WriteError, EncoderUnavailable),
+        (httpx.CloseError, EncoderUnavailable),
+        (httpx.ProxyError, EncoderUnavailable),
+        (httpx.UnsupportedProtocol, EncoderUnavailable),
+        (httpx.LocalProtocolError, EncoderUnavailable),
+        (httpx.RemoteProtocolError, BadEncoderResponse),
+        (httpx.ConnectTimeout, EncoderTimeout),
+        (httpx.ReadTimeout, EncoderTimeout),
+        (httpx.WriteTimeout, EncoderTimeout),
+        (httpx.PoolTimeout, EncoderTimeout),
+    ],
+)
+async def test_every_failure_of_the_network_has_a_name(
+    failure: type[httpx.TransportError], error: type[Flux2Error]
+) -> None:
+    """No exception of the HTTP library reaches the caller, from either request."""
+    async with client(Encoder(lambda: failure("secret"))) as sut:
+        for ask in (partial(sut.embed, "a"), sut.info):
+            with pytest.raises(error):
+                await ask()
+
+
+@pytest.mark.parametrize(
+    "reply", [refused, body(b"secret"), body(b"secret" * 1000), *map(status, (302, 401, 413, 422, 429, 500, 503))]
+)
+async def test_nothing_of_an_answer_is_repeated(reply: Reply) -> None:
+    """What clients are told of a failure holds no word of the encoder's."""
+    async with client(Encoder(reply)) as sut:
+        for ask in (partial(sut.embed, "a"), sut.info):
+            with pytest.raises(Flux2Error) as caught:
+                await ask()
+            assert "secret" not in str(caught.value)
+
+
+async def test_the_encoder_says_what_it_is() -> None:
+    """``/info`` is asked beside ``/predict``."""
+    encoder = Encoder(lambda: httpx.Response(200, text=INFO.model_dump_json()))
+    async with client(encoder, url="http://encoder/predict") as sut:
+        assert await sut.info() == INFO
+    assert (encoder.requests[0].method, encoder.requests[0].url.path) == ("GET", "/info")
+    assert INFO.embedding_shape == (4, 6)
+
+
+@pytest.mark.parametrize("code", [404, 405])
+async def test_an_encoder_that_says_nothing_of_itself(code: int) -> None:
+    """The public encoder has no ``/info``; that is no error."""
+    async with client(Encoder(status(code))) as sut:
+        assert await sut.info() is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "no JSON", " " * 70_000 + INFO.model_dump_json()])
+async def test_nonsense_for_info_is_502(text: str) -> None:
+    """What is no ``/info`` is refused, and so is one without end."""
+    async with client(Encoder(lambda: httpx.Response(200, text=text))) as sut:
+        with pytest.raises(BadEncoderResponse):
+            await sut.info()

@@ -1,0 +1,167 @@
+"""Pictures as files, and the record of how they were made."""
+
+import io
+import json
+import random
+import struct
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, PngImagePlugin
+
+from generator_service.imaging import (
+    MAX_JPEG_PROMPT_BYTES,
+    ImageFormat,
+    NoProvenance,
+    Provenance,
+    encode_image,
+    read_provenance,
+)
+
+PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+RECORD = Provenance(
+    prompt="ein rotes „Haus“ — 家 🎨",
+    width=4,
+    height=4,
+    num_inference_steps=50,
+    guidance_scale=4.0,
+    seed=2**63 - 1,
+    cache={"max_error": 0.1},
+    schedule="night; source=calibrated",
+    computed_steps=[0, 7, 49],
+    model="demo",
+    revision="local",
+)
+FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
+NUM_MUTATIONS = 600
+
+
+def test_a_png_says_everything() -> None:
+    """Text chunks carry every parameter, the program, and that the picture is AI generated; no pixel is changed."""
+    image = Image.open(io.BytesIO(encode_image(PICTURE, "png", RECORD)))
+    assert image.info["Comment"] == "AI generated"
+    assert image.info["Software"].startswith("flux2-services ")
+    assert json.loads(image.info["flux2"]) == asdict(RECORD)
+    assert np.array_equal(np.asarray(image), np.asarray(PICTURE))
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+def test_exif_says_everything(image_format: ImageFormat) -> None:
+    """JPEG and WebP say the same in EXIF, where every viewer shows it."""
+    image = Image.open(io.BytesIO(encode_image(PICTURE, image_format, RECORD)))
+    exif = image.getexif()
+    assert image.format == image_format.upper()
+    assert exif[ExifTags.Base.Software].startswith("flux2-services ")
+    assert json.loads(exif[ExifTags.Base.ImageDescription]) == {"note": "AI generated", "flux2": asdict(RECORD)}
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+@pytest.mark.parametrize("record", [RECORD, replace(RECORD, prompt=None, prompt_embeds_sha256="00ff")])
+def test_the_record_can_be_read_back(tmp_path: Path, image_format: ImageFormat, record: Provenance) -> None:
+    """Whatever the format, and with a prompt or without, what was written is read."""
+    (tmp_path / "x").write_bytes(encode_image(PICTURE, image_format, record))
+    assert read_provenance(tmp_path / "x") == record
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_the_longest_prompt_fits(tmp_path: Path, image_format: ImageFormat) -> None:
+    """A prompt of the limit for JPEG fits beside the longest list of steps."""
+    record = replace(RECORD, prompt="x" * (MAX_JPEG_PROMPT_BYTES - 2), computed_steps=list(range(100)))
+    (tmp_path / "x").write_bytes(encode_image(PICTURE, image_format, record))
+    assert read_provenance(tmp_path / "x") == record
+
+
+def foreign_png(**chunks: str) -> bytes:
+    """A picture with other text chunks."""
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    for name, text in chunks.items():
+        info.add_text(name, text)
+    PICTURE.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def foreign_exif(image_format: str, description: str) -> bytes:
+    """A picture that is described in another way."""
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = description
+    PICTURE.save(buffer, image_format, exif=exif)
+    return buffer.getvalue()
+
+
+def saved_as(image_format: str) -> bytes:
+    """A picture in any format of PIL's, without a record."""
+    buffer = io.BytesIO()
+    PICTURE.save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def huge_png(side: int) -> bytes:
+    """A few hundred bytes with a record that claim to be a picture of ``side`` x ``side``; it cannot be decoded."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
+        (b"tEXt", b"flux2\0" + json.dumps(asdict(RECORD)).encode()),
+        (b"IDAT", b"no pixels"),
+    ]
+    framed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"A text file, not a picture.\n" * 10, id="text"),
+        *(
+            pytest.param(saved_as(name), id=f"{name} without a record")
+            for name in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")
+        ),
+        *(pytest.param(encode_image(PICTURE, name, RECORD)[:60], id=f"{name} cut off") for name in FORMATS),
+        pytest.param(foreign_png(flux2="{"), id="no JSON"),
+        pytest.param(foreign_png(flux2="[]"), id="a list"),
+        pytest.param(foreign_png(flux2='{"prompt": "a"}'), id="a part of a record"),
+        pytest.param(foreign_png(flux2=json.dumps(asdict(RECORD) | {"more": 1})), id="more than a record"),
+        pytest.param(foreign_png(flux2="[" * 200_000), id="deep JSON"),
+        pytest.param(foreign_exif("JPEG", "a holiday"), id="a JPEG's description"),
+        pytest.param(foreign_exif("WEBP", '{"flux2": 7}'), id="a WebP's description"),
+        pytest.param(huge_png(20_000), id="decompression bomb"),
+    ],
+)
+def test_other_files_have_no_record(tmp_path: Path, data: bytes) -> None:
+    """A file that is no picture of this service is an error that names it."""
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(NoProvenance, match=r"x\.png"):
+        read_provenance(tmp_path / "x.png")
+
+
+def test_what_is_no_file_has_no_record(tmp_path: Path) -> None:
+    """Nor has what is not there, or a folder."""
+    for path in (tmp_path / "absent.png", tmp_path):
+        with pytest.raises(NoProvenance, match=path.name):
+            read_provenance(path)
+
+
+def test_pixels_stay_compressed(tmp_path: Path) -> None:
+    """A large picture's record is read without its pixels, and without a warning."""
+    (tmp_path / "x.png").write_bytes(huge_png(10_000))
+    assert read_provenance(tmp_path / "x.png") == RECORD
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_damaged_files_are_read_or_refused(tmp_path: Path, image_format: ImageFormat) -> None:
+    """Whatever is wrong with a file, it has a record or it has none: no other error, and no warning."""
+    rng = random.Random(0)
+    data = encode_image(PICTURE, image_format, RECORD)
+    refused = 0
+    for _ in range(NUM_MUTATIONS):
+        damaged = bytearray(data)
+        at = rng.randrange(len(damaged))
+        damaged[at : at + rng.randrange(1, 60)] = rng.randbytes(rng.randrange(4))
+        (tmp_path / "x").write_bytes(damaged)
+        try:
+            read_provenance(tmp_path / "x")
+        except NoProvenance:
+            refused += 1
+    assert refused > NUM_MUTATIONS / 10

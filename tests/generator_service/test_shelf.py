@@ -1,0 +1,109 @@
+"""Calibrated schedules: their files, and which request gets which."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from generator_service.lemica import (
+    PREDICTORS,
+    Fitted,
+    Linear,
+    Predictor,
+    Reuse,
+    Schedule,
+    ScheduleMismatch,
+    Shelf,
+    Signature,
+    load_schedules,
+    load_shelf,
+    save_schedules,
+)
+
+MADE_FOR = Signature("transformer 12ab", 50, 64, 4.0, "text-to-image", "float32", "linear", "torch 1")
+FAST = Schedule("15 computed", 50, (0, *range(36, 50)), "calibrated", MADE_FOR, Linear(), 0.02, {"psnr": 50.0})
+ULTRA = Schedule("10 computed", 50, (0, *range(41, 50)), "calibrated", MADE_FOR, Linear(), 0.08)
+NAMED = Schedule("night", 50, (0, 7), "calibrated", MADE_FOR, Reuse(), 0.5)
+SHELF = Shelf([NAMED, ULTRA, FAST])
+
+
+@pytest.mark.parametrize("predictor", [*PREDICTORS.values(), Fitted({1: (1.0, -0.5)})], ids=lambda p: p.name)
+def test_schedules_survive_their_file(tmp_path: Path, predictor: Predictor) -> None:
+    """What is loaded equals what was saved, predictor and evidence included."""
+    schedule = replace(FAST, predictor=predictor)
+    schedule.save(tmp_path / "one.json")
+    assert Schedule.load(tmp_path / "one.json") == schedule
+    save_schedules([schedule, ULTRA], tmp_path / "two.json")
+    assert load_schedules(tmp_path / "two.json") == [schedule, ULTRA]
+    with pytest.raises(ScheduleMismatch, match="2 schedules"):
+        Schedule.load(tmp_path / "two.json")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": "lemica-schedules/2"}', '{"format": "lemica-schedules/1"}'])
+def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
+    """A file that holds no schedules is an error that names it."""
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ScheduleMismatch, match=r"x\.json"):
+        load_schedules(tmp_path / "x.json")
+
+
+def test_a_damaged_schedule_is_refused(tmp_path: Path) -> None:
+    """A list of steps that is no schedule is refused when the file is read."""
+    FAST.save(tmp_path / "x.json")
+    data = json.loads((tmp_path / "x.json").read_text())
+    data["schedules"][0]["computed_steps"] = [3, 2]
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    with pytest.raises(ScheduleMismatch):
+        load_schedules(tmp_path / "x.json")
+
+
+def test_names_and_numbers_mean_calibrated_schedules_where_they_fit() -> None:
+    """For the very request it was made for, a calibrated schedule stands behind the published names and the numbers."""
+    assert SHELF.find("fast", MADE_FOR) == replace(FAST, name="fast")
+    assert SHELF.find(10, MADE_FOR) == ULTRA
+    assert SHELF.find("night", MADE_FOR) == NAMED
+    assert SHELF.find("none", MADE_FOR).source == "all"
+    assert SHELF.find("slow", MADE_FOR).source == "published"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "other"},
+        {"num_steps": 28},
+        {"image_tokens": 256},
+        {"guidance_scale": 3.0},
+        {"task": "edit"},
+        {"dtype": "bfloat16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_schedule_is_never_used_for_something_else(change: dict[str, object]) -> None:
+    """Another model, length, size, guidance, task or dtype gets the published list; a name is refused with why."""
+    wanted = replace(MADE_FOR, **change)
+    assert SHELF.find("fast", wanted).source in ("published", "resampled")
+    with pytest.raises(ScheduleMismatch, match=f"made for {next(iter(change))}"):
+        SHELF.find("night", wanted)
+    with pytest.raises(ScheduleMismatch, match="calibrated"):
+        SHELF.cheapest_within(1.0, wanted)
+
+
+def test_library_versions_do_not_matter() -> None:
+    """They are told, not compared."""
+    assert SHELF.find(10, replace(MADE_FOR, libraries="torch 2", predictor=None)) == ULTRA
+
+
+@pytest.mark.parametrize(
+    ("max_error", "expected"), [(1.0, "night"), (0.1, "10 computed"), (0.05, "15 computed"), (0.0, "none")]
+)
+def test_the_cheapest_within_an_error(max_error: float, expected: str) -> None:
+    """``max_error`` gives the schedule with the fewest steps that keeps to it, or else computes every step."""
+    assert SHELF.cheapest_within(max_error, MADE_FOR).name == expected
+
+
+def test_a_folder_gives_the_schedules_of_its_model(tmp_path: Path) -> None:
+    """Files of other models lie beside and are not loaded."""
+    FAST.save(tmp_path / "a.json")
+    replace(ULTRA, signature=replace(MADE_FOR, model="other")).save(tmp_path / "b.json")
+    assert load_shelf([tmp_path], MADE_FOR.model).schedules == (FAST,)

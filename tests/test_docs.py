@@ -1,0 +1,155 @@
+"""The documents: they name what there is, point to files that exist, and hold code that is code."""
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dotenv import dotenv_values
+from pydantic import AliasChoices
+
+from generator_service.api.schemas import GenerateRequest
+from generator_service.settings import GeneratorSettings
+from shared.errors import Flux2Error, ModelRefused
+from shared.metrics import Metrics
+from shared.settings import ServiceSettings
+from text_encoder_service.settings import TextEncoderSettings
+
+ROOT = Path(__file__).parents[1]
+SETTINGS: tuple[type[ServiceSettings], ...] = (TextEncoderSettings, GeneratorSettings)
+PACKAGES = ("shared", "text_encoder_service", "generator_service", "demo_model", "benchmarks")
+LOCAL_PATHS = ("/tmp/", "/work/", "/root/")  # noqa: S108 - looked for, not used
+
+
+def documents() -> list[Path]:
+    """Every Markdown file of the project."""
+    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    return sorted([*ROOT.glob("*.md"), *(file for folder in folders for file in folder.rglob("*.md"))])
+
+
+def relative(file: Path) -> str:
+    """The file's path inside the project."""
+    return file.relative_to(ROOT).as_posix()
+
+
+def text_of(name: str) -> str:
+    """What a document says."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_code(text: str) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of every row of every table."""
+    for line in without_code(text).splitlines():
+        if line.startswith("| "):
+            yield [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def variables(settings: type[ServiceSettings]) -> dict[str, str]:
+    """The environment variable of every setting, and the setting's own name."""
+    found = {}
+    for name, field in settings.model_fields.items():
+        alias = field.validation_alias
+        prefixed = f"{settings.model_config.get('env_prefix', '')}{name}".upper()
+        found[str(alias.choices[0]) if isinstance(alias, AliasChoices) else alias or prefixed] = name
+    return found
+
+
+def documented_settings(name: str) -> list[tuple[str, str]]:
+    """Variables and defaults in the order in which a document names them; an unset one has the default ''."""
+    if name == ".env.example":
+        return [(k, v or "") for k, v in re.findall(r"^# ?([A-Z0-9_]+)=(.*)$", text_of(name), re.MULTILINE)]
+    cells = [row for row in rows(text_of(name)) if re.fullmatch(r"`[A-Z0-9_]+`", row[0])]
+    return [(row[0].strip("`"), "" if row[1] == "unset" else row[1].strip("`")) for row in cells]
+
+
+@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
+def test_every_setting_is_documented(name: str) -> None:
+    """``.env.example`` and ``docs/operations.md`` name exactly the settings that there are."""
+    assert {variable for variable, _ in documented_settings(name)} == {v for s in SETTINGS for v in variables(s)}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
+def test_documented_defaults_hold(
+    name: str, settings: type[ServiceSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The default that is written beside a setting is the one that holds; an unset one has none."""
+    monkeypatch.chdir(tmp_path)
+    defaults = settings()
+    documented = documented_settings(name)
+    Path(".env").write_text("\n".join(f"{k}={v}" for k, v in documented if v), encoding="utf-8")
+    assert settings() == defaults
+    unset = {variable for variable, default in documented if not default}
+    assert {v for v, field in variables(settings).items() if getattr(defaults, field) is None} == unset & set(
+        variables(settings)
+    )
+
+
+def test_the_example_is_a_dotenv_file() -> None:
+    """``.env.example`` sets nothing as it is, and each of its lines sets what it says once its # is gone."""
+    text = text_of(".env.example")
+    assert dotenv_values(stream=io.StringIO(text)) == {}
+    documented = documented_settings(".env.example")
+    uncommented = re.sub(r"^#(?=[A-Z0-9_]+=)", "", text, flags=re.MULTILINE)
+    assert dotenv_values(stream=io.StringIO(uncommented)) == dict(documented)
+    assert len(documented) == len(dict(documented))
+
+
+def test_every_metric_is_documented() -> None:
+    """``docs/operations.md`` names exactly the metrics that the services have."""
+    metrics = {m.name + ("_total" if m.type == "counter" else "") for m in Metrics().registry.collect()}
+    assert {row[0].strip("`") for row in rows(text_of("docs/operations.md")) if "`flux2_" in row[0]} == metrics
+
+
+def test_every_error_is_documented() -> None:
+    """``docs/wire-format.md`` names exactly the statuses and codes that clients can meet."""
+    clients_meet = {Flux2Error, *Flux2Error.__subclasses__()} - {ModelRefused}
+    documented = {(row[0], row[1].strip("`")) for row in rows(text_of("docs/wire-format.md")) if row[0].isdigit()}
+    assert documented == {(str(error.status), error.code) for error in clients_meet}
+
+
+def test_every_field_of_a_generation_is_documented() -> None:
+    """``docs/wire-format.md`` names exactly the fields that ``POST /generate`` takes."""
+    section = text_of("docs/wire-format.md").split("## `POST /generate`")[1]
+    table = [row for row in rows(section) if len(row) == 4]
+    assert {row[0].strip("`") for row in table[1:]} == set(GenerateRequest.model_fields)
+
+
+def test_every_module_has_a_line() -> None:
+    """``docs/architecture.md`` names exactly the modules that there are."""
+    documented = set()
+    for section in re.split(r"^### ", text_of("docs/architecture.md"), flags=re.MULTILINE)[1:]:
+        folder = re.match(r"`([\w/]+)/`", section)
+        assert folder is not None, section.splitlines()[0]
+        documented |= {f"{folder[1]}/{row[0].strip('`')}" for row in rows(section) if row[0].endswith(".py`")}
+    modules = {relative(file) for package in PACKAGES for file in (ROOT / package).rglob("*.py")}
+    assert documented == {module for module in modules if not module.endswith("__init__.py")}
+
+
+@pytest.mark.parametrize("document", documents(), ids=relative)
+def test_links_lead_somewhere(document: Path) -> None:
+    """Every relative link in a document points to a file of the project."""
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text(encoding="utf-8")))
+    inside = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
+    assert [link for link in inside if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", documents(), ids=relative)
+def test_python_in_documents_is_python(document: Path) -> None:
+    """Every Python block in a document compiles."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        compile(block, relative(document), "exec")
+
+
+@pytest.mark.parametrize("document", [*documents(), ROOT / ".env.example"], ids=relative)
+def test_documents_name_no_local_paths(document: Path) -> None:
+    """What was true on its author's machine alone is in no document."""
+    text = document.read_text(encoding="utf-8")
+    assert [path for path in LOCAL_PATHS if path in text] == []
