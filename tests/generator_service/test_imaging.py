@@ -126,6 +126,7 @@ def huge_png(side: int) -> bytes:
         pytest.param(foreign_png(flux2="[" * 200_000), id="deep JSON"),
         pytest.param(foreign_exif("JPEG", "a holiday"), id="a JPEG's description"),
         pytest.param(foreign_exif("WEBP", '{"flux2": 7}'), id="a WebP's description"),
+        pytest.param(foreign_exif("TIFF", json.dumps({"flux2": asdict(RECORD)})), id="another format"),
         pytest.param(huge_png(20_000), id="decompression bomb"),
     ],
 )
