@@ -1,5 +1,6 @@
 """The Makefile: what a user without Python, or without a clue, is told."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,10 +10,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def make(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run make."""
+    """Run make as a user would: a suite that make itself started would print ``make[1]: Entering directory``."""
     make = shutil.which("make")
     assert make is not None
-    return subprocess.run([make, *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        [make, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_help_lists_every_target() -> None:
