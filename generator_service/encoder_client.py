@@ -33,6 +33,8 @@ ACCEPT = {
 }
 RETRIED_STATUSES = {502, 503, 504}
 MAX_INFO_BYTES = 64 * 2**10
+INFO_TIMEOUT_S = 5.0
+"""Readiness probes are short."""
 MAX_ATTEMPTS = 4
 
 
@@ -89,16 +91,19 @@ class EncoderClient:
 
         Raises:
             EncoderUnavailable: it cannot be reached.
+            EncoderTimeout: it does not answer in time.
             BadEncoderResponse: it says something that is not an ``EncoderInfo``.
         """
         try:
-            async with self._answer("GET", "/info") as response:
+            async with asyncio.timeout(min(INFO_TIMEOUT_S, self._timeout_s)), self._answer("GET", "/info") as response:
                 if response.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
                     return None
                 _raise_for_status(response)
                 return EncoderInfo.model_validate_json(await _read(response, MAX_INFO_BYTES))
         except ValidationError as error:
             raise BadEncoderResponse("the text encoder's /info is not understood") from error
+        except TimeoutError as error:
+            raise EncoderTimeout("the text encoder's /info takes too long") from error
 
     async def _embed_with_retries(self, prompt: str) -> torch.Tensor:
         bad_answers = 0

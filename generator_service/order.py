@@ -38,13 +38,16 @@ def open_shelf(settings: GeneratorSettings, model: Flux2Model) -> Shelf:
     """The calibrated schedules of ``model``: those that come with the product, and those of ``SCHEDULES_DIR``.
 
     Raises:
-        ModelRefused: a file there holds no schedules.
+        ModelRefused: a file there holds no schedules, or ``GENERATOR_DEFAULT_CACHE`` names none that there is.
     """
     folders = [SHIPPED, *([settings.schedules_dir] if settings.schedules_dir else [])]
     try:
-        return load_shelf(folders, model.fingerprint)
+        shelf = load_shelf(folders, model.fingerprint)
     except ScheduleMismatch as error:
         raise ModelRefused(f"SCHEDULES_DIR: {error}") from error
+    if not shelf.knows(settings.default_cache):
+        raise ModelRefused(f"GENERATOR_DEFAULT_CACHE: there is no schedule {settings.default_cache!r}")
+    return shelf
 
 
 def make_order(
@@ -94,8 +97,7 @@ def check_prompt(prompt: str, output_format: ImageFormat, settings: GeneratorSet
 def checked_side(name: str, side: int | None, settings: GeneratorSettings, model: Flux2Model) -> int:
     """``side``, or the model's own, if it is a multiple of the model's token size within the settings' limits."""
     unit = model.pixels_per_token
-    if side is None:
-        return model.default_side
+    side = model.default_side if side is None else side
     if side % unit or not settings.min_side <= side <= settings.max_side:
         raise InvalidRequest(
             f"{name}: must be a multiple of {unit} from {settings.min_side} to {settings.max_side}, not {side}",

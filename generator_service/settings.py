@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AliasChoices, AnyHttpUrl, DirectoryPath, Field, SecretStr
+from pydantic import AnyHttpUrl, DirectoryPath, Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
 from shared.settings import ServiceSettings
@@ -24,17 +24,11 @@ class GeneratorSettings(ServiceSettings):
     max_side: int = Field(4096, ge=16)
     default_cache: Annotated[int | CacheName, Field(union_mode="left_to_right")] = "medium"
     """The schedule of requests that do not choose one."""
-    schedules_dir: DirectoryPath | None = Field(None, validation_alias=AliasChoices("SCHEDULES_DIR", "schedules_dir"))
+    schedules_dir: DirectoryPath | None = Field(None, validation_alias="SCHEDULES_DIR")
     """A folder of calibrated schedules, beside those that come with the product."""
 
-    text_encoder_url: AnyHttpUrl = Field(
-        AnyHttpUrl("http://127.0.0.1:8006"), validation_alias=AliasChoices("TEXT_ENCODER_URL", "text_encoder_url")
-    )
+    text_encoder_url: AnyHttpUrl = Field(AnyHttpUrl("http://127.0.0.1:8006"), validation_alias="TEXT_ENCODER_URL")
     """Ours, or any service of the same protocol. With or without ``/predict``."""
-    text_encoder_token: SecretStr | None = Field(
-        None, validation_alias=AliasChoices("TEXT_ENCODER_TOKEN", "text_encoder_token")
-    )
-    text_encoder_timeout_s: float = Field(
-        30.0, gt=0, validation_alias=AliasChoices("TEXT_ENCODER_TIMEOUT_S", "text_encoder_timeout_s")
-    )
+    text_encoder_token: SecretStr | None = Field(None, validation_alias="TEXT_ENCODER_TOKEN")
+    text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")
     """In all, retries included."""

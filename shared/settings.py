@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
@@ -17,9 +17,9 @@ class ServiceSettings(BaseSettings):
         frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", populate_by_name=True
     )
 
-    model: str = Field(FLUX2_DEV, validation_alias=AliasChoices("FLUX2_MODEL", "model"))
+    model: str = Field(FLUX2_DEV, validation_alias="FLUX2_MODEL")
     """A hub id, or the folder of a diffusers pipeline."""
-    revision: str = Field("main", validation_alias=AliasChoices("FLUX2_REVISION", "revision"))
+    revision: str = Field("main", validation_alias="FLUX2_REVISION")
     """The hub revision; pin it to a commit in production."""
     host: str = "127.0.0.1"
     port: int = Field(ge=0, le=65535)
@@ -34,9 +34,7 @@ class ServiceSettings(BaseSettings):
     embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
     token: SecretStr | None = None
     """If set, requests must carry it as ``Authorization: Bearer``; health and metrics stay open."""
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", validation_alias=AliasChoices("LOG_LEVEL", "log_level")
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="LOG_LEVEL")
 
     def torch_device(self) -> torch.device:
         """The device to use, ``auto`` resolved."""

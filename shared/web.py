@@ -1,14 +1,15 @@
 """The skeleton of both services: request ids, limits, errors as problem+json, health and metrics."""
 
+import asyncio
 import logging
 import math
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -28,6 +29,10 @@ from shared.settings import ServiceSettings
 logger = logging.getLogger("flux2")
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
+CLIENT_CLOSED_REQUEST = 499
+"""As nginx says it; nobody reads it but the metrics."""
+DISCONNECT_POLL_S = 0.1
+Result = TypeVar("Result")
 ReadyCheck = Callable[[], Awaitable[str | None]]
 """Says why the service is not ready, or None."""
 
@@ -172,6 +177,18 @@ def _add_health_routes(app: FastAPI) -> None:
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of ``work``, or None if the client left before: then ``work`` is cancelled."""
+    task = asyncio.create_task(work)
+    try:
+        while not (await asyncio.wait([task], timeout=DISCONNECT_POLL_S))[0]:
+            if await request.is_disconnected():
+                return None
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def problem_of(request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None) -> Problem:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from dotenv import dotenv_values
-from pydantic import AliasChoices
 
 from generator_service.api.schemas import GenerateRequest
 from generator_service.settings import GeneratorSettings
@@ -56,7 +55,7 @@ def variables(settings: type[ServiceSettings]) -> dict[str, str]:
     for name, field in settings.model_fields.items():
         alias = field.validation_alias
         prefixed = f"{settings.model_config.get('env_prefix', '')}{name}".upper()
-        found[str(alias.choices[0]) if isinstance(alias, AliasChoices) else alias or prefixed] = name
+        found[alias if isinstance(alias, str) else prefixed] = name
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, MistralModel
 from transformers.utils import logging as transformers_logging
 
-from shared.errors import ModelRefused
+from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
@@ -57,7 +57,11 @@ class MistralEncoder:
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:
-        """One embedding for each prompt, in order. Rows of a batch do not depend on each other."""
+        """One embedding for each prompt, in order. Rows of a batch do not depend on each other.
+
+        Raises:
+            OutOfMemory: the device has too little memory for so many prompts.
+        """
         length = self.prompt_format.max_sequence_length
         batch: Any = self._tokenizer.apply_chat_template(
             [self._conversation(prompt) for prompt in prompts],
@@ -70,12 +74,16 @@ class MistralEncoder:
             max_length=length,
         )
         device = self._model.device
-        output = self._model(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        try:
+            output = self._model(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfMemory(f"{len(prompts)} prompts do not fit into the memory of the GPU now") from error
         states = torch.stack([output.hidden_states[layer] for layer in self.prompt_format.hidden_layers], dim=2)
         embeddings = states.flatten(2).cpu()  # [B, L, layers, H] -> [B, L, layers * H]
         return [

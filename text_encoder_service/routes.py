@@ -1,6 +1,7 @@
 """``POST /predict`` and ``GET /info``."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from shared.device_queue import DeviceQueue
 from shared.errors import InvalidRequest
 from shared.metrics import Metrics
 from shared.schemas import EncoderInfo, PredictRequest
+from shared.web import CLIENT_CLOSED_REQUEST, while_connected
 from shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
 from text_encoder_service.encoder import Embedding
 from text_encoder_service.settings import TextEncoderSettings
@@ -50,16 +52,19 @@ async def info(state: State) -> EncoderInfo:
     response_class=Response,
     responses={200: {"content": {TORCH_MEDIA_TYPE: {}, SAFETENSORS_MEDIA_TYPE: {}}}},
 )
-async def predict(body: PredictRequest, state: State, accept: Annotated[str, Header()] = "") -> Response:
+async def predict(
+    body: PredictRequest, request: Request, state: State, accept: Annotated[str, Header()] = ""
+) -> Response:
     """Prompt embeddings ``[prompts, tokens, width]``, saved by ``torch.save``, or as safetensors if asked for."""
     prompts = checked_prompts(body, state.settings)
-    embeddings = await asyncio.gather(*[embed(prompt, state) for prompt in prompts])
-    tensor = torch.cat([embedding.tensor for embedding in embeddings])
+    embeddings = await while_connected(request, embed_all(prompts, state))
+    if embeddings is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     wants_safetensors = SAFETENSORS_MEDIA_TYPE in accept
     dump = dump_safetensors if wants_safetensors else dump_torch
     headers = {"x-truncated-prompts": ",".join(str(i) for i, e in enumerate(embeddings) if e.is_truncated)}
     return Response(
-        await asyncio.to_thread(dump, tensor),
+        await asyncio.to_thread(lambda: dump(torch.cat([embedding.tensor for embedding in embeddings]))),
         media_type=SAFETENSORS_MEDIA_TYPE if wants_safetensors else TORCH_MEDIA_TYPE,
         headers={name: value for name, value in headers.items() if value},
     )
@@ -75,6 +80,16 @@ def checked_prompts(body: PredictRequest, settings: TextEncoderSettings) -> list
         told = f"prompt: at most {settings.max_prompt_chars} characters each, not {longest}"
         raise InvalidRequest(told, param="prompt")
     return prompts
+
+
+async def embed_all(prompts: Sequence[str], state: EncoderState) -> list[Embedding]:
+    """Every prompt's embedding, or the first error: then the others are given up."""
+    tasks = [asyncio.create_task(embed(prompt, state)) for prompt in prompts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def embed(prompt: str, state: EncoderState) -> Embedding:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
 
 from generator_service.engine import Delivery
 from shared.errors import Flux2Error
@@ -18,6 +19,7 @@ logger = logging.getLogger("flux2")
 
 MEDIA_TYPE = "text/event-stream"
 PING_S = 15
+AppStatus.enable_automatic_graceful_drain = False  # a stream ends with its picture: SIGTERM must not cut it before
 StepListener = Callable[[int, bool], None]
 
 

@@ -1,10 +1,9 @@
 """``POST /generate``: one picture, as the bytes of an image file."""
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
@@ -15,12 +14,9 @@ from generator_service.imaging import MEDIA_TYPES
 from generator_service.lemica import Shelf
 from generator_service.order import Order, make_order
 from generator_service.settings import GeneratorSettings
+from shared.web import CLIENT_CLOSED_REQUEST, while_connected
 
 router = APIRouter()
-Result = TypeVar("Result")
-
-DISCONNECT_POLL_S = 0.1
-CLIENT_CLOSED_REQUEST = 499
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,9 @@ async def generate(
 
     With ``Accept: text/event-stream``: an event for every step, and the picture as base64 in the last one.
     """
-    order = make_order(body, state.settings, state.engine.model, state.shelf, state.embedding_shape)
+    order = await asyncio.to_thread(
+        make_order, body, state.settings, state.engine.model, state.shelf, state.embedding_shape
+    )
     if events.MEDIA_TYPE in accept:
         deliver = partial(state.engine.deliver, order)
         return await events.stream(request, deliver, order.schedule.num_steps, partial(result_headers, order))
@@ -78,15 +76,3 @@ def result_headers(order: Order, delivery: Delivery) -> dict[str, str]:
         "x-denoise-ms": f"{1000 * timings.denoise_s:.1f}",
         "x-decode-ms": f"{1000 * timings.decode_s:.1f}",
     }
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of ``work``, or None if the client left before: then ``work`` is cancelled."""
-    task = asyncio.create_task(work)
-    try:
-        while not (await asyncio.wait([task], timeout=DISCONNECT_POLL_S))[0]:
-            if await request.is_disconnected():
-                return None
-        return task.result()
-    finally:
-        task.cancel()

@@ -5,6 +5,7 @@ relative position and says so in its ``source``. Calibrated schedules come from 
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,6 +19,8 @@ from generator_service.lemica.predictor import Predictor, Reuse, predictor_from_
 from generator_service.lemica.signature import Signature
 
 FORMAT = "lemica-schedules/1"
+NAME = r"[A-Za-z0-9_.,+ -]{1,64}"
+"""It goes into headers and file names."""
 
 PUBLISHED_STEPS = 50
 PUBLISHED_FOR = Signature("FLUX.2", PUBLISHED_STEPS)
@@ -50,6 +53,10 @@ class Schedule:
     """What was measured with it, of a calibrated schedule."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(NAME, self.name):
+            raise ScheduleMismatch(
+                f"a schedule's name has 1 to 64 of A-Z a-z 0-9 _ . , + - and spaces, not {self.name[:80]!r}"
+            )
         steps = self.computed_steps
         if not steps or steps[0] != 0:
             raise ScheduleMismatch("a schedule starts with a computed step 0: there is nothing to reuse before it")

@@ -27,6 +27,12 @@ class Shelf:
     def __init__(self, schedules: Iterable[Schedule] = ()) -> None:
         self.schedules = tuple(schedules)
 
+    def knows(self, cache: str | int) -> bool:
+        """Whether ``cache`` can be asked for at all, for some request."""
+        if isinstance(cache, int):
+            return cache >= 1
+        return cache in ("none", *PUBLISHED) or any(schedule.name == cache for schedule in self.schedules)
+
     def find(self, cache: str | int, wanted: Signature) -> Schedule:
         """The schedule that a request's ``cache`` asks for.
 

@@ -1,5 +1,6 @@
 """The services and the demo as the processes that users start."""
 
+import base64
 import os
 import signal
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save
 
 from demo_model.services import WEIGHTS
 
@@ -121,6 +124,28 @@ def serving(environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[byte
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_picture_that_was_begun_is_finished(environment: dict[str, str]) -> None:
+    """SIGTERM while a picture is drawn: its stream goes on to the picture, then the service ends."""
+    url = f"http://127.0.0.1:{environment['GENERATOR_PORT']}"
+    command = [sys.executable, "-m", "generator_service"]
+    embeds = base64.b64encode(save({"prompt_embeds": torch.zeros(1, 32, 384)})).decode()
+    body = {"prompt_embeds": embeds, "num_inference_steps": 60, "cache": "none"}
+    service = subprocess.Popen(command, env=environment | {"FLUX2_MODEL": str(WEIGHTS)}, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: answers(f"{url}/health/live"))
+        headers = {"Accept": "text/event-stream"}
+        with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
+            lines = response.iter_lines()
+            assert next(lines) == "event: step"
+            service.send_signal(signal.SIGTERM)
+            names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+        assert names == ["step"] * 59 + ["completed"]
+        assert service.wait(PATIENCE_S) == 0
+    finally:
+        service.kill()
+        service.wait()
 
 
 def answers(url: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from generator_service.pipelines.flux2 import Flux2Model
+from shared.errors import ModelRefused
 from shared.wire import dump_safetensors, dump_torch
 from tests.conftest import Serve
 
@@ -393,3 +394,10 @@ async def test_a_token_can_be_required(serve_generator: Serve, token: str | None
         assert (await http.get("/health/live")).status_code == 200
     assert response.status_code == status
     assert (response.headers.get("www-authenticate") == "Bearer") == (status == 401)
+
+
+async def test_a_default_that_does_not_exist_is_refused_at_start(serve_generator: Serve) -> None:
+    """``GENERATOR_DEFAULT_CACHE`` names a schedule that there is, or the service does not start."""
+    with pytest.raises(ModelRefused, match="GENERATOR_DEFAULT_CACHE: there is no schedule 'turbo'"):
+        async with serve_generator(default_cache="turbo"):
+            pass

@@ -48,6 +48,13 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
         load_schedules(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize("name", ["", "x" * 65, "nacht\u2013zug", "a;b", "two\nlines"])
+def test_a_name_fits_into_a_header(name: str) -> None:
+    """A schedule's name is short plain text, since it is sent in a header."""
+    with pytest.raises(ScheduleMismatch, match="a schedule's name"):
+        replace(FAST, name=name)
+
+
 def test_a_damaged_schedule_is_refused(tmp_path: Path) -> None:
     """A list of steps that is no schedule is refused when the file is read."""
     FAST.save(tmp_path / "x.json")

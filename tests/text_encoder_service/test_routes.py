@@ -131,6 +131,18 @@ async def test_concurrent_prompts_share_forward_passes(serve_encoder: Serve) -> 
     assert float(lines['flux2_embedding_cache_total{result="hit"}']) == 1
 
 
+async def test_prompts_that_find_no_place_are_refused_together(serve_encoder: Serve) -> None:
+    """A list that does not fit into the queue is 429, and none of its prompts is left there."""
+    async with serve_encoder(max_waiting=1, max_batch=1) as http:
+        refused = await http.post("/predict", json={"prompt": [f"a red circle {n}" for n in range(8)]})
+        metrics = (await http.get("/metrics")).text
+        after = await http.post("/predict", json={"prompt": "a"})
+    assert (refused.status_code, refused.json()["code"]) == (429, "busy")
+    assert "retry-after" in refused.headers
+    assert "flux2_queue_depth 0.0" in metrics
+    assert after.status_code == 200
+
+
 async def test_info_and_health(serve_encoder: Serve) -> None:
     """The service says what its embeddings are, and that it is alive and ready."""
     async with serve_encoder() as http:
