@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 from transformers import Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
 
-from demo_model.train.autoencoder import train_autoencoder
+from demo_model.train.autoencoder import train_autoencoder, train_decoder
 from demo_model.train.denoiser import make_examples, make_transformer, train_denoiser
 from demo_model.train.prompts import make_text_encoder, make_tokenizer
 
@@ -51,6 +51,7 @@ def main() -> None:
     """Train the three stages and write ``demo_model/weights``."""
     parser = argparse.ArgumentParser(prog="python -m demo_model.train", description=__doc__)
     parser.add_argument("--autoencoder-steps", type=int, default=2600)
+    parser.add_argument("--decoder-steps", type=int, default=2400)
     parser.add_argument("--denoiser-steps", type=int, default=7000)
     parser.add_argument("--examples", type=int, default=24_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -62,6 +63,7 @@ def main() -> None:
     tokenizer = make_tokenizer(args.seed)
     text_encoder, transformer = make_text_encoder(tokenizer), make_transformer()
     autoencoder = train_autoencoder(args.checkpoints, steps=args.autoencoder_steps, batch_size=24, seed=args.seed)
+    train_decoder(autoencoder, args.checkpoints, steps=args.decoder_steps, batch_size=8, seed=args.seed + 1)
     rng = random.Random(args.seed)
     examples = make_examples(autoencoder, tokenizer, rng, args.examples, size=128)
     large = make_examples(autoencoder, tokenizer, rng, args.examples // 16, size=256)
