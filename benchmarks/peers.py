@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import Flux2Pipeline, MagCacheConfig
+from diffusers import (
+    FirstBlockCacheConfig,
+    Flux2Pipeline,
+    MagCacheConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+)
 
 Count = Callable[[], int]
 """How many steps of the last run were computed."""
@@ -73,26 +79,87 @@ def mag_cache(ratios: list[float], num_steps: int) -> Peer:
     )
 
 
+def taylor_seer(num_steps: int) -> Peer:
+    """Diffusers' TaylorSeer. ``Flux2Pipeline`` enters no cache context, without which it raises: we enter one."""
+
+    def install(pipeline: Flux2Pipeline, interval: float) -> Count:
+        config = TaylorSeerCacheConfig(cache_interval=round(interval), taylor_factors_dtype=torch.float32)
+        pipeline.transformer.enable_cache(config)
+        enter_context(pipeline.transformer)
+        return counted(pipeline.transformer.single_transformer_blocks[-1].attn.to_out)
+
+    return Peer("TaylorSeer (diffusers, in a context)", install, tuple(range(1, num_steps // 4)))
+
+
+def enter_context(transformer: Any) -> None:
+    """Run the transformer within a cache context, as diffusers' newer caches want it."""
+    inner = transformer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with transformer.cache_context("cond"):
+            return inner(*args, **kwargs)
+
+    transformer.forward = forward
+
+
+def refusals(pipeline: Flux2Pipeline, call: Callable[[Flux2Pipeline], torch.Tensor]) -> dict[str, str]:
+    """Diffusers' caches that do nothing for FLUX.2 as a user would enable them, and what each says or does instead."""
+    found: dict[str, str] = {}
+    reference = call(fresh(pipeline))
+    for config in (FirstBlockCacheConfig(threshold=0.5), TaylorSeerCacheConfig(), SeaCacheConfig(threshold=5.0)):
+        name = type(config).__name__.removesuffix("Config")
+        probe = fresh(pipeline)
+        try:
+            probe.transformer.enable_cache(config)
+            if torch.equal(call(probe), reference):
+                found[name] = "computes every step"
+        except (ValueError, TypeError) as error:
+            found[name] = str(error).partition(".")[0]
+    return found
+
+
 def db_cache(*, has_taylor_seer: bool, warmup_steps: int = 4) -> Peer:
     """cache-dit's DBCache, with or without TaylorSeer."""
-    import cache_dit  # noqa: PLC0415 - an extra
 
     def install(pipeline: Flux2Pipeline, threshold: float) -> Count:
-        inner = pipeline.transformer.single_transformer_blocks[-1].attn
-        options: dict[str, Any] = {}
-        if has_taylor_seer:
-            options["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
-        cache_dit.enable_cache(
-            pipeline,
-            cache_config=cache_dit.DBCacheConfig(
-                Fn_compute_blocks=1,
-                Bn_compute_blocks=0,
-                residual_diff_threshold=threshold,
-                max_warmup_steps=warmup_steps,
-            ),
-            **options,
+        return enable_cache_dit(
+            pipeline, has_taylor_seer, residual_diff_threshold=threshold, max_warmup_steps=warmup_steps
         )
-        return counted(inner)
 
     name = "DBCache + TaylorSeer (cache-dit)" if has_taylor_seer else "DBCache (cache-dit)"
     return Peer(name, install, (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 0.8, 1.2))
+
+
+def step_masks(num_steps: int, *, has_taylor_seer: bool) -> Peer:
+    """cache-dit's step masks, which it describes as LeMiCa's: four fixed policies. The knob is the policy's number."""
+    import cache_dit  # noqa: PLC0415 - an extra
+
+    policies = ("slow", "medium", "fast", "ultra")
+
+    def install(pipeline: Flux2Pipeline, policy: float) -> Count:
+        mask = cache_dit.steps_mask(total_steps=num_steps, mask_policy=policies[round(policy)])
+        return enable_cache_dit(
+            pipeline,
+            has_taylor_seer,
+            residual_diff_threshold=0.2,
+            max_warmup_steps=1,
+            num_inference_steps=num_steps,
+            steps_computation_mask=mask,
+            steps_computation_policy="static",
+        )
+
+    name = "step masks + TaylorSeer (cache-dit)" if has_taylor_seer else "step masks (cache-dit)"
+    return Peer(name, install, tuple(range(len(policies))))
+
+
+def enable_cache_dit(pipeline: Flux2Pipeline, has_taylor_seer: bool, **config: Any) -> Count:
+    """Switch cache-dit on: the first block is always computed, as its authors advise."""
+    import cache_dit  # noqa: PLC0415 - an extra
+
+    inner = pipeline.transformer.single_transformer_blocks[-1].attn
+    options: dict[str, Any] = {}
+    if has_taylor_seer:
+        options["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
+    settings = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, **config)
+    cache_dit.enable_cache(pipeline, cache_config=settings, **options)
+    return counted(inner)

@@ -1,7 +1,7 @@
 """From a model and prompts to an error graph, and from a graph to schedules: what the command line does."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,13 +9,17 @@ import torch
 
 from generator_service.lemica import (
     Calibration,
+    CalibrationMismatch,
     ErrorGraph,
     Predictor,
     Schedule,
     Signature,
     Trajectory,
+    lexicographic_minimax_path,
     lexicographic_minimax_paths,
+    minimum_total_error_path,
     num_forwards,
+    refine,
     schedule_for,
     schedule_of,
 )
@@ -136,3 +140,29 @@ def plan_all(graph: ErrorGraph) -> list[Schedule]:
     """The schedule of every budget that the graph has one for, but that which computes everything."""
     paths = lexicographic_minimax_paths(graph)
     return [schedule_of(graph, path) for budget, path in sorted(paths.items()) if budget < graph.num_steps]
+
+
+def refine_all(
+    recording: Recording, graphs: Sequence[ErrorGraph], budgets: Sequence[int], batch_size: int
+) -> Iterator[Schedule]:
+    """For each budget the best schedule that any of the graphs can plan, refined on whole runs of ``recording``.
+
+    Raises:
+        CalibrationMismatch: a graph was made for something else than the runs.
+        NoSuchPath: a budget that a graph has no path for.
+    """
+    for graph in graphs:
+        difference = graph.signature.difference(recording.signature) if graph.signature else "made for unknown runs"
+        if difference is not None:
+            raise CalibrationMismatch(f"a graph was {difference}")
+    planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in budgets}
+    calibration = recording.calibration(batch_size)
+    for budget in budgets:
+        yield refine(planned[budget], calibration.errors_of_schedule)
+
+
+def plans_of(graph: ErrorGraph, budget: int) -> Iterator[tuple[Schedule, ErrorGraph]]:
+    """What a graph proposes for one budget: for the mean and the worst of its samples, and for the sum of errors."""
+    for measured in (graph, graph.planned_for("worst")) if graph.samples else (graph,):
+        yield lexicographic_minimax_path(measured, budget), graph
+    yield minimum_total_error_path(graph, budget), graph

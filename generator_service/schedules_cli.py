@@ -26,6 +26,9 @@ from generator_service.terminal import one_line_errors, parse_size, step_strip
 schedules = typer.Typer(no_args_is_help=True, help="List, show and plan calibrated schedules.")
 out = Console()
 
+DEFAULT_GUIDANCE = 4.0
+DEFAULT_BUDGETS = range(8, 27)
+
 
 def calibrate(
     prompts: Annotated[Path, typer.Option(help="A text file with a prompt on each line.")],
@@ -33,7 +36,7 @@ def calibrate(
     model: Annotated[str | None, typer.Option(envvar="FLUX2_MODEL", help="Folder or hub id.")] = None,
     steps: Annotated[int, typer.Option(min=2, max=100)] = 50,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "1024x1024",
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = DEFAULT_GUIDANCE,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each prompt.")] = 2,
     max_skip: Annotated[int, typer.Option(min=2, help="The most steps from one computed step to the next.")] = 10,
     predictor: Annotated[str, typer.Option(help=", ".join(PREDICTORS))] = "linear",
@@ -120,6 +123,38 @@ def plan(
             out.print(Text(f"{schedule.num_computed:>3} "), strip, f" largest error {schedule.max_error:.3g}", sep="")
         if output is not None:
             save_schedules(found, output)
+
+
+@schedules.command("refine")
+def refine_schedules(
+    graphs: Annotated[list[Path], typer.Argument(help="Error graphs of one model and size, of any predictors.")],
+    prompts: Annotated[Path, typer.Option(help="A text file with a prompt on each line.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The schedules, as JSON.")],
+    budget: Annotated[list[int] | None, typer.Option(help="Computed steps, repeatable; 8 to 26 if absent.")] = None,
+    model: Annotated[str | None, typer.Option(envvar="FLUX2_MODEL", help="Folder or hub id.")] = None,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "1024x1024",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each prompt.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Latents in one forward pass.")] = 8,
+) -> None:
+    """Measure what the graphs plan on whole runs, and move steps as long as that helps."""
+    with one_line_errors():
+        from generator_service import calibrate as work  # noqa: PLC0415 - torch takes seconds to import
+        from generator_service.settings import GeneratorSettings  # noqa: PLC0415
+
+        loaded = [ErrorGraph.load(graph) for graph in graphs]
+        guidance = loaded[0].signature.guidance_scale if loaded[0].signature else None
+        settings = GeneratorSettings(model=model) if model else GeneratorSettings()
+        samples = work.Samples(
+            work.read_prompts(prompts), seeds, *parse_size(size), loaded[0].num_steps, guidance or DEFAULT_GUIDANCE
+        )
+        recording = work.Recording(settings, samples, PREDICTORS["reuse"])
+        found: list[Schedule] = []
+        for schedule in work.refine_all(recording, loaded, budget or DEFAULT_BUDGETS, batch):
+            found.append(schedule)
+            save_schedules(found, output)
+            told = f" {schedule.predictor.name}, error {schedule.evidence['error']:.3g}"
+            strip = step_strip(schedule.is_computed(step) for step in range(schedule.num_steps))
+            out.print(Text(f"{schedule.num_computed:>3} "), strip, told, sep="")
 
 
 def plan_one(graph: ErrorGraph, budget: int | None, max_error: float | None) -> list[Schedule]:

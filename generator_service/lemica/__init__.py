@@ -26,6 +26,7 @@ from generator_service.lemica.path import (
     schedule_of,
 )
 from generator_service.lemica.predictor import PREDICTORS, Fitted, Linear, Predictor, Reuse, Trace
+from generator_service.lemica.refinement import refine
 from generator_service.lemica.schedule import PUBLISHED, Schedule, load_schedules, save_schedules, schedule_for
 from generator_service.lemica.shelf import SHIPPED, Shelf, load_shelf
 from generator_service.lemica.signature import Signature
@@ -74,6 +75,7 @@ __all__ = [
     "load_shelf",
     "minimum_total_error_path",
     "num_forwards",
+    "refine",
     "save_schedules",
     "schedule_for",
     "schedule_of",

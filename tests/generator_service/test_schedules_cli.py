@@ -51,6 +51,27 @@ def test_one_schedule_can_be_planned_and_named(graph: Path) -> None:
     assert Schedule.load(one).num_computed == 2
 
 
+def test_plans_can_be_refined_on_whole_runs(graph: Path) -> None:
+    """``refine`` measures whole runs, never makes a plan worse, and saves what it measured."""
+    saved = graph.parent / "refined.json"
+    options = ("--model", WEIGHTS, "--prompts", graph.parent / "prompts.txt", "--size", "64x64", "--seeds", 1)
+    result = run("schedules", "refine", graph, *options, "--budget", 2, "--budget", 3, "-o", saved)
+    assert result.exit_code == 0, result.output
+    found = load_schedules(saved)
+    assert [schedule.num_computed for schedule in found] == [2, 3]
+    assert all(0 < s.evidence["error"] <= s.evidence["planned_error"] for s in found)
+    assert all(s.evidence["samples"] == 2 for s in found)
+
+
+def test_a_graph_of_something_else_is_not_refined(graph: Path) -> None:
+    """The runs must be what the graph was made for."""
+    options = ("--model", WEIGHTS, "--prompts", graph.parent / "prompts.txt", "--size", "80x64", "--seeds", 1)
+    result = run("schedules", "refine", graph, *options, "--budget", 2, "-o", graph.parent / "refined.json")
+    assert result.exit_code == 1
+    assert "made for image_tokens 16, not 20" in result.output
+    assert not (graph.parent / "refined.json").exists()
+
+
 def test_an_estimate_measures_nothing(tmp_path: Path) -> None:
     """``--estimate`` says how many transformer steps it would take and for how long, and writes no file."""
     (tmp_path / "prompts.txt").write_text("a red square")

@@ -1,0 +1,74 @@
+"""Schedules made better by measuring whole runs."""
+
+import itertools
+
+import pytest
+
+from generator_service.lemica import (
+    ErrorGraph,
+    Fitted,
+    Schedule,
+    Signature,
+    lexicographic_minimax_path,
+    minimum_total_error_path,
+    refine,
+)
+
+NUM_STEPS, MAX_SKIP = 20, 6
+ERRORS = {(i, j): float(j - i) for i in range(NUM_STEPS) for j in range(i + 2, NUM_STEPS + 1) if j - i <= MAX_SKIP}
+GRAPH = ErrorGraph(NUM_STEPS, ERRORS, Signature("any", NUM_STEPS, predictor="linear"))
+
+
+class DistanceTo:
+    """A measure with two samples that are best at ``target``; it keeps what it was asked for."""
+
+    def __init__(self, target: tuple[int, ...]) -> None:
+        self.target = target
+        self.asked: list[tuple[int, ...]] = []
+
+    def __call__(self, schedule: Schedule) -> list[float]:
+        """Both samples' errors."""
+        self.asked.append(schedule.computed_steps)
+        distance = sum(abs(a - b) for a, b in zip(schedule.computed_steps, self.target, strict=True))
+        return [1.0 + distance, 4.0 + distance]
+
+
+@pytest.mark.parametrize("target", [(0, 2, 5, 9, 14), (0, 6, 10, 14, 18), (0, 4, 8, 12, 16)])
+def test_steps_move_to_where_whole_runs_are_best(target: tuple[int, ...]) -> None:
+    """Refining finds the schedule that the measure likes best, and tells what was measured and where it started."""
+    planned = lexicographic_minimax_path(GRAPH, 5)
+    refined = refine([(planned, GRAPH)], DistanceTo(target), max_rounds=20)
+    assert refined.computed_steps == target
+    assert refined.evidence["error"] == pytest.approx(2.0)
+    assert refined.evidence["worst_error"] == 4.0
+    assert refined.evidence["planned_steps"] == list(planned.computed_steps)
+    assert (refined.predictor.name, refined.signature, refined.source) == ("linear", GRAPH.signature, "calibrated")
+
+
+def test_no_skip_grows_beyond_what_was_measured() -> None:
+    """A step never moves to where an edge would be needed that the graph does not have."""
+    measure = DistanceTo((0, 1, 2, 3, 4))  # would end in a tail of 15 predicted steps
+    refine([(lexicographic_minimax_path(GRAPH, 5), GRAPH)], measure, max_rounds=20)
+    for steps in measure.asked:
+        assert all(0 < j - i <= MAX_SKIP for i, j in itertools.pairwise((*steps, NUM_STEPS)))
+
+
+def test_the_best_plan_is_the_start() -> None:
+    """Of several plans, of whatever graphs, the one that measures best is refined."""
+    traces = tuple(tuple(1.0 / (1 + abs(i - j)) for j in range(NUM_STEPS)) for i in range(NUM_STEPS))
+    fitted = ErrorGraph(NUM_STEPS, ERRORS, Signature("any", NUM_STEPS, predictor="fitted"), gram=traces)
+    plans = [(lexicographic_minimax_path(GRAPH, 5), GRAPH), (minimum_total_error_path(fitted, 5), fitted)]
+
+    def measure(schedule: Schedule) -> list[float]:
+        return [1.0 if isinstance(schedule.predictor, Fitted) else 2.0]
+
+    refined = refine(plans, measure)
+    assert isinstance(refined.predictor, Fitted)
+    assert refined.predictor.weights.keys() == set(range(NUM_STEPS)) - set(refined.computed_steps)
+    assert refined.evidence["planned_error"] == 1.0
+
+
+def test_a_run_without_any_error_is_good() -> None:
+    """An error of 0 is the best there is, not a failure of the logarithm."""
+    planned = lexicographic_minimax_path(GRAPH, 5)
+    assert refine([(planned, GRAPH)], lambda _schedule: [0.0]).computed_steps == planned.computed_steps
