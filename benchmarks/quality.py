@@ -1,11 +1,14 @@
 """How much each way of skipping steps changes the pictures: ``python -m benchmarks.quality``.
 
-One run, the demo model, the same embeddings and seeds for all: LeMiCa's calibrated schedules with every predictor,
-the published lists, even spacing, fewer plain steps, and the caches of diffusers and cache-dit. The reference is the
-picture of the full run of the same seed. Prints a card and, last, one JSON line.
+One run, the demo model, the same embeddings and seeds for all: the schedules that come with the product (``ours``),
+LeMiCa's paths through error graphs of every predictor, the published lists, even spacing, fewer plain steps, and the
+caches of diffusers and cache-dit as they are installed. A peer gets the knob with the fewest computed steps that are
+not fewer than ours. The reference is the picture of the full run of the same seed. Prints a card and, last, one JSON
+line.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -24,17 +27,29 @@ from rich.progress import track
 from rich.table import Table
 from skimage.metrics import structural_similarity
 
-from benchmarks.peers import Peer, db_cache, fresh, mag_cache, mag_ratios
+from benchmarks.peers import (
+    Peer,
+    db_cache,
+    fresh,
+    mag_cache,
+    mag_ratios,
+    refusals,
+    step_masks,
+    taylor_seer,
+)
+from benchmarks.plots import plot_errors, plot_quality, plot_schedules
 from demo_model.checker import mistakes, read_picture
 from demo_model.scenes import Scene, scenes
 from demo_model.services import WEIGHTS
 from generator_service.lemica import (
+    SHIPPED,
     CachedTransformer,
     ErrorGraph,
     Reuse,
     Schedule,
     Signature,
     lexicographic_minimax_path,
+    load_schedules,
     minimum_total_error_path,
     schedule_for,
 )
@@ -164,27 +179,57 @@ def uniform(budget: int, num_steps: int) -> Schedule:
     return Schedule(f"{budget} even", num_steps, steps, "uniform", Signature("any", num_steps), Reuse())
 
 
-def outcomes(
-    studio: Studio, graphs: dict[str, ErrorGraph], budgets: list[int], *, has_peers: bool
+def own_outcomes(
+    studio: Studio, ours: dict[int, Schedule], graphs: dict[str, ErrorGraph], budgets: list[int]
 ) -> Iterator[Outcome]:
-    """Every way at every budget."""
+    """Every way that needs no other cache, at every budget."""
     num_steps = studio.num_steps
     yield studio.judge("no cache", num_steps, studio.plain(num_steps))
     for budget in budgets:
+        if budget in ours:
+            yield studio.judge("ours", budget, studio.scheduled(ours[budget]))
         yield studio.judge("fewer plain steps", budget, studio.plain(budget))
         yield studio.judge("even spacing, reuse", budget, studio.scheduled(uniform(budget, num_steps)))
         yield studio.judge("published lists", budget, studio.scheduled(schedule_for(budget, num_steps)))
         for name, graph in graphs.items():
             yield studio.judge(f"LeMiCa, {name}", budget, studio.scheduled(lexicographic_minimax_path(graph, budget)))
-        total = minimum_total_error_path(next(iter(graphs.values())), budget)
-        yield studio.judge(f"smallest total error, {total.predictor.name}", budget, studio.scheduled(total))
-    if not has_peers:
-        return
+            total = minimum_total_error_path(graph, budget)
+            yield studio.judge(f"smallest sum, {name}", budget, studio.scheduled(total))
+
+
+def peer_outcomes(studio: Studio, budgets: list[int]) -> Iterator[Outcome]:
+    """The caches of others, at every budget."""
+    num_steps = studio.num_steps
     ratios = mag_ratios(studio.pipeline, lambda pipeline: studio.call(pipeline, studio.cases[0]), num_steps)
-    for peer in (mag_cache(ratios, num_steps), db_cache(has_taylor_seer=False), db_cache(has_taylor_seer=True)):
+    peers = [mag_cache(ratios, num_steps), taylor_seer(num_steps)]
+    peers += [
+        make
+        for has in (False, True)
+        for make in (db_cache(has_taylor_seer=has), step_masks(num_steps, has_taylor_seer=has))
+    ]
+    for peer in peers:
         counts: dict[float, float] = {}
         for budget in budgets:
             yield studio.judge(peer.name, budget, studio.cached(peer, studio.knob_for(peer, counts, budget)))
+
+
+def schedules_for(file_or_folder: Path, num_steps: int) -> dict[int, Schedule]:
+    """Calibrated schedules of runs of ``num_steps``, by how many steps they compute."""
+    files = sorted(file_or_folder.glob("*.json")) if file_or_folder.is_dir() else [file_or_folder]
+    found = [schedule for file in files for schedule in load_schedules(file)]
+    return {schedule.num_computed: schedule for schedule in found if schedule.num_steps == num_steps}
+
+
+def margins(found: list[Outcome]) -> dict[str, dict[str, float]]:
+    """At each budget, by how many dB ours is ahead of the best other cache: on average, and in the worst tenth."""
+    told: dict[str, dict[str, float]] = {}
+    for ours in (o for o in found if o.name == "ours"):
+        peers = [o for o in found if o.budget == ours.budget and o.name.endswith(")")]
+        if peers:
+            mean = ours.psnr - max(o.psnr for o in peers)
+            worst_tenth = ours.psnr_worst_tenth - max(o.psnr_worst_tenth for o in peers)
+            told[str(ours.budget)] = {"mean": round(mean, 1), "worst tenth": round(worst_tenth, 1)}
+    return told
 
 
 def card(found: list[Outcome]) -> Table:
@@ -210,24 +255,38 @@ def card(found: list[Outcome]) -> Table:
 def main() -> None:
     """Measure, print, and save what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("graphs", type=Path, nargs="+", help="error graphs of the demo model, one for each predictor")
+    parser.add_argument("graphs", type=Path, nargs="*", help="error graphs of the demo model, one for each predictor")
+    parser.add_argument("--schedules", type=Path, default=SHIPPED, help="ours: a file or folder of schedules")
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--budgets", type=int, nargs="+", default=[26, 20, 15, 10, 8])
     parser.add_argument("--no-peers", action="store_true", help="leave out diffusers' and cache-dit's caches")
+    parser.add_argument("--plots", type=Path, help="a folder for the plots")
     args = parser.parse_args()
     loaded = [ErrorGraph.load(file) for file in args.graphs]
     graphs = {str(graph.signature.predictor if graph.signature else "reuse"): graph for graph in loaded}
-    studio = Studio(args.prompts, loaded[0].num_steps, args.side)
+    ours = schedules_for(args.schedules, args.steps)
+    studio = Studio(args.prompts, args.steps, args.side)
     found: list[Outcome] = []
-    for outcome in outcomes(studio, graphs, args.budgets, has_peers=not args.no_peers):
+    ways = [own_outcomes(studio, ours, graphs, args.budgets)]
+    ways += [] if args.no_peers else [peer_outcomes(studio, args.budgets)]
+    for outcome in itertools.chain.from_iterable(ways):
         found.append(outcome)
         print(f"{outcome.budget:>3} {outcome.name:<40} {outcome.computed:5.1f} {outcome.psnr:6.1f} dB", flush=True)
     Console(width=120).print(card(found))
+    if args.plots:
+        args.plots.mkdir(parents=True, exist_ok=True)
+        plot_quality(found, args.plots / "quality.png")
+        plot_schedules([ours[b] for b in sorted(ours, reverse=True)], args.plots / "schedules.png")
+        for name, graph in graphs.items():
+            plot_errors(graph, args.plots / f"errors-{name}.png")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    libraries = {name: version(name) for name in ("diffusers", "cache-dit") if not args.no_peers}
-    told = {"prompts": args.prompts, "side": args.side, "steps": studio.num_steps, "machine": machine} | libraries
-    print(json.dumps(told | {"outcomes": [asdict(outcome) for outcome in found]}))
+    told: dict[str, object] = {"prompts": args.prompts, "side": args.side, "steps": args.steps, "machine": machine}
+    if not args.no_peers:
+        told |= {name: version(name) for name in ("diffusers", "cache-dit")}
+        told["do not run"] = refusals(studio.pipeline, lambda pipeline: studio.call(pipeline, studio.cases[0]))
+    print(json.dumps(told | {"margins": margins(found), "outcomes": [asdict(outcome) for outcome in found]}))
 
 
 if __name__ == "__main__":

@@ -100,12 +100,13 @@ class Recording:
         )
         return replace(known, predictor=self._predictor.name)
 
-    def estimate(self, max_skip: int) -> Estimate:
+    def estimate(self, max_skip: int, *, is_exact: bool = True) -> Estimate:
         """What calibrating would take, by one run."""
         began = time.perf_counter()
         self._run(self._embeddings[0], 0)
         step_s = (time.perf_counter() - began) / self._samples.num_steps
-        forwards = self._samples.count * num_forwards(self._samples.num_steps, max_skip)
+        num_steps = self._samples.num_steps
+        forwards = self._samples.count * (num_forwards(num_steps, max_skip) if is_exact else num_steps)
         return Estimate(forwards, forwards * step_s)
 
     def calibration(self, batch_size: int) -> Calibration:
@@ -122,7 +123,13 @@ class Recording:
 
 
 def calibrate(
-    recording: Recording, output: Path, *, max_skip: int, batch_size: int, on_progress: Callable[[int, int], None]
+    recording: Recording,
+    output: Path,
+    *,
+    max_skip: int,
+    batch_size: int,
+    is_exact: bool,
+    on_progress: Callable[[int, int], None],
 ) -> ErrorGraph:
     """Measure every edge and save the graph as ``output``; a killed run goes on from the file beside it.
 
@@ -130,7 +137,8 @@ def calibrate(
         CalibrationMismatch: that file is of another calibration.
     """
     checkpoint = output.with_name(f"{output.name}.unfinished")
-    graph = recording.calibration(batch_size).measure(recording.signature, max_skip, checkpoint, on_progress)
+    calibration = recording.calibration(batch_size)
+    graph = calibration.measure(recording.signature, max_skip, checkpoint, on_progress, is_exact=is_exact)
     graph.save(output)
     checkpoint.unlink(missing_ok=True)
     return graph

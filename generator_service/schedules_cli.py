@@ -42,6 +42,9 @@ def calibrate(
     predictor: Annotated[str, typer.Option(help=", ".join(PREDICTORS))] = "linear",
     batch: Annotated[int, typer.Option(min=1, help="Latents in one forward pass.")] = 8,
     keep: Annotated[str | None, typer.Option(help="Device that keeps the runs: cpu spares the GPU's memory.")] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Compare the latents where a skip ends: no transformer steps behind.")
+    ] = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it would take.")] = False,
 ) -> None:
     """Measure what skipping steps costs a model. Can be killed and started again."""
@@ -54,7 +57,7 @@ def calibrate(
         settings = GeneratorSettings(model=model) if model else GeneratorSettings()
         samples = work.Samples(work.read_prompts(prompts), seeds, *parse_size(size), steps, guidance)
         recording = work.Recording(settings, samples, PREDICTORS[predictor], keep)
-        told = recording.estimate(max_skip)
+        told = recording.estimate(max_skip, is_exact=not approximate)
         duration = datetime.timedelta(seconds=round(told.seconds))
         out.print(f"{samples.count} samples, {told.forwards} transformer steps: at most {duration} here")
         if estimate:
@@ -67,6 +70,7 @@ def calibrate(
                 output,
                 max_skip=max_skip,
                 batch_size=batch,
+                is_exact=not approximate,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         out.print(f"[bold]{output}[/bold]  {recording.signature}", highlight=False)

@@ -3,6 +3,9 @@
 Edge (i, j) starts from the full run's latents after step i, predicts steps i + 1 .. j - 1, computes the rest, and
 compares the final latents. All edges that end in j continue together, as one batch, since they share noise levels.
 A predictor that looks further back than i is given steps as far apart as the skip is long, as a schedule would.
+
+The approximate way compares the latents at step j instead of the final ones: what is left to compute would only carry
+their difference on. It needs no transformer step beyond the full runs themselves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +147,8 @@ class Calibration:
         max_skip: int,
         checkpoint: Path | None = None,
         on_progress: ProgressListener | None = None,
+        *,
+        is_exact: bool = True,
     ) -> ErrorGraph:
         """The graph of all edges that skip less than ``max_skip`` steps.
 
@@ -153,21 +158,22 @@ class Calibration:
             checkpoint: a file that is replaced whenever all edges to one step are done. If it exists the calibration
                 goes on from it, and gives the same graph as one that was never interrupted.
             on_progress: called with the number of edges done and of all.
+            is_exact: whether the run is computed to its end behind each edge, as the paper has it.
 
         Raises:
             CalibrationMismatch: ``checkpoint`` belongs to another calibration.
         """
-        done = self._resume(checkpoint, signature)
+        done = self._resume(checkpoint, signature, is_exact=is_exact)
         groups = edges_of(self.num_steps, max_skip)
         total = sum(len(edges) for _, edges in groups)
         for j, edges in groups:
             if not all(edge in done for edge in edges):
-                done |= dict(zip(edges, self._errors_of(j, edges), strict=True))
+                done |= dict(zip(edges, self._errors_of(j, edges, is_exact=is_exact), strict=True))
                 if checkpoint is not None:
-                    self._graph(done, signature).save(checkpoint)
+                    self._graph(done, signature, is_exact=is_exact).save(checkpoint)
             if on_progress is not None:
                 on_progress(sum(edge in done for _, group in groups for edge in group), total)
-        return self._graph(done, signature)
+        return self._graph(done, signature, is_exact=is_exact)
 
     @torch.no_grad()
     def errors_of_schedule(self, schedule: Schedule) -> list[float]:
@@ -178,29 +184,35 @@ class Calibration:
             transformer = CachedTransformer(self._transformer, schedule, latents.shape[1], scheduler=self)
             for step in range(self.num_steps):
                 latents = self._advance(latents, step, transformer(**self._arguments(latents, step, samples))[0])
-            errors += self._differences(latents, samples)
+            errors += self._differences(latents, self.num_steps, samples)
         return errors
 
-    def _resume(self, checkpoint: Path | None, signature: Signature) -> dict[Edge, tuple[float, ...]]:
+    def _resume(
+        self, checkpoint: Path | None, signature: Signature, *, is_exact: bool
+    ) -> dict[Edge, tuple[float, ...]]:
         if checkpoint is None or not checkpoint.exists():
             return {}
         graph = ErrorGraph.load(checkpoint)
-        if graph.signature != signature or any(len(s) != len(self._trajectories) for s in graph.samples.values()):
+        num_samples = len(self._trajectories)
+        is_same = graph.signature == signature and graph.is_exact == is_exact
+        if not is_same or any(len(errors) != num_samples for errors in graph.samples.values()):
             raise CalibrationMismatch(f"{checkpoint.name} is of another calibration: remove it or choose another file")
         return dict(graph.samples)
 
-    def _graph(self, samples: Mapping[Edge, tuple[float, ...]], signature: Signature) -> ErrorGraph:
+    def _graph(self, samples: Mapping[Edge, tuple[float, ...]], signature: Signature, *, is_exact: bool) -> ErrorGraph:
         means = {edge: fmean(errors) for edge, errors in samples.items()}
-        return ErrorGraph(self.num_steps, means, signature, samples, tuple(map(tuple, self.gram.tolist())))
+        gram = tuple(map(tuple, self.gram.tolist()))
+        return ErrorGraph(self.num_steps, means, signature, samples, gram, is_exact)
 
-    def _errors_of(self, j: int, edges: Sequence[Edge]) -> list[tuple[float, ...]]:
+    def _errors_of(self, j: int, edges: Sequence[Edge], *, is_exact: bool) -> list[tuple[float, ...]]:
         """The errors of ``edges``, all of which end in ``j``, for each sample."""
         samples = range(len(self._trajectories))
         starts = [(self._skip(edge, sample), sample) for edge in edges for sample in samples]
         errors: list[float] = []
         for chunk in _chunks(starts, self._batch_size):
             latents = torch.cat([latents for latents, _ in chunk])
-            errors += self._finish(latents, j, [sample for _, sample in chunk])
+            owners = [sample for _, sample in chunk]
+            errors += self._finish(latents, j, owners) if is_exact else self._differences(latents, j, owners)
         return [tuple(errors[k : k + len(samples)]) for k in range(0, len(errors), len(samples))]
 
     def _skip(self, edge: Edge, sample: int) -> Tensor:
@@ -226,11 +238,12 @@ class Calibration:
             arguments = self._arguments(latents, later, samples)
             velocity = self._transformer(**arguments, return_dict=False)[0]
             latents = self._advance(latents, later, velocity)
-        return self._differences(latents, samples)
+        return self._differences(latents, self.num_steps, samples)
 
-    def _differences(self, latents: Tensor, samples: Sequence[int]) -> list[float]:
-        finals = self._latents_at(self.num_steps, samples)
-        found: list[float] = (latents - finals).float().abs().mean(dim=(1, 2)).tolist()
+    def _differences(self, latents: Tensor, step: int, samples: Sequence[int]) -> list[float]:
+        """How far latents before ``step`` are from those of the full run, for each sample."""
+        full = self._latents_at(step, samples)
+        found: list[float] = (latents - full).float().abs().mean(dim=(1, 2)).tolist()
         return found
 
     def _latents_at(self, step: int, samples: Sequence[int]) -> Tensor:

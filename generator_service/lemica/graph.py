@@ -33,6 +33,8 @@ class ErrorGraph:
     samples: Mapping[Edge, tuple[float, ...]] = field(default_factory=dict)
     gram: tuple[tuple[float, ...], ...] = ()
     """Inner products of the traces at every two steps, for ``Fitted`` predictors; may be empty."""
+    is_exact: bool = True
+    """Whether the errors are those of the final latents; else of the latents where the skip ends."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -62,8 +64,8 @@ class ErrorGraph:
             for (i, j), error in sorted(self.errors.items())
         ]
         signature = self.signature.to_json() if self.signature else None
-        told = {"format": FORMAT, "num_steps": self.num_steps, "signature": signature, "edges": edges}
-        write_json(Path(path), told | {"gram": [list(row) for row in self.gram]})
+        told = {"format": FORMAT, "num_steps": self.num_steps, "signature": signature, "exact": self.is_exact}
+        write_json(Path(path), told | {"edges": edges, "gram": [list(row) for row in self.gram]})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -81,7 +83,7 @@ class ErrorGraph:
             samples = {edge: tuple(map(float, e["samples"])) for edge, e in edges.items() if e["samples"]}
             gram = tuple(tuple(map(float, row)) for row in data["gram"])
             errors = {edge: float(e["error"]) for edge, e in edges.items()}
-            return cls(int(data["num_steps"]), errors, signature, samples, gram)
+            return cls(int(data["num_steps"]), errors, signature, samples, gram, bool(data.get("exact", True)))
         except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BadGraph(f"{Path(path).name} is not an error graph") from error
 

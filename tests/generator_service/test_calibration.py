@@ -84,6 +84,25 @@ def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
     assert all(graph.errors[edge] == sum(graph.samples[edge]) / 2 for edge in wanted)
 
 
+def test_the_approximate_error_is_that_where_the_skip_ends(demo: Flux2Model) -> None:
+    """Approximate and exact errors are one for skips to the end; otherwise the approximate ones are of latents there."""
+    exact = calibration(demo, Reuse()).measure(SIGNATURE, 4)
+    approximate = calibration(demo, Reuse()).measure(SIGNATURE, 4, is_exact=False)
+    assert (exact.is_exact, approximate.is_exact) == (True, False)
+    assert approximate.errors.keys() == exact.errors.keys()
+    for (i, j), error in approximate.errors.items():
+        assert (error == pytest.approx(exact.errors[i, j])) == (j == STEPS)
+
+
+def test_a_checkpoint_of_the_other_way_is_refused(demo: Flux2Model, tmp_path: Path) -> None:
+    """Approximate and exact errors are never mixed."""
+    one = calibration(demo, Reuse())
+    one.measure(SIGNATURE, 2, tmp_path / "graph.json", is_exact=False)
+    with pytest.raises(CalibrationMismatch):
+        one.measure(SIGNATURE, 2, tmp_path / "graph.json")
+    assert not ErrorGraph.load(tmp_path / "graph.json").is_exact
+
+
 @pytest.mark.parametrize(("num_steps", "cap", "count"), [(28, 6, 1505), (28, 10, 2307), (50, 6, 5410), (50, 10, 8940)])
 def test_the_cost_is_known_beforehand(num_steps: int, cap: int, count: int) -> None:
     """The number of transformer steps of one sample's calibration, beside its full run."""

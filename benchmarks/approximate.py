@@ -1,0 +1,78 @@
+"""How well approximate calibration stands in for the exact one: ``python -m benchmarks.approximate GRAPH --prompts F``.
+
+For an exact error graph of the demo model it makes the approximate one of the same runs, compares the ranks of their
+edges, and measures whole runs with the schedules that each of them plans, as planned and refined. Prints a card and,
+last, one JSON line.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from demo_model.services import WEIGHTS
+from generator_service.calibrate import Recording, Samples, read_prompts
+from generator_service.lemica import PREDICTORS, ErrorGraph, Schedule, lexicographic_minimax_path, refine
+from generator_service.settings import GeneratorSettings
+
+
+@dataclass(frozen=True)
+class Row:
+    """The mean error of whole runs with what both graphs plan for one budget."""
+
+    budget: int
+    exact: float
+    approximate: float
+    exact_refined: float
+    approximate_refined: float
+    same_steps: int
+    """Computed steps that both plans have."""
+
+
+def main() -> None:
+    """Compare, and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.approximate", description=__doc__)
+    parser.add_argument("graph", type=Path, help="an exact graph of the demo model")
+    parser.add_argument("--prompts", type=Path, required=True, help="the prompts that it was calibrated with")
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[26, 20, 15, 10, 8])
+    args = parser.parse_args()
+    exact = ErrorGraph.load(args.graph)
+    assert exact.signature is not None
+    predictor = PREDICTORS[exact.signature.predictor or "reuse"]
+    samples = Samples(read_prompts(args.prompts), 1, args.side, args.side, exact.num_steps)
+    calibration = Recording(GeneratorSettings(model=str(WEIGHTS)), samples, predictor).calibration(batch_size=64)
+    began = time.perf_counter()
+    longest = max(j - i for i, j in exact.errors)
+    approximate = calibration.measure(exact.signature, longest, is_exact=False)
+    seconds = time.perf_counter() - began
+    edges = sorted(exact.errors)
+    rank = spearmanr([exact.errors[e] for e in edges], [approximate.errors[e] for e in edges]).statistic
+
+    def cost(schedule: Schedule) -> float:
+        return float(torch.tensor(calibration.errors_of_schedule(schedule)).mean())
+
+    rows = []
+    for budget in args.budgets:
+        plans = [(lexicographic_minimax_path(graph, budget), graph) for graph in (exact, approximate)]
+        refined = [refine([plan], calibration.errors_of_schedule) for plan in plans]
+        common = set(plans[0][0].computed_steps) & set(plans[1][0].computed_steps)
+        rows.append(Row(budget, *(cost(plan) for plan, _ in plans), *map(cost, refined), len(common)))
+        print(rows[-1], flush=True)
+    title = f"mean error of whole runs; rank correlation of {len(edges)} edges {rank:.3f}"
+    table = Table("budget", "exact", "approximate", "exact, refined", "approximate, refined", "same steps", title=title)
+    for row in rows:
+        table.add_row(*(f"{v:.5f}" if isinstance(v, float) else str(v) for v in asdict(row).values()))
+    Console(width=120).print(table)
+    told = {"predictor": predictor.name, "rank_correlation": rank, "approximate_s": seconds}
+    print(json.dumps(told | {"rows": [asdict(row) for row in rows]}))
+
+
+if __name__ == "__main__":
+    main()
