@@ -85,7 +85,7 @@ def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
 
 
 def test_the_approximate_error_is_that_where_the_skip_ends(demo: Flux2Model) -> None:
-    """Approximate and exact errors are one for skips to the end; otherwise the approximate ones are of latents there."""
+    """Approximate and exact errors of skips to the end are equal; the others are of the latents where a skip ends."""
     exact = calibration(demo, Reuse()).measure(SIGNATURE, 4)
     approximate = calibration(demo, Reuse()).measure(SIGNATURE, 4, is_exact=False)
     assert (exact.is_exact, approximate.is_exact) == (True, False)
