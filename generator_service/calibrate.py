@@ -68,6 +68,20 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return prompts
 
 
+def device_or_folder(name: str) -> torch.device | Path:
+    """What keeps the runs.
+
+    Raises:
+        InvalidRequest: it is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InvalidRequest(f"--keep: {name} is neither a device, such as cpu, nor a folder") from None
+
+
 class Recording:
     """A model and the runs of it that are calibrated on.
 
@@ -75,15 +89,18 @@ class Recording:
         settings: which model, where and in what dtype.
         samples: what to run.
         predictor: whose traces are kept.
-        keep_on: the device that keeps them: the model's own if None, ``cpu`` to spare its memory.
+        keep: ``cpu`` spares the device's memory, a folder the host's too; None: the model's own device.
+
+    Raises:
+        InvalidRequest: ``keep`` is neither a device nor a folder.
     """
 
     def __init__(
-        self, settings: GeneratorSettings, samples: Samples, predictor: Predictor, keep_on: str | None = None
+        self, settings: GeneratorSettings, samples: Samples, predictor: Predictor, keep: str | None = None
     ) -> None:
         self._samples = samples
         self._predictor = predictor
-        self._keep_on = keep_on
+        self._keep = None if keep is None else device_or_folder(keep)
         device, dtype = settings.torch_device(), settings.torch_dtype()
         folder = find_model(settings.model, settings.revision, (*flux2.PARTS, *prompt.PARTS))
         self._embeddings = prompt.embed_prompts(folder, samples.prompts, device, dtype)
@@ -119,7 +136,7 @@ class Recording:
         request = flux2.GenerationRequest(
             embedding, size.width, size.height, size.guidance_scale, seed, schedule_for("none", size.num_steps)
         )
-        return self._model.record(request, self._predictor.trace, self._keep_on)
+        return self._model.record(request, self._predictor.trace, self._keep)
 
 
 def calibrate(
@@ -151,7 +168,7 @@ def plan_all(graph: ErrorGraph) -> list[Schedule]:
 
 
 def refine_all(
-    recording: Recording, graphs: Sequence[ErrorGraph], budgets: Sequence[int], batch_size: int
+    recording: Recording, graphs: Sequence[ErrorGraph], budgets: Sequence[int], batch_size: int, max_rounds: int
 ) -> Iterator[Schedule]:
     """For each budget the best schedule that any of the graphs can plan, refined on whole runs of ``recording``.
 
@@ -166,7 +183,7 @@ def refine_all(
     planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in budgets}
     calibration = recording.calibration(batch_size)
     for budget in budgets:
-        yield refine(planned[budget], calibration.errors_of_schedule)
+        yield refine(planned[budget], calibration.errors_of_schedule, max_rounds)
 
 
 def plans_of(graph: ErrorGraph, budget: int) -> Iterator[tuple[Schedule, ErrorGraph]]:

@@ -41,7 +41,9 @@ def calibrate(
     max_skip: Annotated[int, typer.Option(min=2, help="The most steps from one computed step to the next.")] = 10,
     predictor: Annotated[str, typer.Option(help=", ".join(PREDICTORS))] = "linear",
     batch: Annotated[int, typer.Option(min=1, help="Latents in one forward pass.")] = 8,
-    keep: Annotated[str | None, typer.Option(help="Device that keeps the runs: cpu spares the GPU's memory.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="cpu, or a folder on disk, keeps the runs, to spare the GPU's memory.")
+    ] = None,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Compare the latents where a skip ends: no transformer steps behind.")
     ] = False,
@@ -139,6 +141,7 @@ def refine_schedules(
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = "1024x1024",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each prompt.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Latents in one forward pass.")] = 8,
+    rounds: Annotated[int, typer.Option(min=0, help="How often every step is tried elsewhere; 0 only measures.")] = 4,
 ) -> None:
     """Measure what the graphs plan on whole runs, and move steps as long as that helps."""
     with one_line_errors():
@@ -153,7 +156,7 @@ def refine_schedules(
         )
         recording = work.Recording(settings, samples, PREDICTORS["reuse"])
         found: list[Schedule] = []
-        for schedule in work.refine_all(recording, loaded, budget or DEFAULT_BUDGETS, batch):
+        for schedule in work.refine_all(recording, loaded, budget or DEFAULT_BUDGETS, batch, rounds):
             found.append(schedule)
             save_schedules(found, output)
             told = f" {schedule.predictor.name}, error {schedule.evidence['error']:.3g}"

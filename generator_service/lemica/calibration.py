@@ -8,6 +8,7 @@ The approximate way compares the latents at step j instead of the final ones: wh
 their difference on. It needs no transformer step beyond the full runs themselves.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,13 +58,15 @@ class TrajectoryRecorder:
     Args:
         transformer: as for ``CachedTransformer``.
         trace: what to keep of each step.
-        device: where to keep it: the run's device is fastest, the CPU spares its memory.
+        keep: where to keep it: the run's device is fastest, the CPU spares its memory, and files in a folder spare
+            that too. Files are gone from the folder at once, and their space is free when the process ends.
     """
 
-    def __init__(self, transformer: Any, trace: Trace, device: torch.device) -> None:
+    def __init__(self, transformer: Any, trace: Trace, keep: torch.device | Path) -> None:
         self._transformer = transformer
         self._trace = trace
-        self._device = device
+        self._folder = keep if isinstance(keep, Path) else None
+        self._device = torch.device("cpu") if isinstance(keep, Path) else keep
         self._latents: list[Tensor] = []
         self._traces: list[Tensor] = []
         self._references = torch.empty(0)
@@ -93,8 +96,17 @@ class TrajectoryRecorder:
 
     def trajectory(self, final_latents: Tensor, sigmas: Tensor) -> Trajectory:
         """The run with noise levels ``sigmas`` that ended with ``final_latents``, ``[1, tokens, C]``."""
-        latents = torch.stack([*self._latents, final_latents[0].to(self._device)])
-        return Trajectory(sigmas.tolist(), latents, torch.stack(self._traces), self._references, self._arguments)
+        latents = self._stacked([*self._latents, final_latents[0].to(self._device)])
+        return Trajectory(sigmas.tolist(), latents, self._stacked(self._traces), self._references, self._arguments)
+
+    def _stacked(self, parts: Sequence[Tensor]) -> Tensor:
+        if self._folder is None:
+            return torch.stack(list(parts))
+        size = len(parts) * parts[0].numel()
+        with tempfile.NamedTemporaryFile(dir=self._folder) as file:  # the mapping outlives its name
+            mapped = torch.from_file(file.name, shared=True, size=size, dtype=parts[0].dtype)
+        mapped = mapped.view(len(parts), *parts[0].shape)
+        return torch.stack(list(parts), out=mapped)
 
 
 def edges_of(num_steps: int, max_skip: int) -> list[tuple[int, list[Edge]]]:

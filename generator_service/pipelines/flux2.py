@@ -8,6 +8,7 @@ does, or leaves undone, can reach another.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,16 +145,18 @@ class Flux2Model:
             libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
         )
 
-    def record(self, request: GenerationRequest, trace: Trace = "residual", keep_on: str | None = None) -> Trajectory:
+    def record(
+        self, request: GenerationRequest, trace: Trace = "residual", keep: torch.device | Path | None = None
+    ) -> Trajectory:
         """The full run of a request, whatever its schedule, for calibration.
 
         Args:
             request: what to make.
             trace: what to keep of each step.
-            keep_on: the device that keeps it; None for the model's own.
+            keep: the device, or the folder, that keeps it; None for the model's own device.
         """
         scheduler = self._scheduler()
-        recorder = TrajectoryRecorder(self._components["transformer"], trace, torch.device(keep_on or self.device))
+        recorder = TrajectoryRecorder(self._components["transformer"], trace, keep or self.device)
         clock = _LastStepClock(request.schedule.num_steps, self.device)
         self._run(request, self._pipeline(recorder, scheduler), clock, output_type="latent")
         return recorder.trajectory(clock.latents, scheduler.sigmas)

@@ -84,6 +84,14 @@ def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
     assert all(graph.errors[edge] == sum(graph.samples[edge]) / 2 for edge in wanted)
 
 
+def test_runs_can_be_kept_on_disk(demo: Flux2Model, tmp_path: Path) -> None:
+    """Runs that lie in files give the same errors, and leave no file behind."""
+    runs = [demo.record(request(demo, seed), keep=tmp_path) for seed in range(2)]
+    assert list(tmp_path.iterdir()) == []
+    kept = demo.calibration(runs, Reuse()).measure(SIGNATURE, 3)
+    assert kept.samples == calibration(demo, Reuse()).measure(SIGNATURE, 3).samples
+
+
 def test_the_approximate_error_is_that_where_the_skip_ends(demo: Flux2Model) -> None:
     """Approximate and exact errors of skips to the end are equal; the others are of the latents where a skip ends."""
     exact = calibration(demo, Reuse()).measure(SIGNATURE, 4)

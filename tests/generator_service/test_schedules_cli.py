@@ -72,6 +72,16 @@ def test_a_graph_of_something_else_is_not_refined(graph: Path) -> None:
     assert not (graph.parent / "refined.json").exists()
 
 
+def test_what_keeps_the_runs_is_checked(tmp_path: Path) -> None:
+    """``--keep`` is a device or a folder; anything else is one line."""
+    (tmp_path / "prompts.txt").write_text("a red square")
+    options = ("--model", WEIGHTS, "--prompts", tmp_path / "prompts.txt", "--steps", 4, "--size", "64x64")
+    result = run("calibrate", *options, "--keep", "nowhere", "-o", tmp_path / "graph.json")
+    assert result.exit_code == 1
+    assert "--keep: nowhere is neither a device, such as cpu, nor a folder" in result.output
+    assert run("calibrate", *options, "--keep", tmp_path, "--seeds", 1, "-o", tmp_path / "graph.json").exit_code == 0
+
+
 def test_an_estimate_measures_nothing(tmp_path: Path) -> None:
     """``--estimate`` says how many transformer steps it would take and for how long, and writes no file."""
     (tmp_path / "prompts.txt").write_text("a red square")
