@@ -22,6 +22,7 @@ from generator_service.lemica import (
     refine,
     schedule_for,
     schedule_of,
+    with_step_added,
 )
 from generator_service.pipelines import flux2, prompt
 from generator_service.settings import GeneratorSettings
@@ -180,10 +181,15 @@ def refine_all(
         difference = graph.signature.difference(recording.signature) if graph.signature else "made for unknown runs"
         if difference is not None:
             raise CalibrationMismatch(f"a graph was {difference}")
-    planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in budgets}
+    planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in sorted(budgets)}
     calibration = recording.calibration(batch_size)
-    for budget in budgets:
-        yield refine(planned[budget], calibration.errors_of_schedule, max_rounds)
+    before: Schedule | None = None
+    for budget, plans in planned.items():
+        if before is not None and before.num_computed == budget - 1:
+            graph = next(g for g in graphs if g.signature and g.signature.predictor == before.predictor.name)
+            plans += [(schedule, graph) for schedule in with_step_added(before, graph)]
+        before = refine(plans, calibration.errors_of_schedule, max_rounds)
+        yield before
 
 
 def plans_of(graph: ErrorGraph, budget: int) -> Iterator[tuple[Schedule, ErrorGraph]]:

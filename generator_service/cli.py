@@ -1,5 +1,6 @@
 """``flux2``: pictures from the command line, by a running generator or, with ``--local``, by this process."""
 
+import base64
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Drawn if absent.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="4.0")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A reference image to edit; repeatable.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .jpg or .webp file.")] = Path("flux2.png"),
     like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change it.")] = None,
     url: Annotated[str, typer.Option(envvar="GENERATOR_URL", help="The generator.")] = "http://127.0.0.1:8000",
@@ -42,7 +44,9 @@ def generate(
 ) -> None:
     """Draw a picture and save it, with how it was made inside."""
     with one_line_errors():
-        body = body_like(like) if like else {}
+        images = [file.read_bytes() for file in image or []]
+        body = body_like(like, has_images=bool(images)) if like else {}
+        body |= {"images": [base64.b64encode(data).decode() for data in images]} if images else {}
         body |= given(prompt=prompt, num_inference_steps=steps, seed=seed, guidance_scale=guidance)
         body |= {"cache": int(cache) if cache.isdigit() else cache} if cache else {}
         body |= dict(zip(("width", "height"), parse_size(size), strict=True)) if size else {}
@@ -71,9 +75,12 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def body_like(file: Path) -> dict[str, Any]:
-    """The request that made ``file``."""
+def body_like(file: Path, *, has_images: bool) -> dict[str, Any]:
+    """The request that made ``file``, but for its reference images."""
     made: Provenance = read_provenance(file)
+    if made.references_sha256 and not has_images:
+        count = len(made.references_sha256)
+        raise NoProvenance(f"{file.name} was made with {count} reference images: give them with --image")
     if made.prompt is None:
         raise NoProvenance(f"{file.name} was made from embeddings that the file does not hold")
     names = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "cache")

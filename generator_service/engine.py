@@ -10,8 +10,9 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -29,6 +30,9 @@ from shared.device_queue import Answer, DeviceQueue
 from shared.metrics import Metrics
 from shared.model_folder import ModelFolder
 
+PictureListener = Callable[[int, int, bool], None]
+"""Is told which of a request's pictures, which step of it, and whether that step is computed."""
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -42,15 +46,16 @@ class Timings:
 
 @dataclass(frozen=True)
 class Delivery:
-    """The finished file."""
+    """A finished file and what it was made to."""
 
+    order: Order
     data: bytes
     timings: Timings
 
 
 @dataclass(frozen=True)
 class Job:
-    """A request on its way to the device thread, and the flag that stops it."""
+    """A picture on its way to the device thread, and the flag that stops it."""
 
     request: GenerationRequest
     on_step: StepListener | None
@@ -67,8 +72,12 @@ class Engine:
         self._metrics = metrics
         metrics.queue_depth.set_function(lambda: self.queue.depth)
 
-    async def deliver(self, order: Order, on_step: StepListener | None = None) -> Delivery:
-        """Make one picture; ``on_step`` is called on the device thread before each step.
+    async def deliver(self, orders: Sequence[Order], on_step: PictureListener | None = None) -> list[Delivery]:
+        """Make a request's pictures, one after the other, in one place of the queue.
+
+        Args:
+            orders: at least one; they have the prompt in common.
+            on_step: called on the device thread before each step of each picture.
 
         Raises:
             Busy: the queue is full.
@@ -76,9 +85,17 @@ class Engine:
         """
         with self.queue.place():
             began = time.monotonic()
-            embeddings = await self._embeddings(order)
+            embeddings = await self._embeddings(orders[0])
             encode_s = time.monotonic() - began
-            answer = await self._draw(order, embeddings, on_step)
+            return [
+                await self._deliver_one(order, embeddings, encode_s, partial(on_step, index) if on_step else None)
+                for index, order in enumerate(orders)
+            ]
+
+    async def _deliver_one(
+        self, order: Order, embeddings: torch.Tensor, encode_s: float, on_step: StepListener | None
+    ) -> Delivery:
+        answer = await self._draw(order, embeddings, on_step)
         picture = answer.value
         data = await asyncio.to_thread(
             encode_image, picture.image, order.output_format, provenance(order, self.model.folder, embeddings)
@@ -86,7 +103,7 @@ class Engine:
         timings = Timings(answer.queue_s, encode_s, picture.denoise_s, picture.decode_s)
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        return Delivery(data, timings)
+        return Delivery(order, data, timings)
 
     async def _embeddings(self, order: Order) -> torch.Tensor:
         if order.prompt_embeds is not None:
@@ -130,6 +147,7 @@ def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequ
         guidance_scale=order.guidance_scale,
         seed=order.seed,
         schedule=order.schedule,
+        references=tuple(reference.image for reference in order.references),
     )
 
 
@@ -151,4 +169,5 @@ def provenance(order: Order, model: ModelFolder, embeddings: torch.Tensor) -> Pr
         model=model.name,
         revision=model.revision,
         prompt_embeds_sha256=digest,
+        references_sha256=[reference.sha256 for reference in order.references],
     )

@@ -3,7 +3,7 @@
 import io
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,8 @@ class Provenance:
     model: str
     revision: str
     prompt_embeds_sha256: str | None = None
+    references_sha256: list[str] = field(default_factory=list)
+    """Of the reference images' files, in order."""
 
 
 class NoProvenance(ValueError):

@@ -3,14 +3,16 @@
 import base64
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from generator_service.api.schemas import GenerateRequest, MaxError
+from generator_service.api.schemas import MAX_SEED, GenerateRequest, MaxError
 from generator_service.imaging import MAX_JPEG_PROMPT_BYTES, ImageFormat
 from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf
 from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.references import Reference, parse_reference
 from generator_service.settings import GeneratorSettings
 from shared.errors import InvalidRequest, ModelRefused
 from shared.wire import parse_safetensors
@@ -32,6 +34,11 @@ class Order:
     cache: str | int | dict[str, float]
     schedule: Schedule
     output_format: ImageFormat = "png"
+    references: tuple[Reference, ...] = ()
+
+    def siblings(self, count: int) -> "list[Order]":
+        """This order and others like it, with the seeds that follow."""
+        return [replace(self, seed=self.seed + k) for k in range(count)]
 
 
 def open_shelf(settings: GeneratorSettings, model: Flux2Model) -> Shelf:
@@ -64,13 +71,17 @@ def make_order(
     """
     if body.prompt is not None:
         check_prompt(body.prompt, body.output_format, settings)
-    width = checked_side("width", body.width, settings, model)
-    height = checked_side("height", body.height, settings, model)
-    if width * height > settings.max_pixels:
-        raise InvalidRequest(f"width: {width}x{height} is more than {settings.max_pixels} pixels", param="width")
+    if body.num_images > settings.max_num_images:
+        raise InvalidRequest(f"num_images: at most {settings.max_num_images}", param="num_images")
+    references = checked_references(body.images, settings)
+    width, height = checked_size(body, references, settings, model)
     cache = settings.default_cache if body.cache is None else body.cache
     wanted = model.signature(
-        num_steps=body.num_inference_steps, width=width, height=height, guidance_scale=body.guidance_scale
+        num_steps=body.num_inference_steps,
+        width=width,
+        height=height,
+        guidance_scale=body.guidance_scale,
+        is_edit=bool(references),
     )
     return Order(
         prompt=body.prompt,
@@ -78,10 +89,11 @@ def make_order(
         width=width,
         height=height,
         guidance_scale=body.guidance_scale,
-        seed=secrets.randbelow(DRAWN_SEEDS) if body.seed is None else body.seed,
+        seed=checked_seed(body),
         cache=cache.model_dump() if isinstance(cache, MaxError) else cache,
         schedule=checked_schedule(cache, shelf, wanted),
         output_format=body.output_format,
+        references=references,
     )
 
 
@@ -94,10 +106,42 @@ def check_prompt(prompt: str, output_format: ImageFormat, settings: GeneratorSet
         raise InvalidRequest("prompt: too long to be recorded in a JPEG file: choose png or webp", param="prompt")
 
 
-def checked_side(name: str, side: int | None, settings: GeneratorSettings, model: Flux2Model) -> int:
-    """``side``, or the model's own, if it is a multiple of the model's token size within the settings' limits."""
+def checked_references(images: Sequence[str], settings: GeneratorSettings) -> tuple[Reference, ...]:
+    """The reference images, decoded."""
+    if len(images) > settings.max_references:
+        raise InvalidRequest(f"images: at most {settings.max_references}, not {len(images)}", param="images")
+    return tuple(parse_reference(text, f"images[{k}]", settings.max_reference_pixels) for k, text in enumerate(images))
+
+
+def checked_seed(body: GenerateRequest) -> int:
+    """The first picture's seed; drawn if the body has none."""
+    if body.seed is None:
+        return secrets.randbelow(DRAWN_SEEDS)
+    if body.seed + body.num_images - 1 > MAX_SEED:
+        raise InvalidRequest(f"seed: with {body.num_images} images at most 2^63 - {body.num_images}", param="seed")
+    return body.seed
+
+
+def checked_size(
+    body: GenerateRequest, references: Sequence[Reference], settings: GeneratorSettings, model: Flux2Model
+) -> tuple[int, int]:
+    """Width and height: as given, else the first reference image's, else the model's own; if they fit."""
     unit = model.pixels_per_token
-    side = model.default_side if side is None else side
+    own = references[0].prepared_size(unit) if references else (model.default_side, model.default_side)
+    width = checked_side("width", own[0] if body.width is None else body.width, settings, unit)
+    height = checked_side("height", own[1] if body.height is None else body.height, settings, unit)
+    if width * height > settings.max_pixels:
+        raise InvalidRequest(f"width: {width}x{height} is more than {settings.max_pixels} pixels", param="width")
+    own_tokens = model.num_image_tokens(width, height)
+    num_tokens = own_tokens + sum(reference.num_tokens(unit) for reference in references)
+    if num_tokens > settings.max_image_tokens:
+        told = f"{num_tokens} image tokens ({own_tokens} of the picture) are more than {settings.max_image_tokens}"
+        raise InvalidRequest(f"images: {told}: send fewer or smaller ones", param="images")
+    return width, height
+
+
+def checked_side(name: str, side: int, settings: GeneratorSettings, unit: int) -> int:
+    """``side``, if it is a multiple of ``unit``, the size of a token, within the settings' limits."""
     if side % unit or not settings.min_side <= side <= settings.max_side:
         raise InvalidRequest(
             f"{name}: must be a multiple of {unit} from {settings.min_side} to {settings.max_side}, not {side}",

@@ -22,6 +22,14 @@ class GeneratorSettings(ServiceSettings):
     max_pixels: int = Field(2048 * 2048, ge=256)
     min_side: int = Field(64, ge=16)
     max_side: int = Field(4096, ge=16)
+    max_references: int = Field(8, ge=0)
+    """Reference images in one request."""
+    max_reference_pixels: int = Field(16 * 2**20, ge=4096)
+    """Of one reference image, before it is decoded."""
+    max_image_tokens: int = Field(40_960, ge=1)
+    """Of the picture and its reference images together; what a GPU of 80 GB is expected to hold."""
+    max_num_images: int = Field(4, ge=1)
+    """Pictures of one request."""
     default_cache: Annotated[int | CacheName, Field(union_mode="left_to_right")] = "medium"
     """The schedule of requests that do not choose one."""
     schedules_dir: DirectoryPath | None = Field(None, validation_alias="SCHEDULES_DIR")

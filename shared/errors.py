@@ -5,6 +5,7 @@ Flux2Error                    500 internal_error
 ├── MalformedBody             400 malformed_body
 ├── Unauthorized              401 unauthorized
 ├── PayloadTooLarge           413 payload_too_large
+├── UnsupportedImageType      415 unsupported_image_type
 ├── Busy                      429 busy
 ├── BadEncoderResponse        502 bad_encoder_response
 ├── EncoderUnavailable        503 encoder_unavailable
@@ -58,6 +59,14 @@ class PayloadTooLarge(Flux2Error):
 
     status = 413
     code = "payload_too_large"
+    is_worth_retrying = False
+
+
+class UnsupportedImageType(Flux2Error):
+    """An image is of a kind that is not read; ``param`` names it."""
+
+    status = 415
+    code = "unsupported_image_type"
     is_worth_retrying = False
 
 

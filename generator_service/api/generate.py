@@ -1,22 +1,27 @@
 """``POST /generate``: one picture, as the bytes of an image file."""
 
 import asyncio
+import base64
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.responses import JSONResponse
 
 from generator_service.api import events
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine import Delivery, Engine
 from generator_service.imaging import MEDIA_TYPES
 from generator_service.lemica import Shelf
-from generator_service.order import Order, make_order
+from generator_service.order import make_order
 from generator_service.settings import GeneratorSettings
 from shared.web import CLIENT_CLOSED_REQUEST, while_connected
 
 router = APIRouter()
+JSON_MEDIA_TYPE = "application/json"
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,51 @@ async def generate(
 ) -> Response:
     """A picture; its seed, schedule and times are in the headers, and in the file itself.
 
-    With ``Accept: text/event-stream``: an event for every step, and the picture as base64 in the last one.
+    Several pictures are parts of a ``multipart/mixed`` body. With ``Accept: application/json`` pictures are base64 in
+    JSON; with ``text/event-stream`` there is an event for every step, and the pictures are base64 in the last ones.
     """
     order = await asyncio.to_thread(
         make_order, body, state.settings, state.engine.model, state.shelf, state.embedding_shape
     )
+    orders = order.siblings(body.num_images)
     if events.MEDIA_TYPE in accept:
-        deliver = partial(state.engine.deliver, order)
-        return await events.stream(request, deliver, order.schedule.num_steps, partial(result_headers, order))
-    delivery = await while_connected(request, state.engine.deliver(order))
-    if delivery is None:
+        deliver = partial(state.engine.deliver, orders)
+        return await events.stream(request, deliver, order.schedule.num_steps, result_headers)
+    deliveries = await while_connected(request, state.engine.deliver(orders))
+    if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(delivery.data, media_type=MEDIA_TYPES[order.output_format], headers=result_headers(order, delivery))
+    if JSON_MEDIA_TYPE in accept:
+        return JSONResponse({"images": [as_json(delivery) for delivery in deliveries]})
+    return one_file(deliveries[0]) if len(deliveries) == 1 else multipart(deliveries)
 
 
-def result_headers(order: Order, delivery: Delivery) -> dict[str, str]:
+def as_json(delivery: Delivery) -> dict[str, str]:
+    """The picture as base64, beside what would be in the headers."""
+    return result_headers(delivery) | {"image": base64.b64encode(delivery.data).decode()}
+
+
+def one_file(delivery: Delivery) -> Response:
+    """The picture's file is the body."""
+    return Response(
+        delivery.data, media_type=MEDIA_TYPES[delivery.order.output_format], headers=result_headers(delivery)
+    )
+
+
+def multipart(deliveries: Sequence[Delivery]) -> Response:
+    """Each picture is a part with its own headers (RFC 2046)."""
+    boundary = f"picture-{secrets.token_hex(16)}"
+    body = bytearray()
+    for delivery in deliveries:
+        headers = {"content-type": MEDIA_TYPES[delivery.order.output_format]} | result_headers(delivery)
+        lines = [f"--{boundary}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        body += "\r\n".join(lines).encode("latin-1") + delivery.data + b"\r\n"
+    body += f"--{boundary}--\r\n".encode()
+    return Response(bytes(body), media_type=f"multipart/mixed; boundary={boundary}")
+
+
+def result_headers(delivery: Delivery) -> dict[str, str]:
     """What the answer says beside the picture."""
-    timings = delivery.timings
+    order, timings = delivery.order, delivery.timings
     return {
         "x-seed": str(order.seed),
         "x-steps-computed": str(order.schedule.num_computed),

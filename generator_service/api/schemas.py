@@ -36,6 +36,11 @@ class GenerateRequest(Strict):
         ),
     ] = None
     output_format: ImageFormat = "png"
+    images: Annotated[
+        list[StrictStr],
+        Field(default_factory=list, description="Reference images to edit: PNG, JPEG or WebP as base64 or data URI."),
+    ]
+    num_images: Annotated[StrictInt, Field(ge=1, description="Pictures with the seeds seed, seed + 1, ...")] = 1
 
     @model_validator(mode="after")
     def _has_one_prompt(self) -> "GenerateRequest":

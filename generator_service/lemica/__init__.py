@@ -26,7 +26,7 @@ from generator_service.lemica.path import (
     schedule_of,
 )
 from generator_service.lemica.predictor import PREDICTORS, Fitted, Linear, Predictor, Reuse, Trace
-from generator_service.lemica.refinement import refine
+from generator_service.lemica.refinement import refine, with_step_added
 from generator_service.lemica.schedule import PUBLISHED, Schedule, load_schedules, save_schedules, schedule_for
 from generator_service.lemica.shelf import SHIPPED, Shelf, load_shelf
 from generator_service.lemica.signature import Signature
@@ -80,6 +80,7 @@ __all__ = [
     "schedule_for",
     "schedule_of",
     "with_fitted_predictor",
+    "with_step_added",
 ]
 
 

@@ -64,10 +64,20 @@ def refine(planned: Iterable[tuple[Schedule, ErrorGraph]], measure: Measure, max
     return replace(best.schedule, evidence=evidence)
 
 
+def with_step_added(schedule: Schedule, graph: ErrorGraph) -> list[Schedule]:
+    """``schedule`` with one more computed step in the middle of each of its skips, planned with ``graph``.
+
+    So the plans for a larger budget can start from what was found for a smaller one.
+    """
+    edges = path_edges(schedule.computed_steps, schedule.num_steps)
+    middles = [(i + j) // 2 for i, j in edges if j - i >= 2]
+    return [_schedule_with(graph, tuple(sorted((*schedule.computed_steps, middle)))) for middle in middles]
+
+
 def _with_step_moved(best: Candidate, index: int, measure: Measure) -> Candidate:
     """The best of ``best`` and itself with the computed step at ``index`` elsewhere."""
     for steps in _moves(best, index):
-        schedule = _schedule_with(best, steps)
+        schedule = _schedule_with(best.graph, steps)
         moved = Candidate(schedule, best.graph, tuple(measure(schedule)))
         if moved.score < best.score:
             return moved
@@ -84,9 +94,9 @@ def _moves(best: Candidate, index: int) -> Iterator[tuple[int, ...]]:
                 yield moved
 
 
-def _schedule_with(best: Candidate, steps: tuple[int, ...]) -> Schedule:
-    errors = [best.graph.error(edge) or 0.0 for edge in path_edges(steps, best.schedule.num_steps)]
-    return schedule_of(best.graph, Path(tuple(sorted(errors, reverse=True)), steps))
+def _schedule_with(graph: ErrorGraph, steps: tuple[int, ...]) -> Schedule:
+    errors = [graph.error(edge) or 0.0 for edge in path_edges(steps, graph.num_steps)]
+    return schedule_of(graph, Path(tuple(sorted(errors, reverse=True)), steps))
 
 
 def path_edges(steps: Sequence[int], num_steps: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ object, a scheduler and a ``CachedTransformer`` of its own around the shared wei
 does, or leaves undone, can reach another.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,13 @@ from generator_service.lemica import (
     TransformerMismatch,
     check_transformer,
 )
+from shared.byte_cache import ByteBoundedCache
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder
 
 PARTS = ("scheduler", "transformer", "vae")
+REFERENCE_CACHE_BYTES = 256 * 2**20
+"""For the latents of reference images, on the device; one of 1024x1024 takes 1 MiB in bfloat16."""
 StepListener = Callable[[int, bool], None]
 
 
@@ -89,6 +93,7 @@ class Flux2Model:
             "scheduler": pipeline.scheduler,
             "transformer": pipeline.transformer.eval(),
         }
+        self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
         try:
             check_transformer(self._components["transformer"], self._small_example())
         except TransformerMismatch as error:
@@ -190,7 +195,7 @@ class Flux2Model:
         return type(scheduler).from_config(scheduler.config)
 
     def _pipeline(self, transformer: CachedTransformer | TrajectoryRecorder, scheduler: Any) -> Flux2Pipeline:
-        pipeline = Flux2Pipeline(
+        pipeline = _RememberingPipeline(
             scheduler=scheduler,
             vae=self._components["vae"],
             text_encoder=None,
@@ -198,6 +203,7 @@ class Flux2Model:
             transformer=transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.encoded = self._encoded_references
         return pipeline
 
     def _small_example(self) -> dict[str, Any]:
@@ -215,6 +221,21 @@ class Flux2Model:
             "img_ids": image_ids.to(self.device),
             "txt_ids": text_ids.to(self.device),
         }
+
+
+class _RememberingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers ships no types
+    """The library's pipeline, which encodes a reference image that it has seen before only once."""
+
+    encoded: ByteBoundedCache[torch.Tensor]
+
+    def _encode_vae_image(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        pixels = image.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        key = hashlib.sha256(repr(tuple(image.shape)).encode() + pixels).hexdigest()
+        found = self.encoded.get(key)
+        if found is None:
+            found = super()._encode_vae_image(image=image, generator=generator)
+            self.encoded.put(key, found)
+        return found
 
 
 class _LastStepClock:

@@ -351,7 +351,7 @@ async def test_steps_can_be_followed(serve_generator: Serve) -> None:
     assert streamed.headers["content-type"].startswith("text/event-stream")
     *steps, (name, picture) = events(streamed.text)
     assert steps == [
-        ("step", {"step": step, "total": 4, "computed": is_computed})
+        ("step", {"index": 0, "step": step, "total": 4, "computed": is_computed})
         for step, is_computed in enumerate([True, False, False, True])
     ]
     assert name == "completed"

@@ -12,6 +12,7 @@ from generator_service.lemica import (
     lexicographic_minimax_path,
     minimum_total_error_path,
     refine,
+    with_step_added,
 )
 
 NUM_STEPS, MAX_SKIP = 20, 6
@@ -66,6 +67,16 @@ def test_the_best_plan_is_the_start() -> None:
     assert isinstance(refined.predictor, Fitted)
     assert refined.predictor.weights.keys() == set(range(NUM_STEPS)) - set(refined.computed_steps)
     assert refined.evidence["planned_error"] == 1.0
+
+
+def test_a_larger_budget_can_start_from_a_smaller_one() -> None:
+    """One more step goes into the middle of each skip, and nowhere else."""
+    planned = Schedule("test", 6, (0, 1, 4), "calibrated", Signature("any", 6))
+    graph = ErrorGraph(6, {(1, 4): 0.5, (2, 4): 0.25, (4, 6): 0.125}, Signature("any", 6, predictor="linear"))
+    more = with_step_added(planned, graph)
+    assert [schedule.computed_steps for schedule in more] == [(0, 1, 2, 4), (0, 1, 4, 5)]
+    assert [schedule.max_error for schedule in more] == [0.25, 0.5]
+    assert {schedule.predictor.name for schedule in more} == {"linear"}
 
 
 def test_a_run_without_any_error_is_good() -> None:

@@ -1,0 +1,91 @@
+"""Reference images of an edit, read with care: what a client sends may be anything."""
+
+import base64
+import binascii
+import hashlib
+import io
+import math
+import re
+import warnings
+from dataclasses import dataclass, field
+
+from PIL import Image, ImageOps
+
+from shared.errors import InvalidRequest, UnsupportedImageType
+
+MAGIC = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
+DATA_URI = re.compile(r"data:[\w.+/-]*;base64,", re.IGNORECASE)
+LARGEST_AREA = 1024 * 1024
+"""``Flux2Pipeline`` scales larger reference images down to this many pixels."""
+MIN_SIDE = 64
+MAX_ASPECT_RATIO = 8
+"""What ``Flux2Pipeline`` takes."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture to edit, or to take something from."""
+
+    image: Image.Image = field(repr=False)
+    sha256: str
+    """Of the file that was sent."""
+
+    def prepared_size(self, unit: int) -> tuple[int, int]:
+        """Width and height with which ``Flux2Pipeline`` encodes it, multiples of ``unit``."""
+        width, height = self.image.size
+        if width * height > LARGEST_AREA:
+            scale = math.sqrt(LARGEST_AREA / (width * height))
+            width, height = int(width * scale), int(height * scale)
+        return width // unit * unit, height // unit * unit
+
+    def num_tokens(self, unit: int) -> int:
+        """How many tokens it takes in the transformer, of ``unit`` x ``unit`` pixels each."""
+        width, height = self.prepared_size(unit)
+        return width * height // unit**2
+
+
+def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
+    """Read a picture from base64 or a data URI; ``param`` names the field in errors.
+
+    Raises:
+        InvalidRequest: it is no picture that can be used; URLs are never fetched.
+        UnsupportedImageType: it is neither PNG, JPEG nor WebP.
+    """
+    if re.match(r"\w+://", text):
+        raise InvalidRequest(f"{param}: URLs are not fetched: send the file as base64", param=param)
+    try:
+        data = base64.b64decode(DATA_URI.sub("", text, count=1), validate=True)
+    except binascii.Error:
+        raise InvalidRequest(f"{param}: must be base64, or a data URI with base64", param=param) from None
+    return read_reference(data, param, max_pixels)
+
+
+def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
+    """Read a picture file; its size is checked before it is decoded.
+
+    Raises:
+        InvalidRequest: it is damaged, or larger, smaller or longer than can be used.
+        UnsupportedImageType: it is neither PNG, JPEG nor WebP, by its first bytes.
+    """
+    kind = next((kind for kind, magic in MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
+    if kind is None:
+        raise UnsupportedImageType(f"{param}: must be a PNG, JPEG or WebP file", param=param)
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=[kind]) as opened:
+            check_size(opened.size, param, max_pixels)
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except InvalidRequest:
+        raise
+    except Exception:  # noqa: BLE001 - a damaged or hostile file can raise anything in PIL, with addresses in its text
+        raise InvalidRequest(f"{param}: this {kind} file is damaged", param=param) from None
+    return Reference(image, hashlib.sha256(data).hexdigest())
+
+
+def check_size(size: tuple[int, int], param: str, max_pixels: int) -> None:
+    """Refuse a picture that cannot be used, by its size alone."""
+    width, height = size
+    if width * height > max_pixels:
+        raise InvalidRequest(f"{param}: {width}x{height} is more than {max_pixels} pixels", param=param)
+    if min(size) < MIN_SIDE or max(size) > MAX_ASPECT_RATIO * min(size):
+        told = f"each side {MIN_SIDE} pixels or more, one at most {MAX_ASPECT_RATIO} times the other"
+        raise InvalidRequest(f"{param}: must have {told}, not {width}x{height}", param=param)

@@ -1,0 +1,220 @@
+"""Reference images and several pictures in one request."""
+
+import base64
+import email
+import email.policy
+import io
+import time
+from email.message import EmailMessage
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+from PIL import Image
+
+from demo_model.services import WEIGHTS
+from generator_service.lemica import schedule_for
+from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.references import parse_reference, read_reference
+from shared.errors import InvalidRequest, UnsupportedImageType
+from shared.wire import dump_safetensors
+from tests.conftest import Serve
+
+pytestmark = pytest.mark.anyio
+
+SMALL = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 4, "seed": 7, "cache": "none"}
+MAX_PIXELS = 10_000_000
+
+
+def picture(width: int = 80, height: int = 64) -> Image.Image:
+    """A picture with something in it."""
+    ramp = np.add.outer(np.arange(height), 2 * np.arange(width)) % 256
+    return Image.fromarray(np.stack([ramp, ramp.T.reshape(height, width), 255 - ramp], axis=-1).astype(np.uint8))
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The picture as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def as_text(data: bytes) -> str:
+    """A file as base64."""
+    return base64.b64encode(data).decode()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """The picture in a file."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:application/octet-stream;base64,"])
+def test_pictures_are_known_by_their_first_bytes(kind: str, prefix: str) -> None:
+    """PNG, JPEG and WebP are read, whatever a data URI calls them."""
+    found = parse_reference(prefix + as_text(file_of(picture(), kind)), "images[0]", MAX_PIXELS)
+    assert (found.image.size, found.image.mode) == ((80, 64), "RGB")
+
+
+@pytest.mark.parametrize(("mode", "options"), [("RGBA", {}), ("L", {}), ("P", {}), ("1", {}), ("LA", {})])
+def test_every_mode_becomes_rgb(mode: str, options: dict[str, Any]) -> None:
+    """Transparency, greys and palettes become plain colours."""
+    found = read_reference(file_of(picture().convert(mode), **options), "images[0]", MAX_PIXELS)
+    assert found.image.mode == "RGB"
+
+
+def test_a_photograph_stands_upright() -> None:
+    """The camera's orientation is applied."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    found = read_reference(file_of(picture(), "JPEG", exif=exif), "images[0]", MAX_PIXELS)
+    assert found.image.size == (64, 80)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"GIF89a" + bytes(100), b"<svg/>", b"BM" + bytes(100), b"RIFF....WAVE", b"%PDF-1.7"]
+)
+def test_other_kinds_are_415(data: bytes) -> None:
+    """What is neither PNG, JPEG nor WebP by its first bytes is refused by kind."""
+    with pytest.raises(UnsupportedImageType, match=r"images\[0\]: must be a PNG, JPEG or WebP file"):
+        read_reference(data, "images[0]", MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://localhost/a.png",
+        "https://example.com/a.png",
+        "file:///etc/passwd",
+        "ftp://host/a.png",
+        "not base64!",
+        "data:image/png,plain",
+    ],
+)
+def test_urls_are_never_fetched(text: str) -> None:
+    """A reference image is base64 or a data URI with base64; a URL is refused, never fetched."""
+    with pytest.raises(InvalidRequest, match=r"images\[3\]: "):
+        parse_reference(text, "images[3]", MAX_PIXELS)
+
+
+def test_a_damaged_file_is_refused_in_our_words() -> None:
+    """A file that ends early is refused; the library's own text, which may tell addresses, never comes out."""
+    whole = file_of(picture(), "PNG")
+    for length in range(8, len(whole) - 12, 37):
+        with pytest.raises(InvalidRequest, match=r"^images\[0\]: this PNG file is damaged$"):
+            read_reference(whole[:length], "images[0]", MAX_PIXELS)
+
+
+def test_a_bomb_is_refused_by_its_size() -> None:
+    """A small file of 9000x9000 pixels is refused within 50 ms, before it is decoded."""
+    bomb = file_of(Image.new("1", (9000, 9000)))
+    began = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="9000x9000 is more than 10000000 pixels"):
+        read_reference(bomb, "images[0]", MAX_PIXELS)
+    assert time.perf_counter() - began < 0.05
+
+
+@pytest.mark.parametrize(
+    ("size", "prepared"), [((80, 64), (80, 64)), ((100, 70), (96, 64)), ((2048, 1024), (1440, 720))]
+)
+def test_the_tokens_are_known_beforehand(size: tuple[int, int], prepared: tuple[int, int]) -> None:
+    """The size that the pipeline will encode a reference image with is known without encoding it."""
+    found = read_reference(file_of(Image.new("RGB", size)), "images[0]", MAX_PIXELS)
+    assert found.prepared_size(16) == prepared
+    assert found.num_tokens(16) == prepared[0] * prepared[1] // 256
+
+
+async def test_an_edit_is_what_the_pipeline_makes(serve_generator: Serve, demo: Flux2Model) -> None:
+    """Reference images over HTTP give the pixels of ``Flux2Pipeline`` with the same images, and its size."""
+    images = [picture(), picture(96, 96)]
+    embeds = torch.randn(1, 32, demo.embedding_width)
+    text = as_text(dump_safetensors(embeds))
+    body = {"prompt_embeds": text, "num_inference_steps": 3, "seed": 7, "cache": "none"}
+    async with serve_generator() as http:
+        answer = await http.post("/generate", json=body | {"images": [as_text(file_of(image)) for image in images]})
+        without = await http.post("/generate", json=body | {"width": 80, "height": 64})
+    assert answer.status_code == 200, answer.text
+    pipeline = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=demo.dtype)
+    wanted = pipeline(
+        prompt_embeds=embeds,
+        image=images,
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    assert np.array_equal(pixels(answer.content), np.asarray(wanted))
+    assert not np.array_equal(pixels(answer.content), pixels(without.content))
+
+
+def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same reference image in a later request is not encoded again, and the picture stays the same."""
+    calls: list[int] = []
+    vae = demo._components["vae"]
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    embeds = torch.zeros(1, 32, demo.embedding_width)
+    request = GenerationRequest(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (picture(112, 64),))
+    first, second = demo.generate(request).latents, demo.generate(request).latents
+    assert len(calls) == 1
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"images": ["x"]}, 422, "images[0]"),
+        ({"images": [as_text(b"GIF89a")]}, 415, "images[0]"),
+        ({"images": [as_text(file_of(picture(64, 65)))] * 9}, 422, "images"),
+        ({"images": [as_text(file_of(picture(64, 32)))]}, 422, "images[0]"),
+        ({"images": [7]}, 422, "images"),
+        ({"num_images": 5}, 422, "num_images"),
+        ({"num_images": 0}, 422, "num_images"),
+        ({"num_images": 2, "seed": 2**63 - 1}, 422, "seed"),
+    ],
+)
+async def test_what_cannot_be_used_is_named(
+    serve_generator: Serve, change: dict[str, Any], status: int, param: str
+) -> None:
+    """A reference image or a number of pictures that cannot be used is refused with the field's name."""
+    async with serve_generator() as http:
+        answer = await http.post("/generate", json=SMALL | change)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+async def test_too_many_tokens_are_refused_beforehand(serve_generator: Serve) -> None:
+    """What would not fit is refused with how much it is and how much fits."""
+    async with serve_generator(max_image_tokens=40) as http:
+        answer = await http.post("/generate", json=SMALL | {"images": [as_text(file_of(picture(128, 64)))]})
+    assert answer.status_code == 422
+    assert "48 image tokens (16 of the picture) are more than 40" in answer.json()["detail"]
+
+
+async def test_several_pictures_have_their_own_seeds(serve_generator: Serve) -> None:
+    """``num_images`` draws the seeds seed, seed + 1, ...; each picture equals its single result."""
+    async with serve_generator() as http:
+        parts = await http.post("/generate", json=SMALL | {"num_images": 3})
+        told = await http.post("/generate", json=SMALL | {"num_images": 3}, headers={"Accept": "application/json"})
+        alone = [await http.post("/generate", json=SMALL | {"seed": 7 + k}) for k in range(3)]
+    head = f"Content-Type: {parts.headers['content-type']}\r\n\r\n".encode()
+    message = email.message_from_bytes(head + parts.content, policy=email.policy.HTTP)
+    assert isinstance(message, EmailMessage)
+    found = list(message.iter_parts())
+    assert [part["x-seed"] for part in found] == ["7", "8", "9"]
+    assert {part.get_content_type() for part in found} == {"image/png"}
+    images = told.json()["images"]
+    assert [image["x-seed"] for image in images] == ["7", "8", "9"]
+    for part, image, single in zip(found, images, alone, strict=True):
+        assert np.array_equal(pixels(part.get_payload(decode=True)), pixels(single.content))
+        assert np.array_equal(pixels(base64.b64decode(image["image"])), pixels(single.content))
+
+
+async def test_one_picture_as_json(serve_generator: Serve) -> None:
+    """With ``Accept: application/json`` a single picture is in JSON too."""
+    async with serve_generator() as http:
+        answer = await http.post("/generate", json=SMALL, headers={"Accept": "application/json"})
+    (image,) = answer.json()["images"]
+    assert pixels(base64.b64decode(image["image"])).shape == (64, 64, 3)
+    assert image["x-steps-computed"] == "4"
