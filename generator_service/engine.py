@@ -8,13 +8,14 @@
 
 import asyncio
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
+from PIL.Image import Image
 
 from generator_service.encoder_client import EncoderClient
 from generator_service.imaging import Provenance, encode_image
@@ -24,14 +25,35 @@ from generator_service.pipelines.flux2 import (
     GeneratedPicture,
     GenerationCancelled,
     GenerationRequest,
-    StepListener,
+    Previews,
 )
 from shared.device_queue import Answer, DeviceQueue
 from shared.metrics import Metrics
 from shared.model_folder import ModelFolder
 
-PictureListener = Callable[[int, int, bool], None]
-"""Is told which of a request's pictures, which step of it, and whether that step is computed."""
+
+@dataclass(frozen=True)
+class StepBegun:
+    """A step of one of a request's pictures begins."""
+
+    index: int
+    """Which picture, from 0."""
+    step: int
+    is_computed: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What one of a request's pictures will be, as far as it is known."""
+
+    index: int
+    number: int
+    """Which preview of the picture, from 0."""
+    image: Image = field(repr=False)
+
+
+Listener = Callable[[StepBegun | Preview], None]
+"""Called on the device thread."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +80,9 @@ class Job:
     """A picture on its way to the device thread, and the flag that stops it."""
 
     request: GenerationRequest
-    on_step: StepListener | None
+    index: int
+    listener: Listener | None
+    preview_steps: tuple[int, ...] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -72,12 +96,12 @@ class Engine:
         self._metrics = metrics
         metrics.queue_depth.set_function(lambda: self.queue.depth)
 
-    async def deliver(self, orders: Sequence[Order], on_step: PictureListener | None = None) -> list[Delivery]:
+    async def deliver(self, orders: Sequence[Order], listener: Listener | None = None) -> list[Delivery]:
         """Make a request's pictures, one after the other, in one place of the queue.
 
         Args:
             orders: at least one; they have the prompt in common.
-            on_step: called on the device thread before each step of each picture.
+            listener: called on the device thread before each step of each picture, and with its previews.
 
         Raises:
             Busy: the queue is full.
@@ -88,14 +112,17 @@ class Engine:
             embeddings = await self._embeddings(orders[0])
             encode_s = time.monotonic() - began
             return [
-                await self._deliver_one(order, embeddings, encode_s, partial(on_step, index) if on_step else None)
+                await self._deliver_one(
+                    order,
+                    Job(generation_request(order, embeddings), index, listener, order.preview_steps),
+                    embeddings,
+                    encode_s,
+                )
                 for index, order in enumerate(orders)
             ]
 
-    async def _deliver_one(
-        self, order: Order, embeddings: torch.Tensor, encode_s: float, on_step: StepListener | None
-    ) -> Delivery:
-        answer = await self._draw(order, embeddings, on_step)
+    async def _deliver_one(self, order: Order, job: Job, embeddings: torch.Tensor, encode_s: float) -> Delivery:
+        answer = await self._draw(job)
         picture = answer.value
         data = await asyncio.to_thread(
             encode_image, picture.image, order.output_format, provenance(order, self.model.folder, embeddings)
@@ -113,10 +140,7 @@ class Engine:
         self._metrics.cache.labels("hit" if was_cached else "miss").inc()
         return embeddings
 
-    async def _draw(
-        self, order: Order, embeddings: torch.Tensor, on_step: StepListener | None
-    ) -> Answer[GeneratedPicture]:
-        job = Job(generation_request(order, embeddings), on_step)
+    async def _draw(self, job: Job) -> Answer[GeneratedPicture]:
         try:
             return await self.queue.submit(job)
         except asyncio.CancelledError:
@@ -132,10 +156,18 @@ class Engine:
             if job.cancelled.is_set():
                 raise GenerationCancelled
             self._metrics.steps.labels("computed" if is_computed else "reused").inc()
-            if job.on_step is not None:
-                job.on_step(step, is_computed)
+            if job.listener is not None:
+                job.listener(StepBegun(job.index, step, is_computed))
 
-        return self.model.generate(job.request, on_step)
+        return self.model.generate(job.request, on_step, previews_of(job))
+
+
+def previews_of(job: Job) -> Previews | None:
+    """The previews that somebody listens to."""
+    if job.listener is None or not job.preview_steps:
+        return None
+    listener, numbers = job.listener, itertools.count()
+    return Previews(frozenset(job.preview_steps), lambda image: listener(Preview(job.index, next(numbers), image)))
 
 
 def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequest:

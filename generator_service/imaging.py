@@ -17,6 +17,7 @@ PARAMETERS = "flux2"
 """The key of the PNG text chunk with the parameters as JSON."""
 PNG_LEVEL = 1
 """zlib level: 1 is about twice as fast as the default for a few per cent more bytes."""
+PREVIEW_QUALITY = 80
 MAX_JPEG_PROMPT_BYTES = 60_000
 """Of a prompt as JSON: a JPEG file's EXIF ends at 64 KiB, and the rest of the record takes some of it."""
 
@@ -61,6 +62,15 @@ def encode_image(image: Image.Image, image_format: ImageFormat, provenance: Prov
         exif[ExifTags.Base.Software] = software
         exif[ExifTags.Base.ImageDescription] = json.dumps({"note": NOTE, PARAMETERS: asdict(provenance)})
         image.save(buffer, image_format.upper(), exif=exif, quality=95)
+    return buffer.getvalue()
+
+
+def preview_file(image: Image.Image) -> bytes:
+    """An unfinished picture as a small JPEG file."""
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = NOTE
+    image.save(buffer, "JPEG", exif=exif, quality=PREVIEW_QUALITY)
     return buffer.getvalue()
 
 

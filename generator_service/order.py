@@ -35,6 +35,8 @@ class Order:
     schedule: Schedule
     output_format: ImageFormat = "png"
     references: tuple[Reference, ...] = ()
+    preview_steps: tuple[int, ...] = ()
+    """After which steps a listener gets a preview."""
 
     def siblings(self, count: int) -> "list[Order]":
         """This order and others like it, with the seeds that follow."""
@@ -94,6 +96,7 @@ def make_order(
         schedule=checked_schedule(cache, shelf, wanted),
         output_format=body.output_format,
         references=references,
+        preview_steps=preview_steps(body.previews, body.num_inference_steps),
     )
 
 
@@ -111,6 +114,13 @@ def checked_references(images: Sequence[str], settings: GeneratorSettings) -> tu
     if len(images) > settings.max_references:
         raise InvalidRequest(f"images: at most {settings.max_references}, not {len(images)}", param="images")
     return tuple(parse_reference(text, f"images[{k}]", settings.max_reference_pixels) for k, text in enumerate(images))
+
+
+def preview_steps(count: int, num_steps: int) -> tuple[int, ...]:
+    """After which steps to show a picture ``count`` times: evenly, never after the first, nor after the last."""
+    return tuple(
+        sorted({max(1, num_steps * (k + 1) // (count + 1)) for k in range(count)} & set(range(1, num_steps - 1)))
+    )
 
 
 def checked_seed(body: GenerateRequest) -> int:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from generator_service.api import events
+from generator_service.api.progress import Progress
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine import Delivery, Engine
 from generator_service.imaging import MEDIA_TYPES
@@ -62,8 +63,8 @@ async def generate(
     )
     orders = order.siblings(body.num_images)
     if events.MEDIA_TYPE in accept:
-        deliver = partial(state.engine.deliver, orders)
-        return await events.stream(request, deliver, order.schedule.num_steps, result_headers)
+        progress = await Progress.start(partial(state.engine.deliver, orders))
+        return events.respond(request, events.native_events(progress, order.schedule.num_steps, result_headers))
     deliveries = await while_connected(request, state.engine.deliver(orders))
     if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

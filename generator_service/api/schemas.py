@@ -40,6 +40,9 @@ class GenerateRequest(Strict):
         list[StrictStr],
         Field(default_factory=list, description="Reference images to edit: PNG, JPEG or WebP as base64 or data URI."),
     ]
+    previews: Annotated[
+        StrictInt, Field(ge=0, le=10, description="How often a stream of events shows what the picture will be.")
+    ] = 0
     num_images: Annotated[StrictInt, Field(ge=1, description="Pictures with the seeds seed, seed + 1, ...")] = 1
 
     @model_validator(mode="after")

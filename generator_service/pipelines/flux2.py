@@ -58,6 +58,19 @@ class GenerationRequest:
     references: tuple[Image, ...] = ()
 
 
+PreviewListener = Callable[[Image], None]
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Wants to see, after some steps, what the picture will be as far as it is known."""
+
+    steps: frozenset[int]
+    """After which; 0 gives none, since one step has no direction yet."""
+    listener: PreviewListener
+    """Called on the thread that draws."""
+
+
 @dataclass(frozen=True)
 class GeneratedPicture:
     """A picture and what it took."""
@@ -99,25 +112,30 @@ class Flux2Model:
         except TransformerMismatch as error:
             raise ModelRefused(str(error)) from error
 
-    def generate(self, request: GenerationRequest, on_step: StepListener | None = None) -> GeneratedPicture:
+    def generate(
+        self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
+    ) -> GeneratedPicture:
         """Make one picture.
 
         Args:
             request: what to make.
             on_step: called with each step's number and whether it is computed; ``GenerationCancelled`` raised there
                 ends the generation.
+            previews: what is shown meanwhile; it does not change the picture.
 
         Raises:
             OutOfMemory: the device has too little memory for a picture of this size.
         """
         try:
-            return self._generate(request, on_step)
+            return self._generate(request, on_step, previews)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             size = f"{request.width}x{request.height}"
             raise OutOfMemory(f"a picture of {size} does not fit into the memory of the GPU now") from error
 
-    def _generate(self, request: GenerationRequest, on_step: StepListener | None) -> GeneratedPicture:
+    def _generate(
+        self, request: GenerationRequest, on_step: StepListener | None, previews: Previews | None
+    ) -> GeneratedPicture:
         scheduler = self._scheduler()
         transformer = CachedTransformer(
             self._components["transformer"],
@@ -127,6 +145,7 @@ class Flux2Model:
             scheduler,
         )
         clock = _LastStepClock(request.schedule.num_steps, self.device)
+        clock.preview = _PreviewTaker(previews, request.width // self.pixels_per_token) if previews else None
         began = time.perf_counter()
         image = self._run(request, self._pipeline(transformer, scheduler), clock)
         ended = time.perf_counter()
@@ -246,11 +265,44 @@ class _LastStepClock:
         self._device = device
         self.ended = 0.0
         self.latents = torch.empty(0)
+        self.preview: _PreviewTaker | None = None
 
     def __call__(
-        self, _pipeline: object, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
+        self, pipeline: Any, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        if self.preview is not None:
+            self.preview(pipeline, step, tensors["latents"])
         if step == self._last:
             self.latents = tensors["latents"].cpu()  # waits for the device
             self.ended = time.perf_counter()
         return tensors
+
+
+class _PreviewTaker:
+    """Shows where the latents would end if they went on as in the last step, which they nearly do: flows are straight.
+
+    Args:
+        previews: after which steps, and who wants to see it.
+        width: the picture's, in tokens.
+    """
+
+    def __init__(self, previews: Previews, width: int) -> None:
+        self._previews = previews
+        self._width = width
+        self._before = torch.empty(0)
+
+    def __call__(self, pipeline: Any, step: int, latents: torch.Tensor) -> None:
+        if step in self._previews.steps and step > 0:
+            sigmas = pipeline.scheduler.sigmas
+            velocity = (latents.float() - self._before) / (sigmas[step + 1] - sigmas[step])
+            self._previews.listener(self._decoded(pipeline, latents.float() - sigmas[step + 1] * velocity))
+        self._before = latents.float()
+
+    def _decoded(self, pipeline: Any, latents: torch.Tensor) -> Image:
+        vae = pipeline.vae
+        maps = latents.to(vae.dtype).transpose(1, 2).reshape(1, latents.shape[2], -1, self._width)
+        mean, variance = (moment.view(1, -1, 1, 1) for moment in (vae.bn.running_mean, vae.bn.running_var))
+        maps = maps * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
+        decoded = vae.decode(torch.nn.functional.pixel_shuffle(maps, 2), return_dict=False)[0]
+        picture: Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+        return picture

@@ -16,7 +16,8 @@ import stamina
 import torch
 from PIL import Image
 
-from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.lemica import schedule_for
+from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest, Previews
 from shared.errors import ModelRefused
 from shared.wire import dump_safetensors, dump_torch
 from tests.conftest import Serve
@@ -401,3 +402,29 @@ async def test_a_default_that_does_not_exist_is_refused_at_start(serve_generator
     with pytest.raises(ModelRefused, match="GENERATOR_DEFAULT_CACHE: there is no schedule 'turbo'"):
         async with serve_generator(default_cache="turbo"):
             pass
+
+
+async def test_a_picture_can_be_watched(serve_generator: Serve) -> None:
+    """``previews`` shows so many times, evenly, what the picture will be, and does not change it."""
+    body = SMALL | {"num_inference_steps": 12, "cache": "none"}
+    async with serve_generator() as http:
+        plain = await http.post("/generate", json=body)
+        streamed = await http.post("/generate", json=body | {"previews": 3}, headers=STREAM)
+    found = events(streamed.text)
+    names = [name for name, _ in found]
+    assert [k for k, name in enumerate(names) if name == "preview"] == [4, 8, 12]  # after steps 3, 6 and 9
+    final = pixels(plain.content).astype(float)
+    assert np.array_equal(pixels(base64.b64decode(found[-1][1]["image"])), final)
+    shown = [pixels(base64.b64decode(data["image"])).astype(float) for name, data in found if name == "preview"]
+    distances = [np.abs(picture - final).mean() for picture in shown]
+    assert max(distances) < 3  # of 255: flows are nearly straight, and JPEG costs some
+
+
+def test_the_last_preview_would_be_the_picture(demo: Flux2Model) -> None:
+    """After the last step the estimate is the picture itself, up to rounding."""
+    shown: list[Image.Image] = []
+    embeds = torch.zeros(1, 32, demo.embedding_width)
+    request = GenerationRequest(embeds, 128, 64, 4.0, 1, schedule_for("fast", 6))
+    picture = demo.generate(request, previews=Previews(frozenset({0, 5}), shown.append)).image
+    assert len(shown) == 1
+    assert np.abs(np.asarray(shown[0], dtype=float) - np.asarray(picture, dtype=float)).max() <= 1

@@ -1,0 +1,44 @@
+"""Work that tells how far it is, from the device thread to whoever answers a request."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Self
+
+from generator_service.engine import Delivery, Listener, Preview, StepBegun
+
+
+class Progress:
+    """A running ``Engine.deliver``: an iterator over its steps and previews, and at last its deliveries."""
+
+    def __init__(self, work: Callable[[Listener], Coroutine[Any, Any, list[Delivery]]]) -> None:
+        loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[StepBegun | Preview | None] = asyncio.Queue()
+
+        def listen(event: StepBegun | Preview) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._task = asyncio.create_task(work(listen))
+        self._task.add_done_callback(lambda _task: self._events.put_nowait(None))
+
+    @classmethod
+    async def start(cls, work: Callable[[Listener], Coroutine[Any, Any, list[Delivery]]]) -> Self:
+        """Begin.
+
+        Raises:
+            Busy: the queue is full; nothing was begun.
+        """
+        progress = cls(work)
+        await asyncio.sleep(0)  # the work takes its place in the queue, or is refused
+        if progress._task.done():
+            progress._task.result()
+        return progress
+
+    async def __aiter__(self) -> AsyncIterator[StepBegun | Preview | Delivery]:
+        """Everything as it happens. Leaving early cancels the work; what fails in it is raised here."""
+        try:
+            while (event := await self._events.get()) is not None:
+                yield event
+            for delivery in self._task.result():
+                yield delivery
+        finally:
+            self._task.cancel()
