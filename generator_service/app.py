@@ -8,7 +8,7 @@ from importlib.metadata import version
 import httpx
 from fastapi import FastAPI
 
-from generator_service.api import generate
+from generator_service.api import generate, openai
 from generator_service.encoder_client import EncoderClient
 from generator_service.engine import Engine
 from generator_service.order import open_shelf
@@ -42,7 +42,8 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             yield
 
     app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
-    app.include_router(generate.router, dependencies=[require_token(settings.token)])
+    for dialect in (generate, openai):
+        app.include_router(dialect.router, dependencies=[require_token(settings.token)])
     return app
 
 

@@ -125,7 +125,11 @@ class Engine:
         answer = await self._draw(job)
         picture = answer.value
         data = await asyncio.to_thread(
-            encode_image, picture.image, order.output_format, provenance(order, self.model.folder, embeddings)
+            encode_image,
+            picture.image,
+            order.output_format,
+            provenance(order, self.model.folder, embeddings),
+            order.quality,
         )
         timings = Timings(answer.queue_s, encode_s, picture.denoise_s, picture.decode_s)
         for stage in ("queue", "encode", "denoise", "decode"):

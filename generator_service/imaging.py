@@ -17,6 +17,7 @@ PARAMETERS = "flux2"
 """The key of the PNG text chunk with the parameters as JSON."""
 PNG_LEVEL = 1
 """zlib level: 1 is about twice as fast as the default for a few per cent more bytes."""
+DEFAULT_QUALITY = 95
 PREVIEW_QUALITY = 80
 MAX_JPEG_PROMPT_BYTES = 60_000
 """Of a prompt as JSON: a JPEG file's EXIF ends at 64 KiB, and the rest of the record takes some of it."""
@@ -46,8 +47,13 @@ class NoProvenance(ValueError):
     """The file is no picture, or says nothing of how it was made."""
 
 
-def encode_image(image: Image.Image, image_format: ImageFormat, provenance: Provenance) -> bytes:
-    """The picture as a file: PNG text chunks, or EXIF for JPEG and WebP, carry ``provenance`` and the AI note."""
+def encode_image(
+    image: Image.Image, image_format: ImageFormat, provenance: Provenance, quality: int = DEFAULT_QUALITY
+) -> bytes:
+    """The picture as a file: PNG text chunks, or EXIF for JPEG and WebP, carry ``provenance`` and the AI note.
+
+    ``quality``, 0 to 100, is of JPEG and WebP.
+    """
     buffer = io.BytesIO()
     parameters = json.dumps(asdict(provenance))
     software = f"flux2-services {version('flux2-services')}"
@@ -61,7 +67,7 @@ def encode_image(image: Image.Image, image_format: ImageFormat, provenance: Prov
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = software
         exif[ExifTags.Base.ImageDescription] = json.dumps({"note": NOTE, PARAMETERS: asdict(provenance)})
-        image.save(buffer, image_format.upper(), exif=exif, quality=95)
+        image.save(buffer, image_format.upper(), exif=exif, quality=quality)
     return buffer.getvalue()
 
 

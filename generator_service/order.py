@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from generator_service.api.schemas import MAX_SEED, GenerateRequest, MaxError
-from generator_service.imaging import MAX_JPEG_PROMPT_BYTES, ImageFormat
+from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES, ImageFormat
 from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.references import Reference, parse_reference
@@ -35,6 +35,8 @@ class Order:
     schedule: Schedule
     output_format: ImageFormat = "png"
     references: tuple[Reference, ...] = ()
+    quality: int = DEFAULT_QUALITY
+    """Of a JPEG or WebP file, 0 to 100."""
     preview_steps: tuple[int, ...] = ()
     """After which steps a listener gets a preview."""
 
@@ -96,6 +98,7 @@ def make_order(
         schedule=checked_schedule(cache, shelf, wanted),
         output_format=body.output_format,
         references=references,
+        quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
         preview_steps=preview_steps(body.previews, body.num_inference_steps),
     )
 

@@ -3,6 +3,7 @@
 Flux2Error                    500 internal_error
 ├── InvalidRequest            422 invalid_request
 ├── MalformedBody             400 malformed_body
+├── UnsupportedParameter      400 unsupported_parameter
 ├── Unauthorized              401 unauthorized
 ├── PayloadTooLarge           413 payload_too_large
 ├── UnsupportedImageType      415 unsupported_image_type
@@ -43,6 +44,14 @@ class MalformedBody(Flux2Error):
 
     status = 400
     code = "malformed_body"
+    is_worth_retrying = False
+
+
+class UnsupportedParameter(Flux2Error):
+    """A field of another service's API means something that this one cannot do; ``param`` names it."""
+
+    status = 400
+    code = "unsupported_parameter"
     is_worth_retrying = False
 
 

@@ -231,10 +231,15 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         return problem_response(request, MalformedBody("the body is not valid JSON"))
     # A union reports each of its branches: the field is what lies before the branch's own name.
-    fields = [str(part) for part in first["loc"] if part != "body"]
+    fields = _fields(first)
     param = fields[0] if fields else None
-    told = "; ".join(dict.fromkeys(f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()))
+    told = "; ".join(dict.fromkeys(f"{'.'.join(_fields(e)) or 'body'}: {e['msg']}" for e in error.errors()))
     return problem_response(request, InvalidRequest(told[:1000], param=param))
+
+
+def _fields(error: Any) -> list[str]:
+    """Where in the body the error is. A part in angle brackets only tells the body's own dialects apart."""
+    return [str(part) for part in error["loc"] if part != "body" and not str(part).startswith("<")]
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

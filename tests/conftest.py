@@ -1,13 +1,16 @@
 """Fixtures of the whole suite: two models on disk, loaded once, and the services around them in this process."""
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+import uvicorn
 from fastapi import FastAPI
 
 from demo_model.services import WEIGHTS
@@ -113,3 +116,27 @@ def serve_generator() -> Serve:
                 yield http
 
     return serve
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The address of an app that uvicorn serves."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def generator_url() -> Iterator[str]:
+    """The address of a generator with its encoder, behind a real socket."""
+    with (
+        listening(create_encoder(TextEncoderSettings(model=str(WEIGHTS)))) as encoder,
+        listening(create_generator(GeneratorSettings(model=str(WEIGHTS), text_encoder_url=encoder))) as generator,
+    ):
+        yield generator

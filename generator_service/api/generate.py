@@ -10,8 +10,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import Discriminator, Tag
 
 from generator_service.api import events
+from generator_service.api.huggingface import InferenceRequest
 from generator_service.api.progress import Progress
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine import Delivery, Engine
@@ -42,22 +44,42 @@ def generator_state(request: Request) -> GeneratorState:
     return state
 
 
+def dialect_of(value: object) -> str:
+    """Which of the two bodies it is."""
+    is_inference = isinstance(value, dict) and "inputs" in value
+    return "<huggingface>" if is_inference or isinstance(value, InferenceRequest) else "<native>"
+
+
+Body = Annotated[
+    Annotated[GenerateRequest, Tag("<native>")] | Annotated[InferenceRequest, Tag("<huggingface>")],
+    Discriminator(dialect_of),
+]
+
+
+@router.post("/", include_in_schema=False)
 @router.post(
     "/generate",
     response_class=Response,
     responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
 )
 async def generate(
-    body: GenerateRequest,
+    body: Body,
     request: Request,
     state: Annotated[GeneratorState, Depends(generator_state)],
     accept: Annotated[str, Header()] = "",
 ) -> Response:
     """A picture; its seed, schedule and times are in the headers, and in the file itself.
 
-    Several pictures are parts of a ``multipart/mixed`` body. With ``Accept: application/json`` pictures are base64 in
-    JSON; with ``text/event-stream`` there is an event for every step, and the pictures are base64 in the last ones.
+    The body is our own or Hugging Face's. Several pictures are parts of a ``multipart/mixed`` body. With ``Accept:
+    application/json`` pictures are base64 in JSON; with ``text/event-stream`` there is an event for every step, and the
+    pictures are base64 in the last ones.
     """
+    native = body.native() if isinstance(body, InferenceRequest) else body
+    return await answer(native, request, state, accept)
+
+
+async def answer(body: GenerateRequest, request: Request, state: GeneratorState, accept: str) -> Response:
+    """The pictures of a request, in the form that ``accept`` asks for."""
     order = await asyncio.to_thread(
         make_order, body, state.settings, state.engine.model, state.shelf, state.embedding_shape
     )

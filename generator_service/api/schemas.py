@@ -16,15 +16,9 @@ class MaxError(Strict):
     max_error: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 
 
-class GenerateRequest(Strict):
-    """What to draw. Everything but the prompt has a default."""
+class Sampling(Strict):
+    """How a picture is drawn, in every dialect."""
 
-    prompt: Annotated[Text | None, Field(description="What to draw.", examples=["a large red circle"])] = None
-    prompt_embeds: Annotated[
-        StrictStr | None, Field(description="Instead of a prompt: its embedding, base64 of a safetensors file.")
-    ] = None
-    width: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
-    height: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
     num_inference_steps: Annotated[StrictInt, Field(ge=1, le=100)] = 50
     guidance_scale: Annotated[StrictFloat, Field(ge=0, le=100, allow_inf_nan=False)] = 4.0
     seed: Annotated[StrictInt | None, Field(ge=0, le=MAX_SEED, description="Drawn, and returned, if absent.")] = None
@@ -35,7 +29,21 @@ class GenerateRequest(Strict):
             examples=["fast", 12, {"max_error": 0.01}],
         ),
     ] = None
+
+
+class GenerateRequest(Sampling):
+    """What to draw. Everything but the prompt has a default."""
+
+    prompt: Annotated[Text | None, Field(description="What to draw.", examples=["a large red circle"])] = None
+    prompt_embeds: Annotated[
+        StrictStr | None, Field(description="Instead of a prompt: its embedding, base64 of a safetensors file.")
+    ] = None
+    width: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
+    height: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
     output_format: ImageFormat = "png"
+    output_compression: Annotated[
+        StrictInt | None, Field(ge=0, le=100, description="Quality of a JPEG or WebP file; 95 if absent.")
+    ] = None
     images: Annotated[
         list[StrictStr],
         Field(default_factory=list, description="Reference images to edit: PNG, JPEG or WebP as base64 or data URI."),

@@ -1,54 +1,20 @@
 """The command ``flux2``, against services in this process behind a real socket."""
 
 import re
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from demo_model.services import WEIGHTS
-from generator_service.app import create_app as create_generator
 from generator_service.cli import StepStrip, app
 from generator_service.imaging import read_provenance
-from generator_service.settings import GeneratorSettings
-from text_encoder_service.app import create_app as create_encoder
-from text_encoder_service.settings import TextEncoderSettings
 
 PROMPT = "a large red circle in the center on a white background"
 QUICK = ("--steps", "4", "--size", "64x64", "--seed", "7")
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The address of an app that uvicorn serves."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """A generator with its encoder."""
-    with (
-        listening(create_encoder(TextEncoderSettings(model=str(WEIGHTS)))) as encoder,
-        listening(create_generator(GeneratorSettings(model=str(WEIGHTS), text_encoder_url=encoder))) as generator,
-    ):
-        yield generator
 
 
 def run(*arguments: object, **environment: str) -> Result:
@@ -62,9 +28,9 @@ def pixels(file: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_a_picture_is_drawn_and_told(url: str, tmp_path: Path) -> None:
+def test_a_picture_is_drawn_and_told(generator_url: str, tmp_path: Path) -> None:
     """The file is written, and seed, schedule and time are told."""
-    result = run("generate", PROMPT, *QUICK, "--cache", 2, "-o", tmp_path / "x.png", "--url", url)
+    result = run("generate", PROMPT, *QUICK, "--cache", 2, "-o", tmp_path / "x.png", "--url", generator_url)
     assert result.exit_code == 0, result.output
     assert pixels(tmp_path / "x.png").shape == (64, 64, 3)
     assert "seed 7" in result.stdout
@@ -74,33 +40,34 @@ def test_a_picture_is_drawn_and_told(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("x.jpg", "JPEG"), ("x.JPEG", "JPEG"), ("x.webp", "WEBP")])
-def test_the_name_chooses_the_format(url: str, tmp_path: Path, name: str, kind: str) -> None:
+def test_the_name_chooses_the_format(generator_url: str, tmp_path: Path, name: str, kind: str) -> None:
     """The ending of the file's name says what it is."""
-    assert run("generate", PROMPT, *QUICK, "-o", tmp_path / name, "--url", url).exit_code == 0
+    assert run("generate", PROMPT, *QUICK, "-o", tmp_path / name, "--url", generator_url).exit_code == 0
     with Image.open(tmp_path / name) as image:
         assert image.format == kind
 
 
-def test_a_picture_can_be_inspected_and_repeated(url: str, tmp_path: Path) -> None:
+def test_a_picture_can_be_inspected_and_repeated(generator_url: str, tmp_path: Path) -> None:
     """``inspect`` prints every parameter; ``--like`` repeats the picture bit for bit, and other options change it."""
     first, again, other = (tmp_path / f"{name}.png" for name in ("first", "again", "other"))
-    assert run("generate", PROMPT, "--size", "64x80", "--cache", "ultra", "-o", first, "--url", url).exit_code == 0
+    made = run("generate", PROMPT, "--size", "64x80", "--cache", "ultra", "-o", first, "--url", generator_url)
+    assert made.exit_code == 0
     told = run("inspect", first)
     assert told.exit_code == 0
     for part in ("AI generated", PROMPT, "ultra", "num_inference_steps", str(read_provenance(first).seed)):
         assert part in told.stdout
-    assert run("generate", "--like", first, "-o", again, "--url", url).exit_code == 0
+    assert run("generate", "--like", first, "-o", again, "--url", generator_url).exit_code == 0
     assert np.array_equal(pixels(first), pixels(again))
     assert read_provenance(first) == read_provenance(again)
-    assert run("generate", "--like", first, "--seed", 1, "-o", other, "--url", url).exit_code == 0
+    assert run("generate", "--like", first, "--seed", 1, "-o", other, "--url", generator_url).exit_code == 0
     assert not np.array_equal(pixels(first), pixels(other))
     assert read_provenance(other).prompt == PROMPT
 
 
-def test_local_is_the_same_without_services(url: str, tmp_path: Path) -> None:
+def test_local_is_the_same_without_services(generator_url: str, tmp_path: Path) -> None:
     """``--local`` draws the picture that the services draw."""
     options = ("generate", PROMPT, *QUICK, "--cache", "fast")
-    assert run(*options, "-o", tmp_path / "remote.png", "--url", url).exit_code == 0
+    assert run(*options, "-o", tmp_path / "remote.png", "--url", generator_url).exit_code == 0
     local = run(*options, "--local", "-o", tmp_path / "local.png", FLUX2_MODEL=str(WEIGHTS))
     assert local.exit_code == 0, local.output
     assert np.array_equal(pixels(tmp_path / "remote.png"), pixels(tmp_path / "local.png"))
@@ -119,18 +86,18 @@ def test_local_is_the_same_without_services(url: str, tmp_path: Path) -> None:
         (("--url", "nonsense"), "no answer from nonsense"),
     ],
 )
-def test_mistakes_are_one_line(url: str, tmp_path: Path, options: tuple[str, ...], told: str) -> None:
+def test_mistakes_are_one_line(generator_url: str, tmp_path: Path, options: tuple[str, ...], told: str) -> None:
     """What is wrong is said in words, the status is not 0, and no file is left, whole or half."""
-    result = run("generate", PROMPT, *QUICK, "--url", url, *options)
+    result = run("generate", PROMPT, *QUICK, "--url", generator_url, *options)
     assert result.exit_code in (1, 2)
     assert told in re.sub(r"[\s│]+", " ", result.output)
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_there_must_be_a_prompt(url: str) -> None:
+def test_there_must_be_a_prompt(generator_url: str) -> None:
     """Or a picture to repeat."""
-    result = run("generate", "--url", url)
+    result = run("generate", "--url", generator_url)
     assert result.exit_code == 2
     assert "give a prompt, or --like FILE" in result.output
 

@@ -1,0 +1,200 @@
+"""OpenAI's images API: its Python and Node clients work with ``base_url=http://.../v1`` and nothing else changed."""
+
+import asyncio
+import base64
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any, Literal, cast
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field, StrictInt, StrictStr, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from generator_service.api import events
+from generator_service.api.generate import GeneratorState, generator_state
+from generator_service.api.progress import Progress
+from generator_service.api.schemas import GenerateRequest, Sampling
+from generator_service.engine import Delivery, Preview, StepBegun
+from generator_service.imaging import ImageFormat, preview_file
+from generator_service.order import Order, make_order
+from shared.errors import InvalidRequest, UnsupportedParameter
+from shared.schemas import Text
+from shared.web import CLIENT_CLOSED_REQUEST, while_connected
+
+router = APIRouter(prefix="/v1")
+State = Annotated[GeneratorState, Depends(generator_state)]
+Prefix = Literal["image_generation", "image_edit"]
+IGNORED = ("background", "input_fidelity", "moderation", "quality", "style", "user")
+"""What other models can do and these cannot; a client need not know."""
+INTEGERS = ("n", "num_inference_steps", "output_compression", "partial_images", "seed")
+
+
+class ImagesRequest(Sampling):
+    """Body of ``/v1/images/generations``, and the fields of ``/v1/images/edits`` beside its files."""
+
+    prompt: Text
+    model: StrictStr | None = None
+    n: Annotated[StrictInt, Field(ge=1)] = 1
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] = "auto"
+    output_format: ImageFormat = "png"
+    output_compression: Annotated[StrictInt | None, Field(ge=0, le=100)] = None
+    response_format: Literal["b64_json"] | None = None
+    stream: bool = False
+    partial_images: Annotated[StrictInt, Field(ge=0, le=3)] = 0
+    background: str | None = None
+    input_fidelity: str | None = None
+    moderation: str | None = None
+    quality: str | None = None
+    style: str | None = None
+    user: str | None = None
+
+    def native(self, images: Sequence[bytes] = ()) -> GenerateRequest:
+        """The same request in this service's own words."""
+        width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
+        return GenerateRequest(
+            **{name: getattr(self, name) for name in Sampling.model_fields},
+            prompt=self.prompt,
+            width=width,
+            height=height,
+            output_format=self.output_format,
+            output_compression=self.output_compression,
+            previews=self.partial_images,
+            num_images=self.n,
+            images=[base64.b64encode(data).decode() for data in images],
+        )
+
+
+@router.get("/models")
+async def models(state: State) -> dict[str, Any]:
+    """The one model that is served."""
+    return {"object": "list", "data": [model_card(state)]}
+
+
+@router.get("/models/{name:path}")
+async def model(name: str, state: State) -> dict[str, Any]:
+    """The model, whatever it is called: requests may name any."""
+    return model_card(state) | {"id": name}
+
+
+def model_card(state: GeneratorState) -> dict[str, Any]:
+    """What OpenAI's API tells of a model."""
+    return {"id": state.engine.model.folder.name, "object": "model", "created": 0, "owned_by": "flux2-services"}
+
+
+@router.post("/images/generations")
+async def generations(body: ImagesRequest, request: Request, state: State) -> Response:
+    """Pictures of a prompt."""
+    return await answer(body, body.native(), request, state, "image_generation")
+
+
+@router.post("/images/edits")
+async def edits(request: Request, state: State) -> Response:
+    """Pictures made from reference images: a multipart body with one part ``image``, or several ``image[]``."""
+    async with request.form() as form:
+        body = form_request(form)
+        images = [await part.read() for name in ("image", "image[]") for part in files(form, name)]
+    if not images:
+        raise InvalidRequest("image: give one file or more", param="image")
+    return await answer(body, body.native(images), request, state, "image_edit")
+
+
+def form_request(form: FormData) -> ImagesRequest:
+    """The fields of a multipart body, which are all text, with their types."""
+    if "mask" in form:
+        raise UnsupportedParameter(
+            "mask: this model edits whole pictures: say in the prompt what to change", param="mask"
+        )
+    fields: dict[str, Any] = {k: v for k, v in form.items() if k not in ("image", "image[]")}
+    for name, text in fields.items():
+        if name in INTEGERS or (name == "cache" and str(text).isdigit()):
+            fields[name] = number(name, text, int)
+        elif name == "guidance_scale":
+            fields[name] = number(name, text, float)
+        elif name == "stream":
+            fields[name] = text == "true"
+    try:
+        return ImagesRequest(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0])
+        raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
+
+
+def number(name: str, text: Any, kind: type[int] | type[float]) -> int | float:
+    """A field's text as a number."""
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{name}: must be a number", param=name) from None
+
+
+def files(form: FormData, name: str) -> list[UploadFile]:
+    """The files of a multipart body's parts of one name."""
+    parts = form.getlist(name)
+    if not all(isinstance(part, UploadFile) for part in parts):
+        raise InvalidRequest(f"{name}: must be a file", param=name)
+    return cast("list[UploadFile]", parts)
+
+
+async def answer(
+    body: ImagesRequest, native: GenerateRequest, request: Request, state: GeneratorState, prefix: Prefix
+) -> Response:
+    """The pictures as OpenAI's JSON, or as its stream of events."""
+    order = await asyncio.to_thread(
+        make_order, native, state.settings, state.engine.model, state.shelf, state.embedding_shape
+    )
+    deliver = partial(state.engine.deliver, order.siblings(body.n))
+    told = description(order)
+    usage = usage_of(order, state)
+    if body.stream:
+        return events.respond(request, openai_events(await Progress.start(deliver), prefix, told, usage))
+    deliveries = await while_connected(request, deliver())
+    if deliveries is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    data = [{"b64_json": base64.b64encode(d.data).decode(), "seed": d.order.seed} for d in deliveries]
+    total = usage | {name: usage[name] * body.n for name in ("output_tokens",)}
+    total |= {"total_tokens": total["input_tokens"] + total["output_tokens"]}
+    return JSONResponse({"created": int(time.time()), "data": data, "usage": total} | told)
+
+
+def description(order: Order) -> dict[str, Any]:
+    """What every answer says of its pictures."""
+    size = f"{order.width}x{order.height}"
+    return {"background": "opaque", "output_format": order.output_format, "quality": "high", "size": size}
+
+
+def usage_of(order: Order, state: GeneratorState) -> dict[str, Any]:
+    """Tokens of one picture, as the transformer counts them."""
+    unit = state.engine.model.pixels_per_token
+    text = state.embedding_shape[0]
+    image = sum(reference.num_tokens(unit) for reference in order.references)
+    output = state.engine.model.num_image_tokens(order.width, order.height)
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": output,
+        "total_tokens": text + image + output,
+    }
+
+
+async def openai_events(progress: Progress, prefix: Prefix, told: dict[str, Any], usage: dict[str, Any]) -> events.Told:
+    """``partial_image`` and ``completed``, as OpenAI's clients read them."""
+    created = {"created_at": int(time.time())}
+    async for event in progress:
+        if isinstance(event, Preview):
+            image = await asyncio.to_thread(preview_file, event.image)
+            kind = f"{prefix}.partial_image"
+            partial_image = {"type": kind, "partial_image_index": event.number} | told | created
+            yield kind, partial_image | {"b64_json": base64.b64encode(image).decode(), "output_format": "jpeg"}
+        elif isinstance(event, Delivery):
+            yield f"{prefix}.completed", completed(event, prefix) | told | created | {"usage": usage}
+        else:
+            assert isinstance(event, StepBegun)  # which OpenAI's clients know nothing of
+
+
+def completed(delivery: Delivery, prefix: Prefix) -> dict[str, Any]:
+    """A finished picture."""
+    image = base64.b64encode(delivery.data).decode()
+    return {"type": f"{prefix}.completed", "b64_json": image, "seed": delivery.order.seed}
