@@ -36,6 +36,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             transport=transport,
         )
         engine = Engine(model, client, app.state.metrics, settings.max_waiting)
+        await asyncio.to_thread(engine.warm_up, shape)
         async with client, engine.queue:
             app.state.generator = generate.GeneratorState(settings, engine, shelf, shape)
             app.state.ready = Readiness(client, model, shape)

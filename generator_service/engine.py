@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from PIL.Image import Image
 
+from generator_service.cost import CostModel
 from generator_service.encoder_client import EncoderClient
 from generator_service.imaging import Provenance, encode_image
+from generator_service.lemica import schedule_for
 from generator_service.order import Order
 from generator_service.pipelines.flux2 import (
     Flux2Model,
@@ -31,6 +33,8 @@ from shared.device_queue import Answer, DeviceQueue
 from shared.metrics import Metrics
 from shared.model_folder import ModelFolder
 
+WARM_UP_STEPS = 3
+
 
 @dataclass(frozen=True)
 class StepBegun:
@@ -40,6 +44,8 @@ class StepBegun:
     """Which picture, from 0."""
     step: int
     is_computed: bool
+    seconds_left: float | None
+    """Until this picture is there."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,10 @@ class Delivery:
 class Job:
     """A picture on its way to the device thread, and the flag that stops it."""
 
+    order: Order
     request: GenerationRequest
     index: int
     listener: Listener | None
-    preview_steps: tuple[int, ...] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -93,6 +99,7 @@ class Engine:
         self.model = model
         self.encoder = encoder
         self.queue = DeviceQueue[Job, GeneratedPicture](self._run, max_waiting=max_waiting)
+        self.cost = CostModel()
         self._metrics = metrics
         metrics.queue_depth.set_function(lambda: self.queue.depth)
 
@@ -113,17 +120,33 @@ class Engine:
             encode_s = time.monotonic() - began
             return [
                 await self._deliver_one(
-                    order,
-                    Job(generation_request(order, embeddings), index, listener, order.preview_steps),
-                    embeddings,
-                    encode_s,
+                    Job(order, generation_request(order, embeddings), index, listener), embeddings, encode_s
                 )
                 for index, order in enumerate(orders)
             ]
 
-    async def _deliver_one(self, order: Order, job: Job, embeddings: torch.Tensor, encode_s: float) -> Delivery:
+    def warm_up(self, embedding_shape: tuple[int, int]) -> None:
+        """Draw a few steps of both kinds, before the queue runs: the first picture's cost is known then."""
+        side = self.model.default_side
+        nothing = torch.zeros(1, *embedding_shape)
+        for schedule in (schedule_for("none", 1), schedule_for("none", WARM_UP_STEPS), schedule_for(1, WARM_UP_STEPS)):
+            request = GenerationRequest(nothing, side, side, 4.0, 0, schedule)
+            picture = self.model.generate(request)
+            if schedule.num_steps > 1:  # the first run also pays for what happens once
+                self._learn(request, self.model.num_image_tokens(side, side), picture)
+
+    def _learn(self, request: GenerationRequest, num_tokens: int, picture: GeneratedPicture) -> None:
+        self.cost.observe(
+            num_tokens,
+            num_computed=request.schedule.num_computed,
+            num_steps=request.schedule.num_steps,
+            denoise_s=picture.denoise_s,
+            decode_s=picture.decode_s,
+        )
+
+    async def _deliver_one(self, job: Job, embeddings: torch.Tensor, encode_s: float) -> Delivery:
         answer = await self._draw(job)
-        picture = answer.value
+        order, picture = job.order, answer.value
         data = await asyncio.to_thread(
             encode_image,
             picture.image,
@@ -161,17 +184,24 @@ class Engine:
                 raise GenerationCancelled
             self._metrics.steps.labels("computed" if is_computed else "reused").inc()
             if job.listener is not None:
-                job.listener(StepBegun(job.index, step, is_computed))
+                job.listener(StepBegun(job.index, step, is_computed, job.order.seconds_left(step)))
 
-        return self.model.generate(job.request, on_step, previews_of(job))
+        picture = self.model.generate(job.request, on_step, previews_of(job))
+        if not job.order.preview_steps:  # they take time of their own
+            self._learn(job.request, job.order.num_tokens, picture)
+        return picture
 
 
 def previews_of(job: Job) -> Previews | None:
     """The previews that somebody listens to."""
-    if job.listener is None or not job.preview_steps:
+    if job.listener is None or not job.order.preview_steps:
         return None
     listener, numbers = job.listener, itertools.count()
-    return Previews(frozenset(job.preview_steps), lambda image: listener(Preview(job.index, next(numbers), image)))
+
+    def show(image: Image) -> None:
+        listener(Preview(job.index, next(numbers), image))
+
+    return Previews(frozenset(job.order.preview_steps), show)
 
 
 def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequest:

@@ -2,15 +2,17 @@
 
 import base64
 import json
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from generator_service.api.schemas import MAX_SEED, GenerateRequest, MaxError
+from generator_service.cost import Cost
 from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES, ImageFormat
-from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf
+from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf, published_size
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.references import Reference, parse_reference
 from generator_service.settings import GeneratorSettings
@@ -35,10 +37,26 @@ class Order:
     schedule: Schedule
     output_format: ImageFormat = "png"
     references: tuple[Reference, ...] = ()
+    num_tokens: int = 0
+    """Of the picture and its reference images."""
+    cost: Cost | None = None
+    """What a picture of this size takes, as far as it is known."""
     quality: int = DEFAULT_QUALITY
     """Of a JPEG or WebP file, 0 to 100."""
     preview_steps: tuple[int, ...] = ()
     """After which steps a listener gets a preview."""
+
+    @property
+    def estimate_s(self) -> float | None:
+        """How long the picture will take once its turn has come."""
+        return self.seconds_left(0)
+
+    def seconds_left(self, step: int) -> float | None:
+        """How long the picture will take from the beginning of ``step``."""
+        if self.cost is None:
+            return None
+        computed = sum(later >= step for later in self.schedule.computed_steps)
+        return self.cost.total_s(computed, self.schedule.num_steps - step)
 
     def siblings(self, count: int) -> "list[Order]":
         """This order and others like it, with the seeds that follow."""
@@ -67,6 +85,7 @@ def make_order(
     model: Flux2Model,
     shelf: Shelf,
     embedding_shape: tuple[int, int],
+    cost_of: Callable[[int], Cost | None] = lambda _num_tokens: None,
 ) -> Order:
     """Fill in what the body leaves open and check the rest against the settings and the model.
 
@@ -79,7 +98,9 @@ def make_order(
         raise InvalidRequest(f"num_images: at most {settings.max_num_images}", param="num_images")
     references = checked_references(body.images, settings)
     width, height = checked_size(body, references, settings, model)
-    cache = settings.default_cache if body.cache is None else body.cache
+    num_tokens = count_tokens(width, height, references, model)
+    cost = cost_of(num_tokens)
+    cache = checked_cache(body, settings, cost)
     wanted = model.signature(
         num_steps=body.num_inference_steps,
         width=width,
@@ -98,6 +119,8 @@ def make_order(
         schedule=checked_schedule(cache, shelf, wanted),
         output_format=body.output_format,
         references=references,
+        num_tokens=num_tokens,
+        cost=cost,
         quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
         preview_steps=preview_steps(body.previews, body.num_inference_steps),
     )
@@ -145,12 +168,36 @@ def checked_size(
     height = checked_side("height", own[1] if body.height is None else body.height, settings, unit)
     if width * height > settings.max_pixels:
         raise InvalidRequest(f"width: {width}x{height} is more than {settings.max_pixels} pixels", param="width")
-    own_tokens = model.num_image_tokens(width, height)
-    num_tokens = own_tokens + sum(reference.num_tokens(unit) for reference in references)
+    num_tokens = count_tokens(width, height, references, model)
     if num_tokens > settings.max_image_tokens:
-        told = f"{num_tokens} image tokens ({own_tokens} of the picture) are more than {settings.max_image_tokens}"
+        drawn = model.num_image_tokens(width, height)
+        told = f"{num_tokens} image tokens ({drawn} of the picture) are more than {settings.max_image_tokens}"
         raise InvalidRequest(f"images: {told}: send fewer or smaller ones", param="images")
     return width, height
+
+
+def count_tokens(width: int, height: int, references: Sequence[Reference], model: Flux2Model) -> int:
+    """Tokens of the picture and its reference images."""
+    of_references = sum(reference.num_tokens(model.pixels_per_token) for reference in references)
+    return model.num_image_tokens(width, height) + of_references
+
+
+def checked_cache(body: GenerateRequest, settings: GeneratorSettings, cost: Cost | None) -> str | int | MaxError:
+    """What ``cache`` asks for; with ``max_latency_ms``, as many computed steps as fit."""
+    if body.max_latency_ms is None:
+        return settings.default_cache if body.cache is None else body.cache
+    if body.cache is not None:
+        raise InvalidRequest("max_latency_ms: chooses the cache: give one of the two", param="max_latency_ms")
+    if cost is None:
+        raise InvalidRequest("max_latency_ms: nothing is known of this device's speed yet", param="max_latency_ms")
+    num_steps = body.num_inference_steps
+    fewest = published_size("ultra", num_steps)
+    for num_computed in range(num_steps, fewest - 1, -1):
+        if 1000 * body.num_images * cost.total_s(num_computed, num_steps) <= body.max_latency_ms:
+            return "none" if num_computed == num_steps else num_computed
+    least = math.ceil(1000 * body.num_images * cost.total_s(fewest, num_steps))
+    told = f"{num_steps} steps of this size take {least} ms at least, with {fewest} of them computed"
+    raise InvalidRequest(f"max_latency_ms: {told}", param="max_latency_ms")
 
 
 def checked_side(name: str, side: int, settings: GeneratorSettings, unit: int) -> int:

@@ -54,8 +54,9 @@ async def native_events(progress: Progress, num_steps: int, headers: Callable[[D
     index = 0
     async for event in progress:
         if isinstance(event, StepBegun):
-            step = {"step": event.step, "total": num_steps, "computed": event.is_computed}
-            yield "step", {"index": event.index} | step
+            step = {"index": event.index, "step": event.step, "total": num_steps, "computed": event.is_computed}
+            eta = {} if event.seconds_left is None else {"eta_ms": round(1000 * event.seconds_left)}
+            yield "step", step | eta
         elif isinstance(event, Preview):
             image = await asyncio.to_thread(preview_file, event.image)
             yield "preview", {"index": event.index, "number": event.number, "image": base64.b64encode(image).decode()}

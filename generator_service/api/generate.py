@@ -81,7 +81,7 @@ async def generate(
 async def answer(body: GenerateRequest, request: Request, state: GeneratorState, accept: str) -> Response:
     """The pictures of a request, in the form that ``accept`` asks for."""
     order = await asyncio.to_thread(
-        make_order, body, state.settings, state.engine.model, state.shelf, state.embedding_shape
+        make_order, body, state.settings, state.engine.model, state.shelf, state.embedding_shape, state.engine.cost.of
     )
     orders = order.siblings(body.num_images)
     if events.MEDIA_TYPE in accept:
@@ -122,7 +122,8 @@ def multipart(deliveries: Sequence[Delivery]) -> Response:
 def result_headers(delivery: Delivery) -> dict[str, str]:
     """What the answer says beside the picture."""
     order, timings = delivery.order, delivery.timings
-    return {
+    estimate = {} if order.estimate_s is None else {"x-estimate-ms": f"{1000 * order.estimate_s:.1f}"}
+    return estimate | {
         "x-seed": str(order.seed),
         "x-steps-computed": str(order.schedule.num_computed),
         "x-steps-total": str(order.schedule.num_steps),

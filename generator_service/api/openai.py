@@ -143,7 +143,7 @@ async def answer(
 ) -> Response:
     """The pictures as OpenAI's JSON, or as its stream of events."""
     order = await asyncio.to_thread(
-        make_order, native, state.settings, state.engine.model, state.shelf, state.embedding_shape
+        make_order, native, state.settings, state.engine.model, state.shelf, state.embedding_shape, state.engine.cost.of
     )
     deliver = partial(state.engine.deliver, order.siblings(body.n))
     told = description(order)

@@ -48,6 +48,10 @@ class GenerateRequest(Sampling):
         list[StrictStr],
         Field(default_factory=list, description="Reference images to edit: PNG, JPEG or WebP as base64 or data URI."),
     ]
+    max_latency_ms: Annotated[
+        StrictInt | None,
+        Field(ge=1, description="Instead of cache: as many computed steps as fit into this time, waiting aside."),
+    ] = None
     previews: Annotated[
         StrictInt, Field(ge=0, le=10, description="How often a stream of events shows what the picture will be.")
     ] = 0

@@ -27,7 +27,14 @@ from generator_service.lemica.path import (
 )
 from generator_service.lemica.predictor import PREDICTORS, Fitted, Linear, Predictor, Reuse, Trace
 from generator_service.lemica.refinement import refine, with_step_added
-from generator_service.lemica.schedule import PUBLISHED, Schedule, load_schedules, save_schedules, schedule_for
+from generator_service.lemica.schedule import (
+    PUBLISHED,
+    Schedule,
+    load_schedules,
+    published_size,
+    save_schedules,
+    schedule_for,
+)
 from generator_service.lemica.shelf import SHIPPED, Shelf, load_shelf
 from generator_service.lemica.signature import Signature
 
@@ -75,6 +82,7 @@ __all__ = [
     "load_shelf",
     "minimum_total_error_path",
     "num_forwards",
+    "published_size",
     "refine",
     "save_schedules",
     "schedule_for",

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -351,9 +352,8 @@ async def test_steps_can_be_followed(serve_generator: Serve) -> None:
         streamed = await http.post("/generate", json=body, headers=STREAM)
     assert streamed.headers["content-type"].startswith("text/event-stream")
     *steps, (name, picture) = events(streamed.text)
-    assert steps == [
-        ("step", {"index": 0, "step": step, "total": 4, "computed": is_computed})
-        for step, is_computed in enumerate([True, False, False, True])
+    assert [(kind, data["index"], data["step"], data["total"], data["computed"]) for kind, data in steps] == [
+        ("step", 0, step, 4, is_computed) for step, is_computed in enumerate([True, False, False, True])
     ]
     assert name == "completed"
     assert np.array_equal(pixels(base64.b64decode(picture["image"])), pixels(plain.content))
@@ -428,3 +428,33 @@ def test_the_last_preview_would_be_the_picture(demo: Flux2Model) -> None:
     picture = demo.generate(request, previews=Previews(frozenset({0, 5}), shown.append)).image
     assert len(shown) == 1
     assert np.abs(np.asarray(shown[0], dtype=float) - np.asarray(picture, dtype=float)).max() <= 1
+
+
+async def test_the_time_is_known_beforehand(serve_generator: Serve) -> None:
+    """Every answer tells what was expected, and every step how long the rest will take: less and less."""
+    async with serve_generator() as http:
+        answer = await http.post("/generate", json=SMALL)
+        streamed = await http.post("/generate", json=SMALL, headers=STREAM)
+    assert float(answer.headers["x-estimate-ms"]) > 0
+    left = [data["eta_ms"] for name, data in events(streamed.text) if name == "step"]
+    assert left == sorted(left, reverse=True)
+    assert left[0] > left[-1] > 0
+
+
+async def test_a_latency_can_be_asked_for(serve_generator: Serve) -> None:
+    """``max_latency_ms`` computes as many steps as fit into it, all of them where they do."""
+    body = {key: value for key, value in SMALL.items() if key != "cache"} | {"num_inference_steps": 50}
+    async with serve_generator() as http:
+        for _ in range(2):  # of another size than the warm-up, the first one's time is only in proportion
+            full = await http.post("/generate", json=body | {"cache": "none"})
+        expected_ms = float(full.headers["x-estimate-ms"])
+        plenty = await http.post("/generate", json=body | {"max_latency_ms": 1_000_000})
+        half = await http.post("/generate", json=body | {"max_latency_ms": round(expected_ms / 2)})
+        impossible = await http.post("/generate", json=body | {"max_latency_ms": 1})
+        both = await http.post("/generate", json=body | {"max_latency_ms": 1000, "cache": "fast"})
+    assert plenty.headers["x-steps-computed"] == "50"
+    assert 10 <= int(half.headers["x-steps-computed"]) < 50
+    assert float(half.headers["x-estimate-ms"]) <= round(expected_ms / 2)
+    for refused in (impossible, both):
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "max_latency_ms")
+    assert re.search(r"take \d+ ms at least, with 10 of them computed", impossible.json()["detail"])
