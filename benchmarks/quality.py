@@ -193,6 +193,7 @@ def own_outcomes(
         yield studio.judge("published lists", budget, studio.scheduled(schedule_for(budget, num_steps)))
         for name, graph in graphs.items():
             yield studio.judge(f"LeMiCa, {name}", budget, studio.scheduled(lexicographic_minimax_path(graph, budget)))
+        for name, graph in list(graphs.items())[:1]:
             total = minimum_total_error_path(graph, budget)
             yield studio.judge(f"smallest sum, {name}", budget, studio.scheduled(total))
 

@@ -9,8 +9,10 @@ import httpx
 from fastapi import FastAPI
 
 from generator_service.api import generate, openai
+from generator_service.api import jobs as job_routes
 from generator_service.encoder_client import EncoderClient
 from generator_service.engine import Engine
+from generator_service.jobs import JobStore
 from generator_service.order import open_shelf
 from generator_service.pipelines.flux2 import PARTS, Flux2Model
 from generator_service.settings import GeneratorSettings
@@ -35,16 +37,18 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             cache_bytes=settings.embedding_cache_bytes,
             transport=transport,
         )
+        jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
         engine = Engine(model, client, app.state.metrics, settings.max_waiting)
         await asyncio.to_thread(engine.warm_up, shape)
         async with client, engine.queue:
-            app.state.generator = generate.GeneratorState(settings, engine, shelf, shape)
+            app.state.generator = generate.GeneratorState(settings, engine, shelf, jobs, shape)
             app.state.ready = Readiness(client, model, shape)
             yield
+            await jobs.close()
 
     app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
-    for dialect in (generate, openai):
-        app.include_router(dialect.router, dependencies=[require_token(settings.token)])
+    for dialect in (generate, job_routes, openai):
+        app.include_router(dialect.router, dependencies=[require_token(settings.tokens())])
     return app
 
 

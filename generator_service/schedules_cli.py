@@ -1,6 +1,7 @@
 """``flux2 calibrate`` and ``flux2 schedules``: measure a model's caching errors, and plan with them."""
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -84,13 +85,15 @@ def list_schedules(
 ) -> None:
     """Every schedule in a folder."""
     with one_line_errors():
-        table = Table("file", "name", "computed", "largest error", "made for")
         for file in sorted(folder.glob("*.json")):
-            for schedule in load_schedules(file):
+            found = load_schedules(file)
+            made_for = " | ".join(dict.fromkeys(str(replace(s.signature, predictor=None)) for s in found))
+            table = Table("name", "computed", "largest error", "predictor", title=f"{file.name}: {made_for}")
+            for schedule in found:
                 error = "" if schedule.max_error is None else f"{schedule.max_error:.2g}"
                 computed = f"{schedule.num_computed}/{schedule.num_steps}"
-                table.add_row(file.name, schedule.name, computed, error, str(schedule.signature))
-        out.print(table)
+                table.add_row(schedule.name, computed, error, schedule.predictor.name)
+            out.print(table)
 
 
 @schedules.command()

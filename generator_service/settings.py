@@ -30,6 +30,12 @@ class GeneratorSettings(ServiceSettings):
     """Of the picture and its reference images together; what a GPU of 80 GB is expected to hold."""
     max_num_images: int = Field(4, ge=1)
     """Pictures of one request."""
+    max_jobs: int = Field(100, ge=1)
+    """Ended jobs that are kept."""
+    max_job_bytes: int = Field(512 * 2**20, ge=0)
+    """Their results, together."""
+    job_ttl_s: float = Field(3600.0, gt=0)
+    """How long a job is kept after its end."""
     default_cache: Annotated[int | CacheName, Field(union_mode="left_to_right")] = "medium"
     """The schedule of requests that do not choose one."""
     schedules_dir: DirectoryPath | None = Field(None, validation_alias="SCHEDULES_DIR")

@@ -5,6 +5,9 @@ Flux2Error                    500 internal_error
 ├── MalformedBody             400 malformed_body
 ├── UnsupportedParameter      400 unsupported_parameter
 ├── Unauthorized              401 unauthorized
+├── JobNotFound               404 job_not_found
+├── JobNotFinished            409 job_not_finished
+├── JobCancelled              409 job_cancelled
 ├── PayloadTooLarge           413 payload_too_large
 ├── UnsupportedImageType      415 unsupported_image_type
 ├── Busy                      429 busy
@@ -60,6 +63,29 @@ class Unauthorized(Flux2Error):
 
     status = 401
     code = "unauthorized"
+    is_worth_retrying = False
+
+
+class JobNotFound(Flux2Error):
+    """There is no such job, it was forgotten, or it is somebody else's."""
+
+    status = 404
+    code = "job_not_found"
+    is_worth_retrying = False
+
+
+class JobNotFinished(Flux2Error):
+    """The job's result is not there yet; ``retry_after_s`` says when it is likely."""
+
+    status = 409
+    code = "job_not_finished"
+
+
+class JobCancelled(Flux2Error):
+    """The job was cancelled: it will have no result."""
+
+    status = 409
+    code = "job_cancelled"
     is_worth_retrying = False
 
 

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from pydantic import Field, SecretStr
+from pydantic import Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
@@ -34,7 +34,15 @@ class ServiceSettings(BaseSettings):
     embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
     token: SecretStr | None = None
     """If set, requests must carry it as ``Authorization: Bearer``; health and metrics stay open."""
+    keys_file: FilePath | None = None
+    """A file with an API key on each line: each is as good as ``token``, and sees only its own jobs."""
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="LOG_LEVEL")
+
+    def tokens(self) -> tuple[str, ...]:
+        """Every bearer token that is accepted; none at all: everyone may pass."""
+        alone = [self.token.get_secret_value()] if self.token else []
+        lines = self.keys_file.read_text(encoding="utf-8").splitlines() if self.keys_file else []
+        return (*alone, *(line.strip() for line in lines if line.strip() and not line.startswith("#")))
 
     def torch_device(self) -> torch.device:
         """The device to use, ``auto`` resolved."""

@@ -49,7 +49,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
             yield
 
     app = make_app("FLUX.2 text encoder", version("flux2-services"), settings, lifespan)
-    app.include_router(router, dependencies=[require_token(settings.token)])
+    app.include_router(router, dependencies=[require_token(settings.tokens())])
     return app
 
 

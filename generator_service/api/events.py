@@ -4,14 +4,13 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
-from generator_service.api.progress import Progress
 from generator_service.engine import Delivery, Preview, StepBegun
 from generator_service.imaging import preview_file
 from shared.errors import Flux2Error
@@ -46,13 +45,17 @@ def _failure(name: str, request: Request, error: Flux2Error) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(problem_of(request, error).model_dump()), event=name)
 
 
-async def native_events(progress: Progress, num_steps: int, headers: Callable[[Delivery], dict[str, str]]) -> Told:
-    """``step`` and ``preview`` as they happen, then for each picture ``completed``.
-
-    A client that leaves cancels the work.
-    """
+async def native_events(
+    happening: AsyncIterable[StepBegun | Preview | Delivery],
+    num_steps: int,
+    headers: Callable[[Delivery], dict[str, str]],
+    queued: dict[str, Any] | None = None,
+) -> Told:
+    """``queued`` if it is, ``step`` and ``preview`` as they happen, then for each picture ``completed``."""
+    if queued is not None:
+        yield "queued", queued
     index = 0
-    async for event in progress:
+    async for event in happening:
         if isinstance(event, StepBegun):
             step = {"index": event.index, "step": event.step, "total": num_steps, "computed": event.is_computed}
             eta = {} if event.seconds_left is None else {"eta_ms": round(1000 * event.seconds_left)}

@@ -14,12 +14,13 @@ from pydantic import Discriminator, Tag
 
 from generator_service.api import events
 from generator_service.api.huggingface import InferenceRequest
-from generator_service.api.progress import Progress
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine import Delivery, Engine
 from generator_service.imaging import MEDIA_TYPES
+from generator_service.jobs import JobStore
 from generator_service.lemica import Shelf
 from generator_service.order import make_order
+from generator_service.progress import Progress
 from generator_service.settings import GeneratorSettings
 from shared.web import CLIENT_CLOSED_REQUEST, while_connected
 
@@ -34,6 +35,7 @@ class GeneratorState:
     settings: GeneratorSettings
     engine: Engine
     shelf: Shelf
+    jobs: JobStore
     embedding_shape: tuple[int, int]
     """Tokens and width of a prompt embedding."""
 
@@ -90,6 +92,11 @@ async def answer(body: GenerateRequest, request: Request, state: GeneratorState,
     deliveries = await while_connected(request, state.engine.deliver(orders))
     if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return delivered(deliveries, accept)
+
+
+def delivered(deliveries: Sequence[Delivery], accept: str) -> Response:
+    """Finished pictures in the form that ``accept`` asks for."""
     if JSON_MEDIA_TYPE in accept:
         return JSONResponse({"images": [as_json(delivery) for delivery in deliveries]})
     return one_file(deliveries[0]) if len(deliveries) == 1 else multipart(deliveries)

@@ -14,11 +14,11 @@ from starlette.datastructures import FormData, UploadFile
 
 from generator_service.api import events
 from generator_service.api.generate import GeneratorState, generator_state
-from generator_service.api.progress import Progress
 from generator_service.api.schemas import GenerateRequest, Sampling
 from generator_service.engine import Delivery, Preview, StepBegun
 from generator_service.imaging import ImageFormat, preview_file
 from generator_service.order import Order, make_order
+from generator_service.progress import Progress
 from shared.errors import InvalidRequest, UnsupportedParameter
 from shared.schemas import Text
 from shared.web import CLIENT_CLOSED_REQUEST, while_connected

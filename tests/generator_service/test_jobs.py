@@ -1,0 +1,146 @@
+"""Jobs: begun, followed, fetched, cancelled, repeated, forgotten, and seen by nobody else."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import Serve
+from tests.generator_service.test_generate import LONG, SMALL, events, metrics, pixels, steps_run
+
+pytestmark = pytest.mark.anyio
+
+
+async def ended(http: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
+    """What is told of a job once it has ended."""
+    while (told := (await http.get(f"/jobs/{job_id}")).json())["status"] in ("queued", "running"):  # noqa: ASYNC110 - as a client would
+        await asyncio.sleep(0.01)
+    return told
+
+
+async def test_a_job_gives_the_picture_of_its_request(serve_generator: Serve) -> None:
+    """``POST /jobs`` answers at once with 202; its result is what ``/generate`` would have answered."""
+    async with serve_generator() as http:
+        begun = await http.post("/jobs", json=SMALL)
+        told = await ended(http, begun.json()["id"])
+        result = await http.get(f"{begun.headers['location']}/result")
+        direct = await http.post("/generate", json=SMALL)
+    assert begun.status_code == 202
+    assert (told["status"], told["seed"]) == ("completed", 7)
+    assert begun.json()["position"] == 0
+    assert begun.json()["estimate_ms"] > 0
+    assert result.headers["content-type"] == "image/png"
+    assert result.headers["x-schedule"] == direct.headers["x-schedule"]
+    assert np.array_equal(pixels(result.content), pixels(direct.content))
+
+
+async def test_a_job_can_be_followed_by_anyone_at_any_time(serve_generator: Serve) -> None:
+    """``/events`` tells everything from the start, to who comes early and to who comes late."""
+    async with serve_generator() as http:
+        job_id = (await http.post("/jobs", json=SMALL)).json()["id"]
+        early = await http.get(f"/jobs/{job_id}/events")
+        late = await http.get(f"/jobs/{job_id}/events")
+    for response in (early, late):
+        names = [name for name, _ in events(response.text) if name != "queued"]
+        assert names == ["step"] * 4 + ["completed"]
+
+
+async def test_cancelling_stops_within_a_step(serve_generator: Serve) -> None:
+    """``DELETE`` ends a job; no further steps run, its place is free, and its result is 409."""
+    async with serve_generator(max_waiting=1) as http:
+        job_id = (await http.post("/jobs", json=LONG)).json()["id"]
+        while await steps_run(http) < 2:  # noqa: ASYNC110 - the device thread has no event to wait for
+            await asyncio.sleep(0.01)
+        early = await http.get(f"/jobs/{job_id}/result")
+        deleted = await http.delete(f"/jobs/{job_id}")
+        stopped = await steps_run(http)
+        result = await http.get(f"/jobs/{job_id}/result")
+        after = await http.post("/generate", json=SMALL)
+        assert (await metrics(http))["flux2_queue_depth"] == 0
+        assert await steps_run(http) - stopped <= SMALL["num_inference_steps"] + 1
+    assert (early.status_code, early.json()["code"]) == (409, "job_not_finished")
+    assert "retry-after" in early.headers
+    assert deleted.json()["status"] == "cancelled"
+    assert deleted.json()["problem"]["code"] == "job_cancelled"
+    assert (result.status_code, result.json()["code"]) == (409, "job_cancelled")
+    assert after.status_code == 200
+
+
+async def test_a_job_that_fails_says_why(serve_generator: Serve) -> None:
+    """What went wrong is told with the job, as its result, and as its last event."""
+
+    def down(_request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    async with serve_generator(httpx.MockTransport(down), text_encoder_timeout_s=1) as http:
+        job_id = (await http.post("/jobs", json=SMALL)).json()["id"]
+        told = await ended(http, job_id)
+        result = await http.get(f"/jobs/{job_id}/result")
+        followed = await http.get(f"/jobs/{job_id}/events")
+    assert told["status"] == "failed"
+    assert told["problem"]["status"] == result.status_code
+    assert events(followed.text)[-1][0] == "error"
+
+
+async def test_a_repeated_request_finds_its_job(serve_generator: Serve) -> None:
+    """The same ``Idempotency-Key`` and body give the same job; another body with that key is refused."""
+    key = {"Idempotency-Key": "order-1"}
+    async with serve_generator() as http:
+        first, second = await asyncio.gather(*(http.post("/jobs", json=SMALL, headers=key) for _ in range(2)))
+        other = await http.post("/jobs", json=SMALL | {"seed": 8}, headers=key)
+        without = await http.post("/jobs", json=SMALL)
+    assert first.json()["id"] == second.json()["id"] != without.json()["id"]
+    assert (other.status_code, other.json()["error"]["param"]) == (422, "Idempotency-Key")
+
+
+async def test_jobs_are_forgotten(serve_generator: Serve) -> None:
+    """The store keeps so many ended jobs, so many bytes, and none longer than its time."""
+    for limits in ({"max_jobs": 2}, {"max_job_bytes": 0}, {"job_ttl_s": 1e-6}):
+        async with serve_generator(**limits) as http:
+            ids = []
+            for seed in range(3):
+                ids.append((await http.post("/jobs", json=SMALL | {"seed": seed})).json()["id"])
+                await http.get(f"/jobs/{ids[-1]}/events")
+            found = [(await http.get(f"/jobs/{job_id}")).status_code for job_id in ids]
+        assert found == ([404, 200, 200] if "max_jobs" in limits else [404, 404, 404])
+
+
+async def test_the_queue_bounds_jobs_too(serve_generator: Serve) -> None:
+    """Jobs take places in the same queue: what finds none is 429 and leaves nothing behind."""
+    async with serve_generator(max_waiting=2) as http:
+        answers = [await http.post("/jobs", json=LONG) for _ in range(5)]
+        for answer in answers:
+            if answer.status_code == 202:
+                await http.delete(f"/jobs/{answer.json()['id']}")
+    assert [answer.status_code for answer in answers] == [202, 202, 202, 429, 429]
+    assert [answer.json()["position"] for answer in answers[:3]] == [0, 1, 2]
+
+
+async def test_keys_do_not_see_each_other(serve_generator: Serve, tmp_path: Path) -> None:
+    """With a file of API keys every key is served, and sees, follows and cancels only its own jobs."""
+    (tmp_path / "keys").write_text("# ours\nalice\n\nbob\n")
+    alice, bob, nobody = ({"Authorization": f"Bearer {key}"} for key in ("alice", "bob", "# ours"))
+    async with serve_generator(keys_file=tmp_path / "keys", token="operator") as http:
+        job_id = (await http.post("/jobs", json=SMALL, headers=alice)).json()["id"]
+        routes = [("GET", ""), ("GET", "/result"), ("GET", "/events"), ("DELETE", "")]
+        strange = [await http.request(method, f"/jobs/{job_id}{path}", headers=bob) for method, path in routes]
+        unknown = [await http.request(method, f"/jobs/{job_id}{path}", headers=nobody) for method, path in routes]
+        own = await http.get(f"/jobs/{job_id}/events", headers=alice)
+        operator = await http.post("/jobs", json=SMALL, headers={"Authorization": "Bearer operator"})
+    assert [(r.status_code, r.json()["code"]) for r in strange] == [(404, "job_not_found")] * 4
+    assert [r.status_code for r in unknown] == [401] * 4
+    assert events(own.text)[-1][0] == "completed"
+    assert operator.status_code == 202
+
+
+async def test_ids_cannot_be_guessed(serve_generator: Serve) -> None:
+    """A job's id has 128 random bits, and an unknown one is 404."""
+    async with serve_generator() as http:
+        ids = {(await http.post("/jobs", json=SMALL)).json()["id"] for _ in range(2)}
+        unknown = await http.get("/jobs/1")
+    assert {len(job_id) for job_id in ids} == {32}
+    assert (unknown.status_code, json.loads(unknown.content)["code"]) == (404, "job_not_found")
