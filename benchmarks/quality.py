@@ -253,6 +253,12 @@ def card(found: list[Outcome]) -> Table:
     return table
 
 
+def label(graph: ErrorGraph) -> str:
+    """What tells a graph from the others."""
+    predictor = str(graph.signature.predictor if graph.signature else "reuse")
+    return predictor if graph.is_exact else f"{predictor}, approximate graph"
+
+
 def main() -> None:
     """Measure, print, and save what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
@@ -266,7 +272,7 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="a folder for the plots")
     args = parser.parse_args()
     loaded = [ErrorGraph.load(file) for file in args.graphs]
-    graphs = {str(graph.signature.predictor if graph.signature else "reuse"): graph for graph in loaded}
+    graphs = {label(graph): graph for graph in loaded}
     ours = schedules_for(args.schedules, args.steps)
     studio = Studio(args.prompts, args.steps, args.side)
     found: list[Outcome] = []

@@ -12,7 +12,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL.Image import Image
@@ -146,7 +146,8 @@ class Engine:
 
     async def _deliver_one(self, job: Job, embeddings: torch.Tensor, encode_s: float) -> Delivery:
         answer = await self._draw(job)
-        order, picture = job.order, answer.value
+        picture = answer.value
+        order = replace(job.order, schedule=picture.schedule)
         data = await asyncio.to_thread(
             encode_image,
             picture.image,
@@ -187,7 +188,7 @@ class Engine:
                 job.listener(StepBegun(job.index, step, is_computed, job.order.seconds_left(step)))
 
         picture = self.model.generate(job.request, on_step, previews_of(job))
-        if not job.order.preview_steps:  # they take time of their own
+        if not job.order.preview_steps and picture.schedule is job.request.schedule:  # else it took longer than usual
             self._learn(job.request, job.order.num_tokens, picture)
         return picture
 

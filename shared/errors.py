@@ -11,6 +11,7 @@ Flux2Error                    500 internal_error
 ├── PayloadTooLarge           413 payload_too_large
 ├── UnsupportedImageType      415 unsupported_image_type
 ├── Busy                      429 busy
+├── NonFiniteOutput           500 nonfinite_output
 ├── BadEncoderResponse        502 bad_encoder_response
 ├── EncoderUnavailable        503 encoder_unavailable
 ├── EncoderTimeout            504 encoder_timeout
@@ -110,6 +111,13 @@ class Busy(Flux2Error):
 
     status = 429
     code = "busy"
+
+
+class NonFiniteOutput(Flux2Error):
+    """The model drew something that is no picture: not every value is a finite number."""
+
+    code = "nonfinite_output"
+    is_worth_retrying = False
 
 
 class BadEncoderResponse(Flux2Error):

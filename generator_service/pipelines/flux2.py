@@ -6,9 +6,10 @@ does, or leaves undone, can reach another.
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,15 @@ from generator_service.lemica import (
     TrajectoryRecorder,
     TransformerMismatch,
     check_transformer,
+    schedule_for,
 )
 from shared.byte_cache import ByteBoundedCache
-from shared.errors import ModelRefused, OutOfMemory
+from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
 
 PARTS = ("scheduler", "transformer", "vae")
+logger = logging.getLogger("flux2")
+
 REFERENCE_CACHE_BYTES = 256 * 2**20
 """For the latents of reference images, on the device; one of 1024x1024 takes 1 MiB in bfloat16."""
 StepListener = Callable[[int, bool], None]
@@ -80,6 +84,8 @@ class GeneratedPicture:
     decode_s: float
     latents: torch.Tensor = field(repr=False)
     """The final latents, ``[1, tokens, C]``, on the CPU."""
+    schedule: Schedule
+    """The request's, or one that computes every step if with the request's there was no picture."""
 
 
 class Flux2Model:
@@ -125,13 +131,25 @@ class Flux2Model:
 
         Raises:
             OutOfMemory: the device has too little memory for a picture of this size.
+            NonFiniteOutput: the latents are no finite numbers, even with every step computed.
         """
         try:
-            return self._generate(request, on_step, previews)
+            return self._finite(request, on_step, previews)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             size = f"{request.width}x{request.height}"
             raise OutOfMemory(f"a picture of {size} does not fit into the memory of the GPU now") from error
+
+    def _finite(
+        self, request: GenerationRequest, on_step: StepListener | None, previews: Previews | None
+    ) -> GeneratedPicture:
+        """A picture, drawn once more with every step computed if it is none."""
+        try:
+            return self._generate(request, on_step, previews)
+        except NonFiniteOutput:
+            logger.warning("latents are not finite with %s: drawing again without a cache", request.schedule)
+        everything = schedule_for("none", request.schedule.num_steps)
+        return self._generate(replace(request, schedule=everything), on_step, previews)
 
     def _generate(
         self, request: GenerationRequest, on_step: StepListener | None, previews: Previews | None
@@ -149,7 +167,7 @@ class Flux2Model:
         began = time.perf_counter()
         image = self._run(request, self._pipeline(transformer, scheduler), clock)
         ended = time.perf_counter()
-        return GeneratedPicture(image, clock.ended - began, ended - clock.ended, clock.latents)
+        return GeneratedPicture(image, clock.ended - began, ended - clock.ended, clock.latents, request.schedule)
 
     def num_image_tokens(self, width: int, height: int) -> int:
         """How many tokens a picture has in the transformer."""
@@ -258,7 +276,7 @@ class _RememberingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers sh
 
 
 class _LastStepClock:
-    """A pipeline callback that notes when the last step ended, on the device too, and what it left."""
+    """A pipeline callback that notes when the last step ended, on the device too, and checks what it left."""
 
     def __init__(self, num_steps: int, device: torch.device) -> None:
         self._last = num_steps - 1
@@ -275,6 +293,8 @@ class _LastStepClock:
         if step == self._last:
             self.latents = tensors["latents"].cpu()  # waits for the device
             self.ended = time.perf_counter()
+            if not self.latents.isfinite().all():
+                raise NonFiniteOutput("the model drew no picture: not every value is a finite number")
         return tensors
 
 

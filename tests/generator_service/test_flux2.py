@@ -13,6 +13,7 @@ from PIL import Image
 from demo_model.services import WEIGHTS
 from generator_service.lemica import CachedTransformer, Schedule, Signature, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
+from shared.errors import NonFiniteOutput
 from tests.reference import denoise
 
 MODES = ("none", "slow", "medium", "fast", "ultra", 12)
@@ -183,3 +184,29 @@ def test_any_flux2_pipeline_can_be_accelerated(demo: Flux2Model) -> None:
     ).images[0]
     expected = demo.generate(request(demo, schedule_for("fast", 20))).image
     assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+@pytest.mark.parametrize("num_bad_runs", [1, 2])
+def test_what_is_no_number_is_never_shown(demo: Flux2Model, num_bad_runs: int) -> None:
+    """Latents that are not finite are drawn once more with every step computed, and then refused."""
+    wanted = request(demo, schedule_for("fast", 20))
+    everything = schedule_for("none", 20)
+    runs = [0]
+
+    def spoil(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(output, float("nan")) if runs[0] <= num_bad_runs else output
+
+    def count_runs(step: int, _is_computed: bool) -> None:
+        runs[0] += step == 0
+
+    hook = demo._components["transformer"].proj_out.register_forward_hook(spoil)
+    try:
+        if num_bad_runs == 1:
+            picture = demo.generate(wanted, count_runs)
+            assert picture.schedule == everything
+            assert torch.equal(picture.latents, demo.generate(request(demo, everything)).latents)
+        else:
+            with pytest.raises(NonFiniteOutput):
+                demo.generate(wanted, count_runs)
+    finally:
+        hook.remove()
