@@ -14,8 +14,10 @@ import stamina
 import torch
 from pydantic import SecretStr, ValidationError
 
+from generator_service.breaker import OPEN_S, Breaker
 from shared.byte_cache import ByteBoundedCache
 from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest
+from shared.logs import request_id
 from shared.schemas import EncoderInfo
 from shared.wire import (
     EMBEDDING_DTYPES,
@@ -55,6 +57,7 @@ class EncoderClient:
         self._shape = embedding_shape
         self._timeout_s = timeout_s
         self._cache = ByteBoundedCache[torch.Tensor](cache_bytes)
+        self._breaker = Breaker()
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
         self._http = httpx.AsyncClient(
             headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0), transport=transport, follow_redirects=False
@@ -70,7 +73,8 @@ class EncoderClient:
         """The prompt's embedding ``[1, L, D]``, and whether it was cached.
 
         Raises:
-            EncoderUnavailable: no connection, or the service says it cannot answer now; after retries.
+            EncoderUnavailable: no connection, or the service says it cannot answer now; after retries, or at once while
+                it is known to be away.
             EncoderTimeout: no answer within ``timeout_s`` in all.
             BadEncoderResponse: the answer is not an embedding; after one retry.
             InvalidRequest: the service refuses the prompt.
@@ -78,11 +82,18 @@ class EncoderClient:
         cached = self._cache.get(prompt)
         if cached is not None:
             return cached, True
+        if not self._breaker.allows():
+            raise EncoderUnavailable("the text encoder is away", retry_after_s=OPEN_S)
         try:
             async with asyncio.timeout(self._timeout_s):
                 tensor = await self._embed_with_retries(prompt)
         except TimeoutError as error:
+            self._breaker.failed()
             raise EncoderTimeout(f"the text encoder did not answer within {self._timeout_s:g} s") from error
+        except (EncoderUnavailable, EncoderTimeout):
+            self._breaker.failed()
+            raise
+        self._breaker.answered()
         self._cache.put(prompt, tensor)
         return tensor, False
 
@@ -138,7 +149,8 @@ class EncoderClient:
         self, method: str, path: str, body: dict[str, str] | None = None
     ) -> AsyncIterator[httpx.Response]:
         try:
-            async with self._http.stream(method, self._base + path, json=body, headers=ACCEPT) as response:
+            headers = ACCEPT | ({"x-request-id": request_id.get()} if request_id.get() else {})
+            async with self._http.stream(method, self._base + path, json=body, headers=headers) as response:
                 yield response
         except httpx.TimeoutException as error:
             raise EncoderTimeout("the text encoder did not answer in time") from error

@@ -1,7 +1,6 @@
 """Runs a service's app in this process; what cannot work is said in one line."""
 
 import asyncio
-import logging
 import signal
 import socket
 import sys
@@ -13,6 +12,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from shared.errors import Flux2Error
+from shared.logs import set_up_logs
 from shared.settings import ServiceSettings
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
@@ -28,8 +28,7 @@ def serve(read_settings: Callable[[], Settings], create_app: Callable[[Settings]
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False))
         sys.exit(f"flux2: bad setting: {told}")
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    set_up_logs(settings.log_level, settings.log_format)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the lifespan ends in order, as by Ctrl-C
     try:
         asyncio.run(_serve(create_app(settings), take_port(settings.host, settings.port)))

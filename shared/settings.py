@@ -6,6 +6,8 @@ import torch
 from pydantic import Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.logs import LogFormat
+
 FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -36,6 +38,8 @@ class ServiceSettings(BaseSettings):
     """If set, requests must carry it as ``Authorization: Bearer``; health and metrics stay open."""
     keys_file: FilePath | None = None
     """A file with an API key on each line: each is as good as ``token``, and sees only its own jobs."""
+    log_format: LogFormat = Field("text", validation_alias="LOG_FORMAT")
+    """``text`` for people, ``json`` for programs: one object on each line."""
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="LOG_LEVEL")
 
     def tokens(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import math
+import re
 import secrets
 import time
 import uuid
@@ -21,6 +22,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shared import logs
 from shared.errors import Flux2Error, InvalidRequest, MalformedBody, PayloadTooLarge, Unauthorized
 from shared.metrics import Metrics
 from shared.schemas import ErrorDetail, Problem
@@ -29,6 +31,8 @@ from shared.settings import ServiceSettings
 logger = logging.getLogger("flux2")
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What a client may call its request."""
 CLIENT_CLOSED_REQUEST = 499
 """As nginx says it; nobody reads it but the metrics."""
 DISCONNECT_POLL_S = 0.1
@@ -61,7 +65,7 @@ async def _still_loading() -> str | None:
 
 
 class RequestContext:
-    """Gives every request an id, counts it, and puts the id into the answer as ``x-request-id``.
+    """Gives every request an id, or keeps the client's ``x-request-id``, counts it, and puts the id into the answer.
 
     What nobody expected ends here as a 500: the handler that starlette has for it would answer past this class.
     """
@@ -75,7 +79,9 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        logs.request_id.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
         has_answered = False
@@ -87,14 +93,9 @@ class RequestContext:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 route = getattr(scope.get("route"), "path", "unknown")
                 self._metrics.requests.labels(route, message["status"]).inc()
-                logger.info(
-                    "%s %s %s %.0f ms [%s]",
-                    scope["method"],
-                    route,
-                    message["status"],
-                    1e3 * (time.monotonic() - began),
-                    request_id,
-                )
+                milliseconds = round(1e3 * (time.monotonic() - began))
+                fields = {"method": scope["method"], "route": route, "status": message["status"], "ms": milliseconds}
+                logger.info("%s %s %s %s ms", *fields.values(), extra={"fields": fields})
             await send(message)
 
         try:
@@ -102,7 +103,7 @@ class RequestContext:
         except Exception as error:
             if has_answered:
                 raise  # half an answer: the server ends the connection
-            logger.exception("request %s failed", request_id)
+            logger.exception("a request failed")
             response = problem_response(Request(scope), unknown_error(error))
             await response(scope, receive, send_with_id)
 

@@ -1,0 +1,80 @@
+"""The breaker before the text encoder."""
+
+import asyncio
+import statistics
+import time
+
+import httpx
+import pytest
+import stamina
+
+from generator_service.breaker import FAILURES_TO_OPEN, OPEN_S, Breaker
+from generator_service.encoder_client import EncoderClient
+from shared.errors import InvalidRequest
+from tests.conftest import Serve
+from tests.generator_service.test_generate import SMALL
+
+
+def test_it_opens_and_closes() -> None:
+    """After some failures in a row one caller in two seconds may try; one answer closes it."""
+    now = [100.0]
+    breaker = Breaker(lambda: now[0])
+    for _ in range(FAILURES_TO_OPEN):
+        assert breaker.allows()
+        breaker.failed()
+    assert not breaker.allows()
+    now[0] += OPEN_S
+    assert [breaker.allows() for _ in range(3)] == [True, False, False]
+    breaker.answered()
+    assert [breaker.allows() for _ in range(3)] == [True] * 3
+
+
+def test_single_failures_do_not_open_it() -> None:
+    """Failures with answers between them are not in a row."""
+    breaker = Breaker()
+    for _ in range(10):
+        breaker.failed()
+        breaker.answered()
+    assert breaker.allows()
+
+
+@pytest.mark.anyio
+async def test_an_encoder_that_is_away_costs_no_time(serve_generator: Serve) -> None:
+    """Once the encoder is known to be away: 503 within 100 ms (p95), known prompts are drawn; it is found again."""
+
+    def refused(_request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    async with serve_generator() as http:
+        app = http._transport.app  # type: ignore[attr-defined]
+        client: EncoderClient = app.state.generator.engine.encoder
+        assert (await http.post("/generate", json=SMALL)).status_code == 200
+        real, client._http = client._http, httpx.AsyncClient(transport=httpx.MockTransport(refused))
+        with stamina.set_testing(True, attempts=2):
+            for k in range(FAILURES_TO_OPEN):
+                assert (await http.post("/generate", json=SMALL | {"prompt": f"away {k}"})).status_code == 503
+            took = []
+            for k in range(20):
+                began = time.perf_counter()
+                answer = await http.post("/generate", json=SMALL | {"prompt": f"still away {k}"})
+                took.append(time.perf_counter() - began)
+                assert (answer.status_code, answer.json()["code"]) == (503, "encoder_unavailable")
+                assert "retry-after" in answer.headers
+        assert statistics.quantiles(took, n=20)[-1] < 0.1
+        assert (await http.post("/generate", json=SMALL)).status_code == 200  # its embedding is known
+        await client._http.aclose()
+        client._http = real
+        back = time.monotonic()
+        while (await http.post("/generate", json=SMALL | {"prompt": "back"})).status_code != 200:  # noqa: ASYNC110 - as a client
+            await asyncio.sleep(0.1)
+        assert time.monotonic() - back < 10
+
+
+@pytest.mark.anyio
+async def test_a_prompt_that_is_refused_is_no_failure() -> None:
+    """An encoder that refuses a prompt, or answers nonsense, is not away."""
+    replies = httpx.MockTransport(lambda _request: httpx.Response(422))
+    async with EncoderClient("http://encoder", (4, 8), transport=replies) as client:
+        for _ in range(2 * FAILURES_TO_OPEN):
+            with pytest.raises(InvalidRequest, match="refuses"):
+                await client.embed("a")
