@@ -120,7 +120,7 @@ class Engine:
             encode_s = time.monotonic() - began
             return [
                 await self._deliver_one(
-                    Job(order, generation_request(order, embeddings), index, listener), embeddings, encode_s
+                    Job(order, generation_request(order, embeddings), index, listener), embeddings, began, encode_s
                 )
                 for index, order in enumerate(orders)
             ]
@@ -144,8 +144,9 @@ class Engine:
             decode_s=picture.decode_s,
         )
 
-    async def _deliver_one(self, job: Job, embeddings: torch.Tensor, encode_s: float) -> Delivery:
-        answer = await self._draw(job)
+    async def _deliver_one(self, job: Job, embeddings: torch.Tensor, began: float, encode_s: float) -> Delivery:
+        deadline_s = job.order.deadline_s if job.index == 0 else None  # once begun, all of a request is drawn
+        answer = await self._draw(job, None if deadline_s is None else max(0.0, began + deadline_s - time.monotonic()))
         picture = answer.value
         order = replace(job.order, schedule=picture.schedule)
         data = await asyncio.to_thread(
@@ -158,7 +159,7 @@ class Engine:
         timings = Timings(answer.queue_s, encode_s, picture.denoise_s, picture.decode_s)
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        return Delivery(order, data, timings)
+        return Delivery(order.without_inputs(), data, timings)
 
     async def _embeddings(self, order: Order) -> torch.Tensor:
         if order.prompt_embeds is not None:
@@ -168,9 +169,9 @@ class Engine:
         self._metrics.cache.labels("hit" if was_cached else "miss").inc()
         return embeddings
 
-    async def _draw(self, job: Job) -> Answer[GeneratedPicture]:
+    async def _draw(self, job: Job, within_s: float | None) -> Answer[GeneratedPicture]:
         try:
-            return await self.queue.submit(job)
+            return await self.queue.submit(job, within_s)
         except asyncio.CancelledError:
             job.cancelled.set()
             raise

@@ -14,6 +14,8 @@ from shared.errors import Flux2Error, InvalidRequest, JobCancelled, JobNotFound
 
 logger = logging.getLogger("flux2")
 
+CANCELLED = "this job was cancelled"
+
 
 class JobStatus(StrEnum):
     """How far a job is."""
@@ -36,9 +38,10 @@ class Job:
         self.deliveries: list[Delivery] = []
         self.error: Flux2Error | None = None
         self.ended: float | None = None
-        self._history: list[StepBegun | Preview | Delivery] = []
+        self._history: list[StepBegun | Preview | Delivery | None] = []
         self._changed = asyncio.Event()
-        self._task = asyncio.create_task(self._run(progress))
+        self._progress = progress
+        self._task = asyncio.create_task(self._run())
 
     @property
     def num_bytes(self) -> int:
@@ -47,8 +50,11 @@ class Job:
 
     async def cancel(self) -> None:
         """Stop it, within one step; what has ended stays as it is."""
+        self._progress.cancel()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if self.ended is None:  # it had not even begun
+            self._end(JobStatus.CANCELLED, JobCancelled(CANCELLED))
 
     async def follow(self) -> AsyncIterator[StepBegun | Preview | Delivery]:
         """Everything from the start, then what happens as it does.
@@ -61,31 +67,38 @@ class Job:
         while True:
             changed = self._changed
             while position < len(self._history):
-                yield self._history[position]
+                event = self._history[position]
                 position += 1
+                if event is not None:
+                    yield event
             if self.ended is not None:
                 break
             await changed.wait()
         if self.error is not None:
             raise self.error
 
-    async def _run(self, progress: Progress) -> None:
-        status = JobStatus.COMPLETED
+    async def _run(self) -> None:
         try:
-            async for event in progress:
+            async for event in self._progress:
                 self.status = JobStatus.RUNNING
                 self._history.append(event)
                 self._tell()
         except asyncio.CancelledError:
-            status, self.error = JobStatus.CANCELLED, JobCancelled("this job was cancelled")
+            self._end(JobStatus.CANCELLED, JobCancelled(CANCELLED))
         except Flux2Error as error:
-            status, self.error = JobStatus.FAILED, error
+            self._end(JobStatus.FAILED, error)
         except Exception:
             logger.exception("a job failed")
-            status, self.error = JobStatus.FAILED, Flux2Error("an internal error; the job's id tells the operator more")
+            self._end(JobStatus.FAILED, Flux2Error("an internal error; the job's id tells the operator more"))
+        else:
+            self._end(JobStatus.COMPLETED)
+
+    def _end(self, status: JobStatus, error: Flux2Error | None = None) -> None:
         self.deliveries = [event for event in self._history if isinstance(event, Delivery)]
-        self._history = [event for event in self._history if not isinstance(event, Preview)]  # they are large
-        self.status, self.ended = status, time.monotonic()
+        # What is large goes: a job is kept for long. Who follows it keeps count, so the places stay.
+        self._history = [None if isinstance(event, Preview) else event for event in self._history]
+        self.order = self.order.without_inputs()
+        self.status, self.error, self.ended = status, error, time.monotonic()
         self._tell()
 
     def _tell(self) -> None:

@@ -41,6 +41,8 @@ class Order:
     """Of the picture and its reference images."""
     cost: Cost | None = None
     """What a picture of this size takes, as far as it is known."""
+    deadline_s: float | None = None
+    """How long it may take until the drawing begins."""
     quality: int = DEFAULT_QUALITY
     """Of a JPEG or WebP file, 0 to 100."""
     preview_steps: tuple[int, ...] = ()
@@ -57,6 +59,10 @@ class Order:
             return None
         computed = sum(later >= step for later in self.schedule.computed_steps)
         return self.cost.total_s(computed, self.schedule.num_steps - step)
+
+    def without_inputs(self) -> "Order":
+        """This order without its embedding and reference images, which are large."""
+        return replace(self, prompt_embeds=None, references=())
 
     def siblings(self, count: int) -> "list[Order]":
         """This order and others like it, with the seeds that follow."""
@@ -121,6 +127,7 @@ def make_order(
         references=references,
         num_tokens=num_tokens,
         cost=cost,
+        deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
         quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
         preview_steps=preview_steps(body.previews, body.num_inference_steps),
     )

@@ -33,6 +33,10 @@ class Progress:
             progress._task.result()
         return progress
 
+    def cancel(self) -> None:
+        """Stop the work, within one step."""
+        self._task.cancel()
+
     async def __aiter__(self) -> AsyncIterator[StepBegun | Preview | Delivery]:
         """Everything as it happens. Leaving early cancels the work; what fails in it is raised here."""
         try:
@@ -41,4 +45,4 @@ class Progress:
             for delivery in self._task.result():
                 yield delivery
         finally:
-            self._task.cancel()
+            self.cancel()

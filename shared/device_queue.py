@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
-from shared.errors import Busy
+from shared.errors import Busy, DeadlineExceeded
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ class Answer(Generic[Result]):
     queue_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entry(Generic[Work, Result]):
     work: Work
     answer: asyncio.Future[Answer[Result]]
@@ -100,12 +100,31 @@ class DeviceQueue(Generic[Work, Result]):
         finally:
             self._num_places_taken -= 1
 
-    async def submit(self, work: Work) -> Answer[Result]:
-        """Queue one item and wait for its result. Call it while holding a ``place``."""
-        entry = _Entry[Work, Result](work, asyncio.get_running_loop().create_future(), time.monotonic())
+    async def submit(self, work: Work, within_s: float | None = None) -> Answer[Result]:
+        """Queue one item and wait for its result. Call it while holding a ``place``.
+
+        Args:
+            work: what ``run`` gets.
+            within_s: how long it may wait before it runs.
+
+        Raises:
+            DeadlineExceeded: it waited longer; it was never run.
+        """
+        loop = asyncio.get_running_loop()
+        entry = _Entry[Work, Result](work, loop.create_future(), time.monotonic())
         self._waiting.append(entry)
         self._arrival.set()
-        return await entry.answer
+        if within_s is None:
+            return await entry.answer
+        timer = loop.call_later(within_s, self._give_up, entry)
+        try:
+            return await entry.answer
+        finally:
+            timer.cancel()
+
+    def _give_up(self, entry: _Entry[Work, Result]) -> None:
+        if entry in self._waiting and not entry.answer.done():
+            entry.answer.set_exception(DeadlineExceeded("the deadline passed before it was this request's turn"))
 
     async def _serve(self) -> None:
         while True:

@@ -15,6 +15,7 @@ Flux2Error                    500 internal_error
 ├── BadEncoderResponse        502 bad_encoder_response
 ├── EncoderUnavailable        503 encoder_unavailable
 ├── EncoderTimeout            504 encoder_timeout
+├── DeadlineExceeded          504 deadline_exceeded
 ├── OutOfMemory               503 oom
 └── ModelRefused              (at start: the model folder cannot be used)
 """
@@ -139,6 +140,14 @@ class EncoderTimeout(Flux2Error):
 
     status = 504
     code = "encoder_timeout"
+
+
+class DeadlineExceeded(Flux2Error):
+    """The request waited longer than it allowed; the device never saw it."""
+
+    status = 504
+    code = "deadline_exceeded"
+    is_worth_retrying = False
 
 
 class OutOfMemory(Flux2Error):

@@ -31,7 +31,7 @@ async def begin(
 ) -> Response:
     """Begin a job, or find the one that the same ``Idempotency-Key`` has begun."""
     owner = owner_of(request)
-    fingerprint = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    fingerprint = await asyncio.to_thread(digest, body) if idempotency_key else ""
     job = state.jobs.repeated(owner, idempotency_key, fingerprint)
     if job is None:
         order = await asyncio.to_thread(
@@ -50,6 +50,11 @@ async def begin(
                 job = Job(owner, order, await Progress.start(deliver))
                 state.jobs.add(job, idempotency_key, fingerprint)
     return JSONResponse(described(job, request, state), 202, {"location": f"/jobs/{job.id}"})
+
+
+def digest(body: GenerateRequest) -> str:
+    """The same for the same request."""
+    return hashlib.sha256(body.model_dump_json().encode()).hexdigest()
 
 
 @router.get("/{job_id}")

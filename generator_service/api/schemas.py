@@ -52,6 +52,9 @@ class GenerateRequest(Sampling):
         StrictInt | None,
         Field(ge=1, description="Instead of cache: as many computed steps as fit into this time, waiting aside."),
     ] = None
+    deadline_ms: Annotated[
+        StrictInt | None, Field(ge=1, description="Refused with 504 if its drawing has not begun within this time.")
+    ] = None
     previews: Annotated[
         StrictInt, Field(ge=0, le=10, description="How often a stream of events shows what the picture will be.")
     ] = 0

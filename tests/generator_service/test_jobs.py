@@ -49,6 +49,28 @@ async def test_a_job_can_be_followed_by_anyone_at_any_time(serve_generator: Serv
         assert names == ["step"] * 4 + ["completed"]
 
 
+async def test_previews_are_there_while_it_runs(serve_generator: Serve) -> None:
+    """Who follows a job sees its previews and its end; who comes later sees the same without previews."""
+    body = SMALL | {"num_inference_steps": 30, "previews": 3}
+    async with serve_generator() as http:
+        job_id = (await http.post("/jobs", json=body)).json()["id"]
+        early = await http.get(f"/jobs/{job_id}/events")
+        late = await http.get(f"/jobs/{job_id}/events")
+    names = [name for name, _ in events(early.text) if name != "queued"]
+    assert 1 <= names.count("preview") <= 3
+    assert [name for name in names if name != "preview"] == ["step"] * 30 + ["completed"]
+    assert [name for name, _ in events(late.text)] == ["step"] * 30 + ["completed"]
+
+
+async def test_cancelling_at_once(serve_generator: Serve) -> None:
+    """A job that is cancelled before it has begun is cancelled, and leaves no place taken."""
+    async with serve_generator(max_waiting=3) as http:
+        ids = [(await http.post("/jobs", json=LONG)).json()["id"] for _ in range(3)]
+        told = await asyncio.gather(*(http.delete(f"/jobs/{job_id}") for job_id in ids))
+        assert (await metrics(http))["flux2_queue_depth"] == 0
+    assert [answer.json()["status"] for answer in told] == ["cancelled"] * 3
+
+
 async def test_cancelling_stops_within_a_step(serve_generator: Serve) -> None:
     """``DELETE`` ends a job; no further steps run, its place is free, and its result is 409."""
     async with serve_generator(max_waiting=1) as http:

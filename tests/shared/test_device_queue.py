@@ -2,12 +2,13 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from shared.device_queue import DeviceQueue
-from shared.errors import Busy
+from shared.errors import Busy, DeadlineExceeded
 
 pytestmark = pytest.mark.anyio
 
@@ -95,3 +96,31 @@ async def test_the_event_loop_goes_on_while_the_device_works() -> None:
         assert not call.done()
         gate.opened.set()
         assert await call == 2
+
+
+@pytest.mark.anyio
+async def test_work_whose_deadline_has_passed_never_runs() -> None:
+    """Of 20 items that may wait a moment behind a long one none runs, and each is told at its deadline."""
+    ran: list[str] = []
+
+    def run(batch: Sequence[str]) -> list[str]:
+        ran.extend(batch)
+        time.sleep(0.5)
+        return list(batch)
+
+    async def late(name: str) -> float:
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded), queue.place():
+            await queue.submit(name, within_s=0.1)
+        return time.monotonic() - began
+
+    async with DeviceQueue(run, max_waiting=30) as queue:
+        with queue.place():
+            first = asyncio.create_task(queue.submit("first", within_s=0.1))
+            await asyncio.sleep(0.05)
+            waited = await asyncio.gather(*(late(f"late {k}") for k in range(20)))
+            assert (await first).value == "first"
+            last = await queue.submit("last")
+    assert last.value == "last"
+    assert ran == ["first", "last"]
+    assert max(waited) < 0.4
