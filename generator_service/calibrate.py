@@ -23,6 +23,7 @@ from generator_service.lemica import (
     schedule_for,
     schedule_of,
     with_step_added,
+    with_step_removed,
 )
 from generator_service.pipelines import flux2, prompt
 from generator_service.settings import GeneratorSettings
@@ -173,6 +174,9 @@ def refine_all(
 ) -> Iterator[Schedule]:
     """For each budget the best schedule that any of the graphs can plan, refined on whole runs of ``recording``.
 
+    Once upwards, each budget starting from the plans and from the one below with a step more; then downwards, from the
+    one above with a step less. So a schedule that is better than what was yielded for its budget may follow.
+
     Raises:
         CalibrationMismatch: a graph was made for something else than the runs.
         NoSuchPath: a budget that a graph has no path for.
@@ -182,14 +186,29 @@ def refine_all(
         if difference is not None:
             raise CalibrationMismatch(f"a graph was {difference}")
     planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in sorted(budgets)}
-    calibration = recording.calibration(batch_size)
-    before: Schedule | None = None
+    measure = recording.calibration(batch_size).errors_of_schedule
+    found: dict[int, Schedule] = {}
     for budget, plans in planned.items():
-        if before is not None and before.num_computed == budget - 1:
-            graph = next(g for g in graphs if g.signature and g.signature.predictor == before.predictor.name)
-            plans += [(schedule, graph) for schedule in with_step_added(before, graph)]
-        before = refine(plans, calibration.errors_of_schedule, max_rounds)
-        yield before
+        if budget - 1 in found:
+            below = found[budget - 1]
+            plans += [
+                (schedule, graph) for graph in graphs_of(below, graphs) for schedule in with_step_added(below, graph)
+            ]
+        found[budget] = refine(plans, measure, max_rounds)
+        yield found[budget]
+    for budget in sorted(found.keys() & {above - 1 for above in found}, reverse=True):
+        above = found[budget + 1]
+        plans = [
+            (schedule, graph) for graph in graphs_of(above, graphs) for schedule in with_step_removed(above, graph)
+        ]
+        if plans and (other := refine(plans, measure, max_rounds)).evidence["error"] < found[budget].evidence["error"]:
+            found[budget] = other
+            yield other
+
+
+def graphs_of(schedule: Schedule, graphs: Sequence[ErrorGraph]) -> list[ErrorGraph]:
+    """The graphs for the predictor of ``schedule``."""
+    return [graph for graph in graphs if graph.signature and graph.signature.predictor == schedule.predictor.name]
 
 
 def plans_of(graph: ErrorGraph, budget: int) -> Iterator[tuple[Schedule, ErrorGraph]]:

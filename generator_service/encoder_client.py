@@ -93,12 +93,17 @@ class EncoderClient:
         except (EncoderUnavailable, EncoderTimeout):
             self._breaker.failed()
             raise
+        except (BadEncoderResponse, InvalidRequest):
+            self._breaker.answered()
+            raise
         self._breaker.answered()
         self._cache.put(prompt, tensor)
         return tensor, False
 
     async def info(self) -> EncoderInfo | None:
         """What the service says of itself, or None if it is one of the kind that does not.
+
+        An answer also ends the time in which prompts are refused, so a probe of readiness brings the service back.
 
         Raises:
             EncoderUnavailable: it cannot be reached.
@@ -107,9 +112,11 @@ class EncoderClient:
         """
         try:
             async with asyncio.timeout(min(INFO_TIMEOUT_S, self._timeout_s)), self._answer("GET", "/info") as response:
-                if response.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+                if response.status_code not in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+                    _raise_for_status(response)
+                self._breaker.answered()
+                if response.status_code != HTTPStatus.OK:
                     return None
-                _raise_for_status(response)
                 return EncoderInfo.model_validate_json(await _read(response, MAX_INFO_BYTES))
         except ValidationError as error:
             raise BadEncoderResponse("the text encoder's /info is not understood") from error

@@ -158,10 +158,10 @@ def refine_schedules(
             work.read_prompts(prompts), seeds, *parse_size(size), loaded[0].num_steps, guidance or DEFAULT_GUIDANCE
         )
         recording = work.Recording(settings, samples, PREDICTORS["reuse"])
-        found: list[Schedule] = []
+        found: dict[int, Schedule] = {}
         for schedule in work.refine_all(recording, loaded, budget or DEFAULT_BUDGETS, batch, rounds):
-            found.append(schedule)
-            save_schedules(found, output)
+            found[schedule.num_computed] = schedule
+            save_schedules(list(found.values()), output)
             told = f" {schedule.predictor.name}, error {schedule.evidence['error']:.3g}"
             strip = step_strip(schedule.is_computed(step) for step in range(schedule.num_steps))
             out.print(Text(f"{schedule.num_computed:>3} "), strip, told, sep="")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
@@ -48,7 +48,10 @@ def make_app(
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
     """An app with everything but its own routes. ``lifespan`` may set ``app.state.ready`` to a ``ReadyCheck``."""
-    app = FastAPI(title=title, version=version, lifespan=lifespan)
+    errors: dict[int | str, dict[str, Any]] = {
+        "default": {"description": "Any error", "content": {PROBLEM_MEDIA_TYPE: {"schema": problem_schema()}}}
+    }
+    app = FastAPI(title=title, version=version, lifespan=lifespan, responses=errors)
     app.state.metrics = Metrics()
     app.state.ready = _still_loading
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
@@ -58,6 +61,14 @@ def make_app(
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_health_routes(app)
     return app
+
+
+def problem_schema() -> dict[str, Any]:
+    """JSON schema of every error's body, in one piece."""
+    schema = Problem.model_json_schema()
+    parts = schema.pop("$defs")
+    schema["properties"]["error"] = parts["ErrorDetail"]
+    return schema
 
 
 async def _still_loading() -> str | None:
@@ -183,7 +194,7 @@ def _add_health_routes(app: FastAPI) -> None:
 
     app.add_api_route("/health", ready, methods=["GET"], tags=["health"])
 
-    @app.get("/metrics", tags=["health"])
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -260,7 +271,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         return problem_response(request, MalformedBody("the body is not valid JSON"))
     phrase = HTTPStatus(error.status_code).phrase
     told = InvalidRequest(f"{phrase}: {request.method} {request.url.path}")
-    return problem_response(request, told, status=error.status_code, code=phrase.lower().replace(" ", "_"))
+    response = problem_response(request, told, status=error.status_code, code=phrase.lower().replace(" ", "_"))
+    response.headers.update(error.headers or {})  # Allow, of a 405
+    return response
 
 
 def unknown_error(_error: Exception) -> Flux2Error:

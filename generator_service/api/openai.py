@@ -26,8 +26,12 @@ from shared.web import CLIENT_CLOSED_REQUEST, while_connected
 router = APIRouter(prefix="/v1")
 State = Annotated[GeneratorState, Depends(generator_state)]
 Prefix = Literal["image_generation", "image_edit"]
-IGNORED = ("background", "input_fidelity", "moderation", "quality", "style", "user")
-"""What other models can do and these cannot; a client need not know."""
+EDIT_FORM = {
+    "type": "object",
+    "required": ["prompt", "image"],
+    "properties": {"prompt": {"type": "string"}, "image": {"type": "string", "format": "binary"}},
+}
+"""The least that an edit needs, for the API's own description; the other fields are those of ``ImagesRequest``."""
 INTEGERS = ("n", "num_inference_steps", "output_compression", "partial_images", "seed")
 
 
@@ -43,6 +47,7 @@ class ImagesRequest(Sampling):
     response_format: Literal["b64_json"] | None = None
     stream: bool = False
     partial_images: Annotated[StrictInt, Field(ge=0, le=3)] = 0
+    # What other models can do and this one cannot; a client need not know.
     background: str | None = None
     input_fidelity: str | None = None
     moderation: str | None = None
@@ -89,7 +94,9 @@ async def generations(body: ImagesRequest, request: Request, state: State) -> Re
     return await answer(body, body.native(), request, state, "image_generation")
 
 
-@router.post("/images/edits")
+@router.post(
+    "/images/edits", openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": EDIT_FORM}}}}
+)
 async def edits(request: Request, state: State) -> Response:
     """Pictures made from reference images: a multipart body with one part ``image``, or several ``image[]``."""
     async with request.form() as form:

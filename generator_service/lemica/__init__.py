@@ -26,7 +26,7 @@ from generator_service.lemica.path import (
     schedule_of,
 )
 from generator_service.lemica.predictor import PREDICTORS, Fitted, Linear, Predictor, Reuse, Trace
-from generator_service.lemica.refinement import refine, with_step_added
+from generator_service.lemica.refinement import refine, with_step_added, with_step_removed
 from generator_service.lemica.schedule import (
     PUBLISHED,
     Schedule,
@@ -89,6 +89,7 @@ __all__ = [
     "schedule_of",
     "with_fitted_predictor",
     "with_step_added",
+    "with_step_removed",
 ]
 
 

@@ -74,6 +74,16 @@ def with_step_added(schedule: Schedule, graph: ErrorGraph) -> list[Schedule]:
     return [_schedule_with(graph, tuple(sorted((*schedule.computed_steps, middle)))) for middle in middles]
 
 
+def with_step_removed(schedule: Schedule, graph: ErrorGraph) -> list[Schedule]:
+    """``schedule`` without one of its computed steps, wherever ``graph`` has the longer skip; the first step stays.
+
+    So the plans for a smaller budget can start from what was found for a larger one.
+    """
+    steps = schedule.computed_steps
+    fewer = [(*steps[:index], *steps[index + 1 :]) for index in range(1, len(steps))]
+    return [_schedule_with(graph, left) for left in fewer if _has_all(graph, left)]
+
+
 def _with_step_moved(best: Candidate, index: int, measure: Measure) -> Candidate:
     """The best of ``best`` and itself with the computed step at ``index`` elsewhere."""
     for steps in _moves(best, index):
@@ -90,8 +100,12 @@ def _moves(best: Candidate, index: int) -> Iterator[tuple[int, ...]]:
     for move in MOVES:
         if steps[index - 1] < steps[index] + move < after:
             moved = (*steps[:index], steps[index] + move, *steps[index + 1 :])
-            if all(best.graph.error(edge) is not None for edge in path_edges(moved, best.schedule.num_steps)):
+            if _has_all(best.graph, moved):
                 yield moved
+
+
+def _has_all(graph: ErrorGraph, steps: tuple[int, ...]) -> bool:
+    return all(graph.error(edge) is not None for edge in path_edges(steps, graph.num_steps))
 
 
 def _schedule_with(graph: ErrorGraph, steps: tuple[int, ...]) -> Schedule:

@@ -12,6 +12,7 @@ import stamina
 import torch
 from pydantic import SecretStr
 
+from generator_service.breaker import FAILURES_TO_OPEN
 from generator_service.encoder_client import EncoderClient
 from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, Flux2Error, InvalidRequest
 from shared.schemas import EncoderInfo
@@ -327,6 +328,21 @@ async def test_the_encoder_says_what_it_is() -> None:
         assert await sut.info() == INFO
     assert (encoder.requests[0].method, encoder.requests[0].url.path) == ("GET", "/info")
     assert INFO.embedding_shape == (4, 6)
+
+
+@pytest.mark.parametrize("answer", [httpx.Response(200, text=INFO.model_dump_json()), httpx.Response(404)])
+async def test_a_probe_brings_the_encoder_back(answer: httpx.Response) -> None:
+    """While the encoder is away prompts are refused without asking it; once it answers ``/info`` it is asked again."""
+    encoder = Encoder(refused)
+    async with client(encoder) as sut:
+        for _ in range(FAILURES_TO_OPEN + 1):
+            with pytest.raises(EncoderUnavailable):
+                await sut.embed("a")
+        assert len(encoder.requests) == FAILURES_TO_OPEN * NUM_ATTEMPTS
+        encoder.replies = [lambda: answer]
+        await sut.info()
+        encoder.replies = [good]
+        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
 
 
 @pytest.mark.parametrize("code", [404, 405])

@@ -218,6 +218,7 @@ async def test_an_encoder_that_comes_back(serve_generator: Serve) -> None:
         answers = [await http.post("/generate", json=SMALL) for _ in range(3)]
         assert (await metrics(http))["flux2_queue_depth"] == 0
         is_down = False
+        await http.get("/health/ready")
         assert (await http.post("/generate", json=SMALL)).status_code == 200
     assert [answer.status_code for answer in answers] == [503] * 3
     assert answers[0].json()["code"] == "encoder_unavailable"

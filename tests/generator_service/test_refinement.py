@@ -13,6 +13,7 @@ from generator_service.lemica import (
     minimum_total_error_path,
     refine,
     with_step_added,
+    with_step_removed,
 )
 
 NUM_STEPS, MAX_SKIP = 20, 6
@@ -77,6 +78,15 @@ def test_a_larger_budget_can_start_from_a_smaller_one() -> None:
     assert [schedule.computed_steps for schedule in more] == [(0, 1, 2, 4), (0, 1, 4, 5)]
     assert [schedule.max_error for schedule in more] == [0.25, 0.5]
     assert {schedule.predictor.name for schedule in more} == {"linear"}
+
+
+def test_a_smaller_budget_can_start_from_a_larger_one() -> None:
+    """Each computed step but the first is left out once, where the skip that this makes was measured."""
+    planned = Schedule("test", 6, (0, 1, 2, 4), "calibrated", Signature("any", 6))
+    graph = ErrorGraph(6, {(1, 4): 0.5, (2, 6): 0.25, (4, 6): 0.125}, Signature("any", 6, predictor="linear"))
+    fewer = with_step_removed(planned, graph)
+    assert [schedule.computed_steps for schedule in fewer] == [(0, 1, 4), (0, 1, 2)]
+    assert [schedule.max_error for schedule in fewer] == [0.5, 0.25]
 
 
 def test_a_run_without_any_error_is_good() -> None:

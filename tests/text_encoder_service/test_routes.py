@@ -89,6 +89,7 @@ async def test_a_body_that_is_no_json_is_400(serve_encoder: Serve) -> None:
         broken = await http.post("/predict", content=b"{", headers={"content-type": "application/json"})
         unknown, wrong = await http.get("/nowhere"), await http.get("/predict")
     assert [r.status_code for r in (broken, unknown, wrong)] == [400, 404, 405]
+    assert wrong.headers["allow"] == "POST"
     assert [r.json()["code"] for r in (broken, unknown, wrong)] == ["malformed_body", "not_found", "method_not_allowed"]
 
 
