@@ -25,7 +25,6 @@ from diffusers import Flux2Pipeline
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from skimage.metrics import structural_similarity
 
 from benchmarks.peers import (
     Peer,
@@ -53,7 +52,7 @@ from generator_service.lemica import (
     minimum_total_error_path,
     schedule_for,
 )
-from generator_service.similarity import psnr
+from generator_service.similarity import psnr, ssim
 from shared.model_folder import ModelFolder, read_prompt_format
 from text_encoder_service.encoder import MistralEncoder
 
@@ -147,7 +146,7 @@ class Studio:
         for case, reference, (picture, _) in zip(self.cases, self.references, drawn, strict=True):
             ours, full = (np.asarray(p.permute(1, 2, 0), dtype=np.float64) for p in (picture, reference))
             ratios.append(min(psnr(ours, full, peak=1), 120.0))
-            similarities.append(structural_similarity(ours, full, channel_axis=2, data_range=1))
+            similarities.append(ssim(ours, full, peak=1))
             right += not mistakes(case.scene, read_picture((picture * 255).round()))
         ordered = sorted(ratios)
         return Outcome(

@@ -38,13 +38,14 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             transport=transport,
         )
         jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
-        engine = Engine(model, client, app.state.metrics, settings.max_waiting)
+        engine = Engine(model, client, app.state.metrics, settings.max_waiting, settings.quality_sampling)
         await asyncio.to_thread(engine.warm_up, shape)
         async with client, engine.queue:
             app.state.generator = generate.GeneratorState(settings, engine, shelf, jobs, shape)
             app.state.ready = Readiness(client, model, shape)
             yield
             await jobs.close()
+            await engine.close()
 
     app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
     for dialect in (generate, job_routes, openai):

@@ -9,6 +9,8 @@
 import asyncio
 import hashlib
 import itertools
+import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from PIL.Image import Image
 
+from generator_service.comparison import Comparison, compare
 from generator_service.cost import CostModel
 from generator_service.encoder_client import EncoderClient
 from generator_service.imaging import Provenance, encode_image
@@ -30,10 +33,14 @@ from generator_service.pipelines.flux2 import (
     Previews,
 )
 from shared.device_queue import Answer, DeviceQueue
+from shared.errors import Busy
 from shared.metrics import Metrics
 from shared.model_folder import ModelFolder
 
 WARM_UP_STEPS = 3
+MAX_PSNR_DB = 120.0
+"""Stands for equal pictures in the metrics: a histogram's sum takes no infinity."""
+logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,15 @@ class Delivery:
     order: Order
     data: bytes
     timings: Timings
+    comparison: Comparison | None = None
+    """With the picture without a cache, if the order wants one."""
+    side_by_side: bytes = b""
+    """The file of the comparison."""
+
+    @property
+    def file(self) -> bytes:
+        """What whoever can take only one file gets."""
+        return self.side_by_side if self.comparison else self.data
 
 
 @dataclass(frozen=True)
@@ -95,12 +111,21 @@ class Job:
 class Engine:
     """Turns orders into pictures with one model. Its queue must have been entered by the app's lifespan."""
 
-    def __init__(self, model: Flux2Model, encoder: EncoderClient, metrics: Metrics, max_waiting: int) -> None:
+    def __init__(
+        self,
+        model: Flux2Model,
+        encoder: EncoderClient,
+        metrics: Metrics,
+        max_waiting: int,
+        quality_sampling: float = 0.0,
+    ) -> None:
         self.model = model
         self.encoder = encoder
         self.queue = DeviceQueue[Job, GeneratedPicture](self._run, max_waiting=max_waiting)
         self.cost = CostModel()
         self._metrics = metrics
+        self._quality_sampling = quality_sampling
+        self._samples: set[asyncio.Task[None]] = set()
         metrics.queue_depth.set_function(lambda: self.queue.depth)
 
     async def deliver(self, orders: Sequence[Order], listener: Listener | None = None) -> list[Delivery]:
@@ -149,17 +174,54 @@ class Engine:
         answer = await self._draw(job, None if deadline_s is None else max(0.0, began + deadline_s - time.monotonic()))
         picture = answer.value
         order = replace(job.order, schedule=picture.schedule)
-        data = await asyncio.to_thread(
-            encode_image,
-            picture.image,
-            order.output_format,
-            provenance(order, self.model.folder, embeddings),
-            order.quality,
-        )
+        record = provenance(order, self.model.folder, embeddings)
+        data = await asyncio.to_thread(encode_image, picture.image, order.output_format, record, order.quality)
+        comparison, side_by_side = None, b""
+        if order.compare:
+            comparison = await self._compared(job, picture)
+            both = comparison.side_by_side
+            side_by_side = await asyncio.to_thread(encode_image, both, order.output_format, record, order.quality)
+        elif random.random() < self._quality_sampling:  # noqa: S311 - not a secret
+            self._sample(job, picture)
         timings = Timings(answer.queue_s, encode_s, picture.denoise_s, picture.decode_s)
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        return Delivery(order.without_inputs(), data, timings)
+        return Delivery(order.without_inputs(), data, timings, comparison, side_by_side)
+
+    async def _compared(self, job: Job, picture: GeneratedPicture) -> Comparison:
+        """``picture`` beside the same with every step computed, which takes its turn in the queue."""
+        reference = picture
+        if picture.schedule.num_computed < picture.schedule.num_steps:
+            everything = schedule_for("none", picture.schedule.num_steps)
+            request = replace(job.request, schedule=everything)
+            silent = Job(replace(job.order, schedule=everything), request, job.index, listener=None)
+            reference = (await self._draw(silent, None)).value
+        return await asyncio.to_thread(compare, picture.image, reference.image)
+
+    def _sample(self, job: Job, picture: GeneratedPicture) -> None:
+        """Compare in the background, for the metrics."""
+
+        async def measure() -> None:
+            try:
+                with self.queue.place():
+                    comparison = await self._compared(job, picture)
+            except Busy:
+                return  # the requests come first
+            except Exception:
+                logger.exception("a quality sample failed")
+                return
+            self._metrics.psnr.observe(min(comparison.psnr_db, MAX_PSNR_DB))
+            self._metrics.ssim.observe(comparison.ssim)
+
+        task = asyncio.create_task(measure(), name="quality sample")
+        self._samples.add(task)
+        task.add_done_callback(self._samples.discard)
+
+    async def close(self) -> None:
+        """Give up the samples that still run."""
+        for task in self._samples:
+            task.cancel()
+        await asyncio.gather(*self._samples, return_exceptions=True)
 
     async def _embeddings(self, order: Order) -> torch.Tensor:
         if order.prompt_embeds is not None:

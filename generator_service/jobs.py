@@ -46,7 +46,7 @@ class Job:
     @property
     def num_bytes(self) -> int:
         """What its results take."""
-        return sum(len(delivery.data) for delivery in self.deliveries)
+        return sum(len(delivery.data) + len(delivery.side_by_side) for delivery in self.deliveries)
 
     async def cancel(self) -> None:
         """Stop it, within one step; what has ended stays as it is."""

@@ -47,6 +47,8 @@ class Order:
     """Of a JPEG or WebP file, 0 to 100."""
     preview_steps: tuple[int, ...] = ()
     """After which steps a listener gets a preview."""
+    compare: bool = False
+    """Whether the picture without a cache is drawn too, to say how near this one is."""
 
     @property
     def estimate_s(self) -> float | None:
@@ -130,6 +132,7 @@ def make_order(
         deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
         quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
         preview_steps=preview_steps(body.previews, body.num_inference_steps),
+        compare=body.compare,
     )
 
 

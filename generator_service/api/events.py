@@ -48,7 +48,7 @@ def _failure(name: str, request: Request, error: Flux2Error) -> ServerSentEvent:
 async def native_events(
     happening: AsyncIterable[StepBegun | Preview | Delivery],
     num_steps: int,
-    headers: Callable[[Delivery], dict[str, str]],
+    as_json: Callable[[Delivery], dict[str, str]],
     queued: dict[str, Any] | None = None,
 ) -> Told:
     """``queued`` if it is, ``step`` and ``preview`` as they happen, then for each picture ``completed``."""
@@ -64,6 +64,5 @@ async def native_events(
             image = await asyncio.to_thread(preview_file, event.image)
             yield "preview", {"index": event.index, "number": event.number, "image": base64.b64encode(image).decode()}
         else:
-            picture = {"index": index, "image": base64.b64encode(event.data).decode()}
-            yield "completed", headers(event) | picture
+            yield "completed", as_json(event) | {"index": index}
             index += 1

@@ -88,7 +88,7 @@ async def answer(body: GenerateRequest, request: Request, state: GeneratorState,
     orders = order.siblings(body.num_images)
     if events.MEDIA_TYPE in accept:
         progress = await Progress.start(partial(state.engine.deliver, orders))
-        return events.respond(request, events.native_events(progress, order.schedule.num_steps, result_headers))
+        return events.respond(request, events.native_events(progress, order.schedule.num_steps, as_json))
     deliveries = await while_connected(request, state.engine.deliver(orders))
     if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -104,13 +104,16 @@ def delivered(deliveries: Sequence[Delivery], accept: str) -> Response:
 
 def as_json(delivery: Delivery) -> dict[str, str]:
     """The picture as base64, beside what would be in the headers."""
-    return result_headers(delivery) | {"image": base64.b64encode(delivery.data).decode()}
+    told = result_headers(delivery) | {"image": base64.b64encode(delivery.data).decode()}
+    if delivery.comparison is not None:
+        told["side_by_side"] = base64.b64encode(delivery.side_by_side).decode()
+    return told
 
 
 def one_file(delivery: Delivery) -> Response:
-    """The picture's file is the body."""
+    """The picture's file is the body; of a comparison, both side by side."""
     return Response(
-        delivery.data, media_type=MEDIA_TYPES[delivery.order.output_format], headers=result_headers(delivery)
+        delivery.file, media_type=MEDIA_TYPES[delivery.order.output_format], headers=result_headers(delivery)
     )
 
 
@@ -121,7 +124,7 @@ def multipart(deliveries: Sequence[Delivery]) -> Response:
     for delivery in deliveries:
         headers = {"content-type": MEDIA_TYPES[delivery.order.output_format]} | result_headers(delivery)
         lines = [f"--{boundary}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        body += "\r\n".join(lines).encode("latin-1") + delivery.data + b"\r\n"
+        body += "\r\n".join(lines).encode("latin-1") + delivery.file + b"\r\n"
     body += f"--{boundary}--\r\n".encode()
     return Response(bytes(body), media_type=f"multipart/mixed; boundary={boundary}")
 
@@ -129,8 +132,13 @@ def multipart(deliveries: Sequence[Delivery]) -> Response:
 def result_headers(delivery: Delivery) -> dict[str, str]:
     """What the answer says beside the picture."""
     order, timings = delivery.order, delivery.timings
-    estimate = {} if order.estimate_s is None else {"x-estimate-ms": f"{1000 * order.estimate_s:.1f}"}
-    return estimate | {
+    known: dict[str, str] = {}
+    if order.estimate_s is not None:
+        known["x-estimate-ms"] = f"{1000 * order.estimate_s:.1f}"
+    if delivery.comparison is not None:
+        known["x-psnr-db"] = f"{delivery.comparison.psnr_db:.2f}"
+        known["x-ssim"] = f"{delivery.comparison.ssim:.5f}"
+    return known | {
         "x-seed": str(order.seed),
         "x-steps-computed": str(order.schedule.num_computed),
         "x-steps-total": str(order.schedule.num_steps),

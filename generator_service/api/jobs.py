@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from generator_service.api import events
-from generator_service.api.generate import GeneratorState, delivered, generator_state, result_headers
+from generator_service.api.generate import GeneratorState, as_json, delivered, generator_state
 from generator_service.api.schemas import GenerateRequest
 from generator_service.jobs import Job, JobStatus
 from generator_service.order import make_order
@@ -79,7 +79,7 @@ async def follow(job_id: str, request: Request, state: State) -> Response:
     """What has happened since the job began, then what happens, as server-sent events."""
     job = state.jobs.get(job_id, owner_of(request))
     queued = {"position": state.jobs.position(job)} if job.status == JobStatus.QUEUED else None
-    told = events.native_events(job.follow(), job.order.schedule.num_steps, result_headers, queued)
+    told = events.native_events(job.follow(), job.order.schedule.num_steps, as_json, queued)
     return events.respond(request, told)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from generator_service.imaging import ImageFormat
 from shared.schemas import Strict, Text
@@ -58,6 +58,9 @@ class GenerateRequest(Sampling):
     previews: Annotated[
         StrictInt, Field(ge=0, le=10, description="How often a stream of events shows what the picture will be.")
     ] = 0
+    compare: Annotated[
+        StrictBool, Field(description="Draw it without a cache too: the answer has PSNR, SSIM and both side by side.")
+    ] = False
     num_images: Annotated[StrictInt, Field(ge=1, description="Pictures with the seeds seed, seed + 1, ...")] = 1
 
     @model_validator(mode="after")
