@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test check format train clean
+.PHONY: help install demo serve test soak check format train clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ serve: install ## run both services with the demo model until Ctrl-C
 
 test: install ## run the test suite
 	@$(BIN)/python -m pytest -q
+
+soak: install ## the tests of tests/threats in their long forms (most of an hour)
+	@$(BIN)/python -m pytest -q -s --soak tests/threats
 
 check: install ## format, lint, types, imports, dead code, spelling
 	$(BIN)/ruff format --check .

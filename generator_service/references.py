@@ -1,7 +1,6 @@
 """Reference images of an edit, read with care: what a client sends may be anything."""
 
 import base64
-import binascii
 import hashlib
 import io
 import math
@@ -55,7 +54,7 @@ def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
         raise InvalidRequest(f"{param}: URLs are not fetched: send the file as base64", param=param)
     try:
         data = base64.b64decode(DATA_URI.sub("", text, count=1), validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii.Error, or letters beyond ASCII
         raise InvalidRequest(f"{param}: must be base64, or a data URI with base64", param=param) from None
     return read_reference(data, param, max_pixels)
 

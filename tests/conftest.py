@@ -29,6 +29,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 CPU = torch.device("cpu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The long forms of ``tests/threats`` are asked for."""
+    parser.addoption("--soak", action="store_true", help="run the long forms of tests/threats: hours, not minutes")
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest) -> "Times":
+    """How often to do something: ``times(few, many)`` is ``many`` with ``--soak``."""
+    is_long = bool(request.config.getoption("--soak"))
+    return lambda few, many: many if is_long else few
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     """Asynchronous tests run on asyncio, as the services do."""
@@ -87,6 +99,7 @@ async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield http
 
 
+Times = Callable[[int, int], int]
 Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 

@@ -91,6 +91,7 @@ def test_other_kinds_are_415(data: bytes) -> None:
         "file:///etc/passwd",
         "ftp://host/a.png",
         "not base64!",
+        "\u00f7",
         "data:image/png,plain",
     ],
 )

@@ -1,0 +1,152 @@
+"""The device fails, or whoever waits for it leaves."""
+
+import asyncio
+import io
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from generator_service.pipelines.flux2 import Flux2Model
+from tests.conftest import Serve, Times
+from tests.generator_service.test_generate import events, metrics, steps_run
+
+pytestmark = pytest.mark.anyio
+
+SMALL: dict[str, Any] = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 10, "seed": 7}
+LONG = SMALL | {"width": 128, "height": 128, "num_inference_steps": 100, "cache": "none"}
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """The picture in a file."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Return once ``condition`` gives true."""
+    async with asyncio.timeout(60):
+        while not await condition():  # noqa: ASYNC110 - as a client would
+            await asyncio.sleep(0.01)
+
+
+real = Flux2Model.generate
+
+
+def without_memory_at_step_7(model: Flux2Model, request: Any, on_step: Any, previews: Any) -> Any:
+    """``Flux2Model.generate`` on a device that is too small."""
+
+    def fail(step: int, is_computed: bool) -> None:
+        on_step(step, is_computed)
+        if step == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
+
+    return real(model, request, fail, previews)
+
+
+async def test_a_picture_that_does_not_fit_harms_no_other(
+    serve_generator: Serve, monkeypatch: pytest.MonkeyPatch, times: Times
+) -> None:
+    """Out of memory at step 7 is 503 ``oom``, not to be tried again, and the next picture is right, each time."""
+    async with serve_generator() as http:
+        expected = pixels((await http.post("/generate", json=SMALL)).content)
+        for seed in range(times(5, 100)):
+            with monkeypatch.context() as broken:
+                broken.setattr(Flux2Model, "generate", without_memory_at_step_7)
+                refused = await http.post("/generate", json=SMALL | {"seed": seed, "width": 96})
+            assert (refused.status_code, refused.json()["code"]) == (503, "oom")
+            assert refused.headers["x-should-retry"] == "false"
+            assert "0x7f" not in refused.text
+            assert np.array_equal(pixels((await http.post("/generate", json=SMALL)).content), expected)
+
+
+async def test_no_false_alarm(serve_generator: Serve, times: Times, caplog: pytest.LogCaptureFixture) -> None:
+    """No picture of an intact model is taken for one that is not finite."""
+    async with serve_generator() as http:
+        for seed in range(times(20, 1000)):
+            body = SMALL | {"num_inference_steps": 2, "seed": seed, "cache": 1 + seed % 2}
+            answer = await http.post("/generate", json=body)
+            assert (answer.status_code, answer.headers["x-steps-computed"]) == (200, str(1 + seed % 2))
+    assert "finite" not in caplog.text
+
+
+async def test_what_has_no_time_left_does_not_start(serve_generator: Serve) -> None:
+    """Of 20 requests that may wait a moment behind a long one none is begun, and each is told so with 504."""
+    async with serve_generator(max_waiting=20) as http:
+        await http.post("/generate", json=SMALL)
+        long = asyncio.create_task(http.post("/generate", json=LONG | {"width": 256, "height": 256}))
+        await until(lambda: steps_run(http))
+        late = await asyncio.gather(*(http.post("/generate", json=SMALL | {"deadline_ms": 100}) for _ in range(20)))
+        assert not long.done()
+        assert (await long).status_code == 200
+        drawn = (await metrics(http))['flux2_stage_seconds_count{stage="denoise"}']
+    assert [(answer.status_code, answer.json()["code"]) for answer in late] == [(504, "deadline_exceeded")] * 20
+    assert drawn == 2
+
+
+async def test_a_flood_is_turned_away(serve_generator: Serve) -> None:
+    """Of 200 requests at once 9 are drawn, one after the other, and 191 are told at once when to come back."""
+    clock = asyncio.get_running_loop().time
+    refused_after: list[float] = []
+
+    async with serve_generator(max_waiting=8) as http:
+
+        async def ask(seed: int) -> httpx.Response:
+            answer = await http.post("/generate", json=LONG | {"seed": seed, "num_inference_steps": 20})
+            if answer.status_code == 429:
+                refused_after.append(clock() - began)
+            return answer
+
+        began = clock()
+        answers = await asyncio.gather(*map(ask, range(200)))
+        finished = clock() - began
+    assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429] * 191
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+    assert max(refused_after) < finished / 2  # at once: not after what was drawn meanwhile
+
+
+async def test_those_who_leave_take_nothing_with_them(generator_url: str, times: Times) -> None:
+    """Clients that drop their connection at random moments leave no place taken; the next picture is right."""
+    address, rng = urlsplit(generator_url), random.Random(0)
+    assert address.hostname is not None
+    async with httpx.AsyncClient(base_url=generator_url, timeout=60) as http:
+        expected = pixels((await http.post("/generate", json=SMALL)).content)
+
+        async def leave(seed: int) -> None:
+            body = json.dumps(LONG | {"seed": seed, "prompt": f"prompt {seed % 50}"}).encode()
+            accept = rng.choice(["*/*", "text/event-stream"])
+            head = f"POST /generate HTTP/1.1\r\nhost: x\r\naccept: {accept}\r\ncontent-type: application/json\r\n"
+            reader, writer = await asyncio.open_connection(address.hostname, address.port)
+            writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body[: rng.choice([len(body), 20])])
+            await writer.drain()
+            await asyncio.sleep(rng.uniform(0, 0.2))
+            writer.transport.abort()
+            del reader
+
+        for first in range(0, times(20, 500), 4):
+            await asyncio.gather(*(leave(first + k) for k in range(4)))
+
+        async def is_idle() -> bool:
+            return (await metrics(http))["flux2_queue_depth"] == 0
+
+        await until(is_idle)
+        begun = await steps_run(http)
+        assert np.array_equal(pixels((await http.post("/generate", json=SMALL)).content), expected)
+        assert await steps_run(http) - begun <= SMALL["num_inference_steps"] + 2
+
+
+async def test_a_stream_that_fails_ends_with_its_problem(
+    serve_generator: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in mid-run ends the stream with what went wrong, never with a picture."""
+    async with serve_generator() as http:
+        monkeypatch.setattr(Flux2Model, "generate", without_memory_at_step_7)
+        told = events((await http.post("/generate", json=SMALL, headers={"Accept": "text/event-stream"})).text)
+    assert [name for name, _ in told] == ["step"] * 8 + ["error"]
+    assert told[-1][1]["code"] == "oom"

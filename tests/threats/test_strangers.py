@@ -1,0 +1,80 @@
+"""Clients without a key, and clients that send too much."""
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+from fastapi import FastAPI
+
+from generator_service.app import create_app as create_generator
+from generator_service.settings import GeneratorSettings
+from tests.conftest import Serve
+from text_encoder_service.app import create_app as create_encoder
+from text_encoder_service.settings import TextEncoderSettings
+
+pytestmark = pytest.mark.anyio
+
+OPEN = {"/health", "/health/live", "/health/ready", "/metrics"}
+HUGE = "a" * (10 * 2**20)
+
+
+def requests_of(app: FastAPI) -> Iterator[tuple[str, str]]:
+    """Method and path of every route, with something in the place of its parameters."""
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            yield method.upper(), re.sub(r"{.*?}", "0", path)
+
+
+def test_every_route_is_known() -> None:
+    """The routes that the tests of keys walk through are those that there are, or the tests would see nothing."""
+    encoder, generator = create_encoder(TextEncoderSettings()), create_generator(GeneratorSettings())
+    assert {path for _, path in requests_of(encoder)} == OPEN | {"/predict", "/info"}
+    assert {"/generate", "/jobs", "/v1/images/edits", "/v1/models"} | OPEN <= {p for _, p in requests_of(generator)}
+
+
+@pytest.mark.parametrize("service", ["encoder", "generator"])
+async def test_strangers_reach_nothing_but_health(
+    service: str, serve_encoder: Serve, serve_generator: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every route answers 401 without a key and with a wrong one, and does not with the right one; no key is logged."""
+    caplog.set_level(logging.DEBUG)
+    serve = serve_encoder if service == "encoder" else serve_generator
+    async with serve(token="the right key") as http:
+        app: FastAPI = http._transport.app  # type: ignore[attr-defined]
+        hidden = [("POST", "/")] if service == "generator" else []
+        for method, path in [*requests_of(app), *hidden]:
+            for key, is_right in ((None, False), ("a wrong key", False), ("the right key", True)):
+                headers = {"Authorization": f"Bearer {key}"} if key else {}
+                status = (await http.request(method, path, headers=headers)).status_code
+                assert (status == 401) == (path not in OPEN and not is_right), (method, path, key, status)
+    assert "right key" not in caplog.text
+    assert "wrong key" not in caplog.text
+
+
+@pytest.mark.parametrize("route", ["/generate", "/jobs", "/v1/images/generations"])
+async def test_a_huge_prompt_costs_nothing(serve_generator: Serve, route: str) -> None:
+    """10 MB of prompt are refused in less than 100 ms, and are not kept."""
+    body = b'{"prompt": "%s"}' % HUGE.encode()
+    async with serve_generator() as http:
+        before, took = psutil.Process().memory_info().rss, []
+        for _ in range(3):
+            began = time.perf_counter()
+            answer = await http.post(route, content=body, headers={"content-type": "application/json"})
+            took.append(time.perf_counter() - began)
+            assert answer.status_code in (413, 422)
+            assert len(answer.content) < 2000
+        assert psutil.Process().memory_info().rss - before < 50 * 2**20
+    assert min(took) < 0.1
+
+
+async def test_a_wrong_key_takes_no_time_to_refuse(serve_generator: Serve) -> None:
+    """A stranger's large body is not even read into a request: 401, whatever it says."""
+    async with serve_generator(token="the right key") as http:
+        answers: list[httpx.Response] = [
+            await http.post("/generate", content=content) for content in (b"", b"{", HUGE.encode())
+        ]
+    assert [answer.status_code for answer in answers] == [401] * 3
