@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from generator_service.api import generate, openai
 from generator_service.api import jobs as job_routes
+from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
 from generator_service.engine import Engine
 from generator_service.jobs import JobStore
@@ -41,7 +42,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
         engine = Engine(model, client, app.state.metrics, settings.max_waiting, settings.quality_sampling)
         await asyncio.to_thread(engine.warm_up, shape)
         async with client, engine.queue:
-            app.state.generator = generate.GeneratorState(settings, engine, shelf, jobs, shape)
+            app.state.generator = GeneratorState(settings, engine, shelf, jobs, shape)
             app.state.ready = Readiness(client, model, shape)
             yield
             await jobs.close()

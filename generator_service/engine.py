@@ -24,6 +24,7 @@ from generator_service.cost import CostModel
 from generator_service.encoder_client import EncoderClient
 from generator_service.imaging import Provenance, encode_image
 from generator_service.lemica import schedule_for
+from generator_service.line import Line, Queued
 from generator_service.order import Order
 from generator_service.pipelines.flux2 import (
     Flux2Model,
@@ -41,6 +42,11 @@ WARM_UP_STEPS = 3
 MAX_PSNR_DB = 120.0
 """Stands for equal pictures in the metrics: a histogram's sum takes no infinity."""
 logger = logging.getLogger("flux2")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A request's prompt is being embedded."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,9 @@ class Preview:
     image: Image = field(repr=False)
 
 
-Listener = Callable[[StepBegun | Preview], None]
-"""Called on the device thread."""
+Happening = Queued | Encoding | StepBegun | Preview
+Listener = Callable[[Happening], None]
+"""Called on the device thread, and with what happens before on the event loop's."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,7 @@ class Engine:
         self.encoder = encoder
         self.queue = DeviceQueue[Job, GeneratedPicture](self._run, max_waiting=max_waiting)
         self.cost = CostModel()
+        self._line = Line()
         self._metrics = metrics
         self._quality_sampling = quality_sampling
         self._samples: set[asyncio.Task[None]] = set()
@@ -133,15 +141,17 @@ class Engine:
 
         Args:
             orders: at least one; they have the prompt in common.
-            listener: called on the device thread before each step of each picture, and with its previews.
+            listener: called with the request's place in the line, then on the device thread before each step of each
+                picture and with its previews.
 
         Raises:
             Busy: the queue is full.
             Flux2Error: the encoder or the device failed; the error says how.
         """
-        with self.queue.place():
+        tell = listener or ignore
+        with self.queue.place(), self._line.waiting(work_s(orders), tell):
             began = time.monotonic()
-            embeddings = await self._embeddings(orders[0])
+            embeddings = await self._embeddings(orders[0], tell)
             encode_s = time.monotonic() - began
             return [
                 await self._deliver_one(
@@ -223,10 +233,11 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._samples, return_exceptions=True)
 
-    async def _embeddings(self, order: Order) -> torch.Tensor:
+    async def _embeddings(self, order: Order, tell: Listener) -> torch.Tensor:
         if order.prompt_embeds is not None:
             return order.prompt_embeds
         assert order.prompt is not None
+        tell(Encoding())
         embeddings, was_cached = await self.encoder.embed(order.prompt)
         self._metrics.cache.labels("hit" if was_cached else "miss").inc()
         return embeddings
@@ -254,6 +265,16 @@ class Engine:
         if not job.order.preview_steps and picture.schedule is job.request.schedule:  # else it took longer than usual
             self._learn(job.request, job.order.num_tokens, picture)
         return picture
+
+
+def ignore(_happening: Happening) -> None:
+    """Nobody listens."""
+
+
+def work_s(orders: Sequence[Order]) -> float | None:
+    """How long a request's pictures will keep the device."""
+    estimates = [order.estimate_s for order in orders]
+    return None if None in estimates else sum(estimate for estimate in estimates if estimate is not None)
 
 
 def previews_of(job: Job) -> Previews | None:

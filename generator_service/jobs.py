@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncIterator
 from enum import StrEnum
 
-from generator_service.engine import Delivery, Preview, StepBegun
+from generator_service.engine import Delivery, Happening, Preview, StepBegun
+from generator_service.line import Queued
 from generator_service.order import Order
 from generator_service.progress import Progress
 from shared.errors import Flux2Error, InvalidRequest, JobCancelled, JobNotFound
@@ -38,7 +39,7 @@ class Job:
         self.deliveries: list[Delivery] = []
         self.error: Flux2Error | None = None
         self.ended: float | None = None
-        self._history: list[StepBegun | Preview | Delivery | None] = []
+        self._history: list[Happening | Delivery | None] = []
         self._changed = asyncio.Event()
         self._progress = progress
         self._task = asyncio.create_task(self._run())
@@ -48,6 +49,11 @@ class Job:
         """What its results take."""
         return sum(len(delivery.data) + len(delivery.side_by_side) for delivery in self.deliveries)
 
+    @property
+    def queued(self) -> Queued | None:
+        """Its place in the line."""
+        return self._progress.queued
+
     async def cancel(self) -> None:
         """Stop it, within one step; what has ended stays as it is."""
         self._progress.cancel()
@@ -56,7 +62,23 @@ class Job:
         if self.ended is None:  # it had not even begun
             self._end(JobStatus.CANCELLED, JobCancelled(CANCELLED))
 
-    async def follow(self) -> AsyncIterator[StepBegun | Preview | Delivery]:
+    @property
+    def num_steps(self) -> int:
+        """Of each of its pictures."""
+        return self.order.schedule.num_steps
+
+    async def finished(self) -> list[Delivery]:
+        """Its pictures, once they are there.
+
+        Raises:
+            JobCancelled: somebody did.
+            Flux2Error: what it failed with.
+        """
+        async for _event in self.follow():
+            pass
+        return self.deliveries
+
+    async def follow(self) -> AsyncIterator[Happening | Delivery]:
         """Everything from the start, then what happens as it does.
 
         Raises:
@@ -80,7 +102,8 @@ class Job:
     async def _run(self) -> None:
         try:
             async for event in self._progress:
-                self.status = JobStatus.RUNNING
+                if isinstance(event, StepBegun):
+                    self.status = JobStatus.RUNNING
                 self._history.append(event)
                 self._tell()
         except asyncio.CancelledError:
@@ -95,8 +118,8 @@ class Job:
 
     def _end(self, status: JobStatus, error: Flux2Error | None = None) -> None:
         self.deliveries = [event for event in self._history if isinstance(event, Delivery)]
-        # What is large goes: a job is kept for long. Who follows it keeps count, so the places stay.
-        self._history = [None if isinstance(event, Preview) else event for event in self._history]
+        # What is large or past goes: a job is kept for long. Who follows it keeps count, so the places stay.
+        self._history = [None if isinstance(event, Preview | Queued) else event for event in self._history]
         self.order = self.order.without_inputs()
         self.status, self.error, self.ended = status, error, time.monotonic()
         self._tell()
@@ -156,11 +179,6 @@ class JobStore:
         if known != fingerprint:
             raise InvalidRequest("Idempotency-Key: was used for another request", param="Idempotency-Key")
         return self._jobs[job_id]
-
-    def position(self, job: Job) -> int:
-        """How many jobs that have not ended came before it."""
-        before = list(self._jobs).index(job.id)
-        return sum(other.ended is None for other in list(self._jobs.values())[:before])
 
     async def close(self) -> None:
         """Stop what still runs."""

@@ -4,17 +4,22 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Self
 
-from generator_service.engine import Delivery, Listener, Preview, StepBegun
+from generator_service.engine import Delivery, Happening, Listener
+from generator_service.line import Queued
 
 
 class Progress:
-    """A running ``Engine.deliver``: an iterator over its steps and previews, and at last its deliveries."""
+    """A running ``Engine.deliver``: an iterator over what happens to it, and at last its deliveries."""
 
     def __init__(self, work: Callable[[Listener], Coroutine[Any, Any, list[Delivery]]]) -> None:
         loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[StepBegun | Preview | None] = asyncio.Queue()
+        self._events: asyncio.Queue[Happening | None] = asyncio.Queue()
+        self.queued: Queued | None = None
+        """The work's place in the line, as far as it was told."""
 
-        def listen(event: StepBegun | Preview) -> None:
+        def listen(event: Happening) -> None:
+            if isinstance(event, Queued):
+                self.queued = event
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._task = asyncio.create_task(work(listen))
@@ -37,7 +42,7 @@ class Progress:
         """Stop the work, within one step."""
         self._task.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[StepBegun | Preview | Delivery]:
+    async def __aiter__(self) -> AsyncIterator[Happening | Delivery]:
         """Everything as it happens. Leaving early cancels the work; what fails in it is raised here."""
         try:
             while (event := await self._events.get()) is not None:

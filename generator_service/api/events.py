@@ -11,8 +11,9 @@ from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
-from generator_service.engine import Delivery, Preview, StepBegun
+from generator_service.engine import Delivery, Encoding, Happening, Preview, StepBegun
 from generator_service.imaging import preview_file
+from generator_service.line import Queued
 from shared.errors import Flux2Error
 from shared.web import problem_of, unknown_error
 
@@ -45,21 +46,27 @@ def _failure(name: str, request: Request, error: Flux2Error) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(problem_of(request, error).model_dump()), event=name)
 
 
+def queued(place: Queued) -> dict[str, Any]:
+    """What is told of a place in the line."""
+    return {"position": place.position} | ({} if place.seconds is None else {"wait_ms": round(1000 * place.seconds)})
+
+
 async def native_events(
-    happening: AsyncIterable[StepBegun | Preview | Delivery],
+    happening: AsyncIterable[Happening | Delivery],
     num_steps: int,
     as_json: Callable[[Delivery], dict[str, str]],
-    queued: dict[str, Any] | None = None,
 ) -> Told:
-    """``queued`` if it is, ``step`` and ``preview`` as they happen, then for each picture ``completed``."""
-    if queued is not None:
-        yield "queued", queued
+    """``queued``, ``encoding``, ``step`` and ``preview`` as they happen, then for each picture ``completed``."""
     index = 0
     async for event in happening:
         if isinstance(event, StepBegun):
             step = {"index": event.index, "step": event.step, "total": num_steps, "computed": event.is_computed}
             eta = {} if event.seconds_left is None else {"eta_ms": round(1000 * event.seconds_left)}
             yield "step", step | eta
+        elif isinstance(event, Queued):
+            yield "queued", queued(event)
+        elif isinstance(event, Encoding):
+            yield "encoding", {}
         elif isinstance(event, Preview):
             image = await asyncio.to_thread(preview_file, event.image)
             yield "preview", {"index": event.index, "number": event.number, "image": base64.b64encode(image).decode()}

@@ -1,10 +1,8 @@
 """``POST /generate``: one picture, as the bytes of an image file."""
 
-import asyncio
 import base64
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -15,35 +13,17 @@ from pydantic import Discriminator, Tag
 from generator_service.api import events
 from generator_service.api.huggingface import InferenceRequest
 from generator_service.api.schemas import GenerateRequest
-from generator_service.engine import Delivery, Engine
+from generator_service.api.state import GeneratorState, generator_state
+from generator_service.engine import Delivery
 from generator_service.imaging import MEDIA_TYPES
-from generator_service.jobs import JobStore
-from generator_service.lemica import Shelf
-from generator_service.order import make_order
+from generator_service.jobs import Job
 from generator_service.progress import Progress
-from generator_service.settings import GeneratorSettings
-from shared.web import CLIENT_CLOSED_REQUEST, while_connected
+from shared.web import CLIENT_CLOSED_REQUEST, owner_of, while_connected
 
 router = APIRouter()
 JSON_MEDIA_TYPE = "application/json"
-
-
-@dataclass(frozen=True)
-class GeneratorState:
-    """What the lifespan of the app owns."""
-
-    settings: GeneratorSettings
-    engine: Engine
-    shelf: Shelf
-    jobs: JobStore
-    embedding_shape: tuple[int, int]
-    """Tokens and width of a prompt embedding."""
-
-
-def generator_state(request: Request) -> GeneratorState:
-    """The state that the lifespan made."""
-    state: GeneratorState = request.app.state.generator
-    return state
+MAX_KEY_CHARS = 255
+"""Of an ``Idempotency-Key``."""
 
 
 def dialect_of(value: object) -> str:
@@ -69,22 +49,23 @@ async def generate(
     request: Request,
     state: Annotated[GeneratorState, Depends(generator_state)],
     accept: Annotated[str, Header()] = "",
+    idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
 ) -> Response:
     """A picture; its seed, schedule and times are in the headers, and in the file itself.
 
     The body is our own or Hugging Face's. Several pictures are parts of a ``multipart/mixed`` body. With ``Accept:
     application/json`` pictures are base64 in JSON; with ``text/event-stream`` there is an event for every step, and the
-    pictures are base64 in the last ones.
+    pictures are base64 in the last ones. With ``on_disconnect: keep`` it is a job, which its client may leave.
     """
     native = body.native() if isinstance(body, InferenceRequest) else body
+    if native.on_disconnect == "keep":
+        return await answer_of_job(await state.job(native, owner_of(request), idempotency_key), request, accept)
     return await answer(native, request, state, accept)
 
 
 async def answer(body: GenerateRequest, request: Request, state: GeneratorState, accept: str) -> Response:
     """The pictures of a request, in the form that ``accept`` asks for."""
-    order = await asyncio.to_thread(
-        make_order, body, state.settings, state.engine.model, state.shelf, state.embedding_shape, state.engine.cost.of
-    )
+    order = await state.order(body)
     orders = order.siblings(body.num_images)
     if events.MEDIA_TYPE in accept:
         progress = await Progress.start(partial(state.engine.deliver, orders))
@@ -93,6 +74,17 @@ async def answer(body: GenerateRequest, request: Request, state: GeneratorState,
     if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return delivered(deliveries, accept)
+
+
+async def answer_of_job(job: Job, request: Request, accept: str) -> Response:
+    """The pictures of a job, in the form that ``accept`` asks for; a client that leaves does not stop it."""
+    if events.MEDIA_TYPE in accept:
+        response: Response = events.respond(request, events.native_events(job.follow(), job.num_steps, as_json))
+    else:
+        deliveries = await while_connected(request, job.finished())
+        response = Response(status_code=CLIENT_CLOSED_REQUEST) if deliveries is None else delivered(deliveries, accept)
+    response.headers["x-job-id"] = job.id
+    return response
 
 
 def delivered(deliveries: Sequence[Delivery], accept: str) -> Response:

@@ -13,11 +13,11 @@ from pydantic import Field, StrictInt, StrictStr, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from generator_service.api import events
-from generator_service.api.generate import GeneratorState, generator_state
 from generator_service.api.schemas import GenerateRequest, Sampling
-from generator_service.engine import Delivery, Preview, StepBegun
+from generator_service.api.state import GeneratorState, generator_state
+from generator_service.engine import Delivery, Preview
 from generator_service.imaging import ImageFormat, preview_file
-from generator_service.order import Order, make_order
+from generator_service.order import Order
 from generator_service.progress import Progress
 from shared.errors import InvalidRequest, UnsupportedParameter
 from shared.schemas import Text
@@ -149,9 +149,7 @@ async def answer(
     body: ImagesRequest, native: GenerateRequest, request: Request, state: GeneratorState, prefix: Prefix
 ) -> Response:
     """The pictures as OpenAI's JSON, or as its stream of events."""
-    order = await asyncio.to_thread(
-        make_order, native, state.settings, state.engine.model, state.shelf, state.embedding_shape, state.engine.cost.of
-    )
+    order = await state.order(native)
     deliver = partial(state.engine.deliver, order.siblings(body.n))
     told = description(order)
     usage = usage_of(order, state)
@@ -197,8 +195,6 @@ async def openai_events(progress: Progress, prefix: Prefix, told: dict[str, Any]
             yield kind, partial_image | {"b64_json": base64.b64encode(image).decode(), "output_format": "jpeg"}
         elif isinstance(event, Delivery):
             yield f"{prefix}.completed", completed(event, prefix) | told | created | {"usage": usage}
-        else:
-            assert isinstance(event, StepBegun)  # which OpenAI's clients know nothing of
 
 
 def completed(delivery: Delivery, prefix: Prefix) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The body of ``POST /generate``."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
@@ -61,6 +61,10 @@ class GenerateRequest(Sampling):
     compare: Annotated[
         StrictBool, Field(description="Draw it without a cache too: the answer has PSNR, SSIM and both side by side.")
     ] = False
+    on_disconnect: Annotated[
+        Literal["cancel", "keep"],
+        Field(description="What happens when the client leaves: keep makes it a job, x-job-id, to come back to."),
+    ] = "cancel"
     num_images: Annotated[StrictInt, Field(ge=1, description="Pictures with the seeds seed, seed + 1, ...")] = 1
 
     @model_validator(mode="after")

@@ -138,7 +138,7 @@ def test_a_picture_that_was_begun_is_finished(environment: dict[str, str]) -> No
         headers = {"Accept": "text/event-stream"}
         with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
             lines = response.iter_lines()
-            assert next(lines) == "event: step"
+            assert "event: step" in lines  # reads as far as that
             service.send_signal(signal.SIGTERM)
             names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
         assert names == ["step"] * 59 + ["completed"]

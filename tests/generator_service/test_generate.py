@@ -50,6 +50,11 @@ def as_base64(tensor: torch.Tensor) -> str:
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and data of server-sent events, without those from before the drawing."""
+    return [event for event in all_events(text) if event[0] not in ("queued", "encoding")]
+
+
+def all_events(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Names and data of server-sent events."""
     blocks = [block.splitlines() for block in text.replace("\r\n", "\n").split("\n\n") if "event: " in block]
     return [(block[0].removeprefix("event: "), json.loads(block[1].removeprefix("data: "))) for block in blocks]
@@ -459,3 +464,18 @@ async def test_a_latency_can_be_asked_for(serve_generator: Serve) -> None:
     for refused in (impossible, both):
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "max_latency_ms")
     assert re.search(r"take \d+ ms at least, with 10 of them computed", impossible.json()["detail"])
+
+
+async def test_the_line_can_be_watched(serve_generator: Serve) -> None:
+    """Who waits is told at once how many are before and how long they take, and again as they go."""
+    async with serve_generator() as http:
+        await http.post("/generate", json=SMALL)
+        asked = [LONG | {"num_inference_steps": 20}, SMALL, SMALL]
+        streams = await asyncio.gather(*(http.post("/generate", json=body, headers=STREAM) for body in asked))
+    first, second, third = (all_events(stream.text) for stream in streams)
+    assert [name for name, _ in first[:3]] == ["queued", "encoding", "step"]
+    assert first[0][1] == {"position": 0, "wait_ms": 0}
+    places = [[data for name, data in told if name == "queued"] for told in (second, third)]
+    assert [[data["position"] for data in told] for told in places] == [[1, 0], [2, 1, 0]]
+    assert places[1][0]["wait_ms"] > places[0][0]["wait_ms"] > 0
+    assert [told[-1]["wait_ms"] for told in places] == [0, 0]

@@ -45,7 +45,7 @@ async def test_a_job_can_be_followed_by_anyone_at_any_time(serve_generator: Serv
         early = await http.get(f"/jobs/{job_id}/events")
         late = await http.get(f"/jobs/{job_id}/events")
     for response in (early, late):
-        names = [name for name, _ in events(response.text) if name != "queued"]
+        names = [name for name, _ in events(response.text)]
         assert names == ["step"] * 4 + ["completed"]
 
 
@@ -56,7 +56,7 @@ async def test_previews_are_there_while_it_runs(serve_generator: Serve) -> None:
         job_id = (await http.post("/jobs", json=body)).json()["id"]
         early = await http.get(f"/jobs/{job_id}/events")
         late = await http.get(f"/jobs/{job_id}/events")
-    names = [name for name, _ in events(early.text) if name != "queued"]
+    names = [name for name, _ in events(early.text)]
     assert 1 <= names.count("preview") <= 3
     assert [name for name in names if name != "preview"] == ["step"] * 30 + ["completed"]
     assert [name for name, _ in events(late.text)] == ["step"] * 30 + ["completed"]
@@ -166,3 +166,38 @@ async def test_ids_cannot_be_guessed(serve_generator: Serve) -> None:
         unknown = await http.get("/jobs/1")
     assert {len(job_id) for job_id in ids} == {32}
     assert (unknown.status_code, json.loads(unknown.content)["code"]) == (404, "job_not_found")
+
+
+@pytest.mark.parametrize("headers", [{}, {"Accept": "text/event-stream"}], ids=["plain", "stream"])
+async def test_a_client_may_come_back(generator_url: str, headers: dict[str, str]) -> None:
+    """With ``on_disconnect: keep`` a picture is drawn to its end without its client, who finds it as a job."""
+    body = SMALL | {"num_inference_steps": 60, "on_disconnect": "keep", "seed": 11}
+    headers |= {"Idempotency-Key": f"come back {headers}"}
+    async with httpx.AsyncClient(base_url=generator_url, timeout=60) as http:
+        begun = await steps_run(http)
+        leaving = asyncio.create_task(http.post("/generate", json=body, headers=headers))
+        while await steps_run(http) < begun + 2:  # noqa: ASYNC110 - as a client would
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        again = await http.post("/generate", json=body, headers=headers)
+        told = await ended(http, again.headers["x-job-id"])
+        result = await http.get(f"/jobs/{told['id']}/result")
+        assert await steps_run(http) == begun + 60
+    assert told["status"] == "completed"
+    if headers.get("Accept"):
+        assert [name for name, _ in events(again.text)] == ["step"] * 60 + ["completed"]
+    else:
+        assert again.content == result.content
+    assert pixels(result.content).shape == (64, 64, 3)
+
+
+async def test_a_kept_picture_that_fails(serve_generator: Serve) -> None:
+    """What goes wrong with it is the answer, as without ``keep``."""
+
+    def down(_request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    async with serve_generator(httpx.MockTransport(down), text_encoder_timeout_s=1) as http:
+        answer = await http.post("/generate", json=SMALL | {"on_disconnect": "keep"})
+    assert (answer.status_code, answer.json()["code"]) == (503, "encoder_unavailable")
