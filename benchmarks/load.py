@@ -1,0 +1,166 @@
+"""Many clients at once, over HTTP, against a bare loop over the pipeline: ``python -m benchmarks.load``.
+
+Both services run with the demo model as processes of their own. The bare loop runs before and after them, alone on the
+machine, on diffusers' pipeline with the same schedule, size and steps; the ratio of pictures a second says what the
+service costs or gains. Clients that are refused with 429 come back when they were told. Prints a card and, last, one
+JSON line.
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from diffusers import Flux2Pipeline
+from rich.console import Console
+from rich.table import Table
+
+from demo_model.services import WEIGHTS, Services, running_services
+from generator_service.lemica import CachedTransformer, schedule_for
+
+PROMPTS = [f"a {size} red circle on a {color} background" for size in ("small", "large") for color in ("white", "blue")]
+MEMORY_EVERY_S = 1.0
+
+
+@dataclass
+class Load:
+    """What the clients saw."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    latencies_s: list[float] = field(default_factory=list)
+    """Of pictures, refusals before them included."""
+    refusals_s: list[float] = field(default_factory=list)
+    estimate_errors: list[float] = field(default_factory=list)
+    """|expected / taken - 1| of each picture's denoising and decoding."""
+    memory_mb: list[float] = field(default_factory=list)
+    """Resident size of the generator, each second."""
+    seconds: float = 0.0
+
+    @property
+    def pictures_per_s(self) -> float:
+        """Throughput."""
+        return len(self.latencies_s) / self.seconds
+
+
+def bare_pictures_per_s(body: dict[str, Any], seconds: float) -> float:
+    """The same pictures in a loop, without any service."""
+    loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
+    parts = loaded.components
+    embeds = torch.zeros(1, 32, parts["transformer"].config.joint_attention_dim)
+    schedule = schedule_for(body["cache"], body["num_inference_steps"])
+
+    def draw() -> None:
+        transformer = CachedTransformer(parts["transformer"], schedule, scheduler=parts["scheduler"])
+        pipeline = Flux2Pipeline(**{**parts, "transformer": transformer})
+        pipeline.set_progress_bar_config(disable=True)
+        size = {"width": body["width"], "height": body["height"]}
+        pipeline(prompt_embeds=embeds, num_inference_steps=schedule.num_steps, **size)
+
+    draw()  # the first one also pays for what happens once
+    count, began = 0, time.perf_counter()
+    while (taken := time.perf_counter() - began) < seconds:
+        draw()
+        count += 1
+    return count / taken
+
+
+async def client(http: httpx.AsyncClient, body: dict[str, Any], load: Load, until: float) -> None:
+    """One client: a picture after the other."""
+    seed = 0
+    while time.perf_counter() < until:
+        asked = body | {"seed": seed, "prompt": PROMPTS[seed % len(PROMPTS)]}
+        seed += 1
+        began = time.perf_counter()
+        while (answer := await http.post("/generate", json=asked)).status_code == httpx.codes.TOO_MANY_REQUESTS:
+            load.statuses[answer.status_code] += 1
+            load.refusals_s.append(answer.elapsed.total_seconds())
+            if time.perf_counter() > until:
+                return
+            await asyncio.sleep(float(answer.headers["retry-after"]))
+        load.statuses[answer.status_code] += 1
+        if answer.status_code == httpx.codes.OK:
+            load.latencies_s.append(time.perf_counter() - began)
+            taken = float(answer.headers["x-denoise-ms"]) + float(answer.headers["x-decode-ms"])
+            load.estimate_errors.append(abs(float(answer.headers["x-estimate-ms"]) / taken - 1))
+
+
+async def run_load(services: Services, body: dict[str, Any], num_clients: int, seconds: float) -> Load:
+    """All clients, for so long; then what still runs is waited for."""
+    load, generator = Load(), psutil.Process(services.processes[-1].pid)
+    limits = httpx.Limits(max_connections=num_clients)
+    async with httpx.AsyncClient(base_url=services.generator_url, timeout=600, limits=limits) as http:
+        await http.post("/generate", json=body | {"prompt": PROMPTS[0]})
+        began = time.perf_counter()
+        clients = [client(http, body, load, began + seconds) for _ in range(num_clients)]
+        running = asyncio.gather(*clients)
+        while not running.done():
+            load.memory_mb.append(generator.memory_info().rss / 1e6)
+            await asyncio.wait([running], timeout=MEMORY_EVERY_S)
+        await running
+        load.seconds = time.perf_counter() - began
+    return load
+
+
+def summary(load: Load, bare: list[float]) -> dict[str, Any]:
+    """The figures."""
+    cuts = statistics.quantiles(load.latencies_s, n=100)
+    half = len(load.memory_mb) // 2
+    return {
+        "seconds": round(load.seconds, 1),
+        "pictures": len(load.latencies_s),
+        "statuses": {str(status): count for status, count in sorted(load.statuses.items())},
+        "pictures_per_s": round(load.pictures_per_s, 3),
+        "bare_pictures_per_s": [round(rate, 3) for rate in bare],
+        "ratio": round(load.pictures_per_s / statistics.fmean(bare), 3),
+        "latency_s": {f"p{k}": round(cuts[k - 1], 2) for k in (50, 95, 99)},
+        "refusal_ms_p99": round(1000 * statistics.quantiles(load.refusals_s, n=100)[98], 1)
+        if load.refusals_s
+        else None,
+        "estimate_error_median": round(statistics.median(load.estimate_errors), 3),
+        "estimate_error_p90": round(statistics.quantiles(load.estimate_errors, n=10)[8], 3),
+        "memory_mb_half_and_end": [round(load.memory_mb[half]), round(load.memory_mb[-1])],
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--bare-seconds", type=float, default=20.0, help="of each of the two bare loops")
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--cache", default="none")
+    args = parser.parse_args()
+    cache = int(args.cache) if args.cache.isdigit() else args.cache
+    body: dict[str, Any] = {
+        "width": args.side,
+        "height": args.side,
+        "num_inference_steps": args.steps,
+        "cache": cache,
+    }
+    bare = [bare_pictures_per_s(body, args.bare_seconds)]
+    with running_services() as services:
+        load = asyncio.run(run_load(services, body, args.clients, args.seconds))
+    bare.append(bare_pictures_per_s(body, args.bare_seconds))
+    told = summary(load, bare)
+    table = Table(
+        "figure", "value", title=f"{args.clients} clients, {args.side}x{args.side}, {args.steps} steps, {cache}"
+    )
+    for name, value in told.items():
+        table.add_row(name, str(value))
+    Console(width=100).print(table)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(json.dumps({"machine": machine, "clients": args.clients, **body} | told))
+
+
+if __name__ == "__main__":
+    main()
