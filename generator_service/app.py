@@ -38,8 +38,11 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             cache_bytes=settings.embedding_cache_bytes,
             transport=transport,
         )
+        client.trace(app.state.tracing)
         jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
-        engine = Engine(model, client, app.state.metrics, settings.max_waiting, settings.quality_sampling)
+        engine = Engine(
+            model, client, app.state.metrics, settings.max_waiting, settings.quality_sampling, app.state.tracing
+        )
         await asyncio.to_thread(engine.warm_up, shape)
         async with client, engine.queue:
             app.state.generator = GeneratorState(settings, engine, shelf, jobs, shape)

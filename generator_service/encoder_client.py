@@ -19,6 +19,7 @@ from shared.byte_cache import ByteBoundedCache
 from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest
 from shared.logs import request_id
 from shared.schemas import EncoderInfo
+from shared.tracing import Tracing
 from shared.wire import (
     EMBEDDING_DTYPES,
     MAX_HEADER_BYTES,
@@ -62,6 +63,10 @@ class EncoderClient:
         self._http = httpx.AsyncClient(
             headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0), transport=transport, follow_redirects=False
         )
+
+    def trace(self, tracing: Tracing) -> None:
+        """Its requests become spans, and the encoder's spans lie within them."""
+        tracing.trace_client(self._http)
 
     async def __aenter__(self) -> Self:
         return self

@@ -37,8 +37,10 @@ from shared.device_queue import Answer, DeviceQueue
 from shared.errors import Busy
 from shared.metrics import Metrics
 from shared.model_folder import ModelFolder
+from shared.tracing import Tracing
 
 WARM_UP_STEPS = 3
+NO_TRACING = Tracing()
 MAX_PSNR_DB = 120.0
 """Stands for equal pictures in the metrics: a histogram's sum takes no infinity."""
 logger = logging.getLogger("flux2")
@@ -125,6 +127,7 @@ class Engine:
         metrics: Metrics,
         max_waiting: int,
         quality_sampling: float = 0.0,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.model = model
         self.encoder = encoder
@@ -132,6 +135,7 @@ class Engine:
         self.cost = CostModel()
         self._line = Line()
         self._metrics = metrics
+        self._tracing = tracing
         self._quality_sampling = quality_sampling
         self._samples: set[asyncio.Task[None]] = set()
         metrics.queue_depth.set_function(lambda: self.queue.depth)
@@ -151,7 +155,8 @@ class Engine:
         tell = listener or ignore
         with self.queue.place(), self._line.waiting(work_s(orders), tell):
             began = time.monotonic()
-            embeddings = await self._embeddings(orders[0], tell)
+            with self._tracing.span("encode"):
+                embeddings = await self._embeddings(orders[0], tell)
             encode_s = time.monotonic() - began
             return [
                 await self._deliver_one(
@@ -181,11 +186,14 @@ class Engine:
 
     async def _deliver_one(self, job: Job, embeddings: torch.Tensor, began: float, encode_s: float) -> Delivery:
         deadline_s = job.order.deadline_s if job.index == 0 else None  # once begun, all of a request is drawn
-        answer = await self._draw(job, None if deadline_s is None else max(0.0, began + deadline_s - time.monotonic()))
+        with self._tracing.span("draw"):
+            within_s = None if deadline_s is None else max(0.0, began + deadline_s - time.monotonic())
+            answer = await self._draw(job, within_s)
         picture = answer.value
         order = replace(job.order, schedule=picture.schedule)
         record = provenance(order, self.model.folder, embeddings)
-        data = await asyncio.to_thread(encode_image, picture.image, order.output_format, record, order.quality)
+        with self._tracing.span("write"):
+            data = await asyncio.to_thread(encode_image, picture.image, order.output_format, record, order.quality)
         comparison, side_by_side = None, b""
         if order.compare:
             comparison = await self._compared(job, picture)

@@ -27,6 +27,7 @@ from shared.errors import Flux2Error, InvalidRequest, MalformedBody, PayloadTooL
 from shared.metrics import Metrics
 from shared.schemas import ErrorDetail, Problem
 from shared.settings import ServiceSettings
+from shared.tracing import tracing_of
 
 logger = logging.getLogger("flux2")
 
@@ -53,6 +54,7 @@ def make_app(
     }
     app = FastAPI(title=title, version=version, lifespan=lifespan, responses=errors)
     app.state.metrics = Metrics()
+    app.state.tracing = tracing_of(title)
     app.state.ready = _still_loading
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
@@ -60,6 +62,7 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     _add_health_routes(app)
+    app.state.tracing.trace_app(app)
     return app
 
 

@@ -52,7 +52,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No setting of the person who runs the tests reaches them."""
     for name in list(os.environ):
         if name.startswith(
-            ("FLUX2_", "GENERATOR_", "TEXT_ENCODER_", "LOG_LEVEL", "SCHEDULES_DIR", "MODEL", "REVISION")
+            ("FLUX2_", "GENERATOR_", "TEXT_ENCODER_", "OTEL_", "LOG_", "SCHEDULES_DIR", "MODEL", "REVISION")
         ):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)  # and no .env file

@@ -1,0 +1,69 @@
+"""OpenTelemetry's traces over both services."""
+
+import sys
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from shared import tracing
+from shared.errors import ModelRefused
+from tests.conftest import Serve
+
+BODY = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 7}
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Takes every span of services that are made from now on."""
+    exporter = InMemorySpanExporter()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://nowhere.invalid")
+    monkeypatch.setattr(tracing, "_processor", lambda: SimpleSpanProcessor(exporter))
+    return exporter
+
+
+def parent_of(span: ReadableSpan, spans: tuple[ReadableSpan, ...]) -> ReadableSpan | None:
+    """The span that ``span`` is within."""
+    return next((s for s in spans if span.parent and s.context and s.context.span_id == span.parent.span_id), None)
+
+
+@pytest.mark.anyio
+async def test_one_trace_over_both_services(serve_generator: Serve, exporter: InMemorySpanExporter) -> None:
+    """A request is one trace: encode, with the encoder's own span within, draw, write; no prompt is in it."""
+    async with serve_generator() as http:
+        exporter.clear()
+        trace_id = "0af7651916cd43dd8448eb211c80319c"
+        sent = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+        assert (await http.post("/generate", json=BODY, headers=sent)).status_code == 200
+        await http.get("/health/live")
+    spans = exporter.get_finished_spans()
+    assert {f"{span.context.trace_id:032x}" for span in spans if span.context} == {trace_id}
+    named = {span.name: span for span in spans}
+    assert named.keys() == {"POST /generate", "encode", "POST", "POST /predict", "draw", "write"}
+    services = {span.resource.attributes["service.name"] for span in spans}
+    assert services == {"FLUX.2 generator", "FLUX.2 text encoder"}
+    chain = [named["POST /predict"]]
+    while (parent := parent_of(chain[-1], spans)) is not None:
+        chain.append(parent)
+    assert [span.name for span in chain] == ["POST /predict", "POST", "encode", "POST /generate"]
+    assert all("circle" not in str(value) for span in spans for value in (span.attributes or {}).values())
+
+
+@pytest.mark.anyio
+async def test_nothing_is_traced_unasked(
+    serve_generator: Serve, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an endpoint there are no spans."""
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+    async with serve_generator() as http:
+        assert (await http.post("/generate", json=BODY)).status_code == 200
+    assert not exporter.get_finished_spans()
+
+
+def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces that are asked for and cannot be had are an error at start that says what to install."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    with pytest.raises(ModelRefused, match="the extra otel is not installed"):
+        tracing.tracing_of("any")
