@@ -60,7 +60,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
 def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
     """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
     folder = find_model(settings.model, settings.revision, PARTS)
-    model = Flux2Model(folder, settings.torch_device(), settings.torch_dtype())
+    model = Flux2Model(folder, settings.torch_device(), settings.torch_dtype(), settings.lora_dir, settings.max_loras)
     return model, (read_prompt_format(folder).max_sequence_length, model.embedding_width)
 
 

@@ -36,6 +36,7 @@ def generate(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, multiples of 16.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="4.0")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A reference image to edit; repeatable.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="A LoRA adapter, NAME or NAME:SCALE; repeatable.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .jpg or .webp file.")] = Path("flux2.png"),
     like: Annotated[Path | None, typer.Option(help="Repeat this picture; other options change it.")] = None,
     url: Annotated[str, typer.Option(envvar="GENERATOR_URL", help="The generator.")] = "http://127.0.0.1:8000",
@@ -48,6 +49,7 @@ def generate(
         body = body_like(like, has_images=bool(images)) if like else {}
         body |= {"images": [base64.b64encode(data).decode() for data in images]} if images else {}
         body |= given(prompt=prompt, num_inference_steps=steps, seed=seed, guidance_scale=guidance)
+        body |= {"lora": [lora_use(text) for text in lora]} if lora else {}
         body |= {"cache": int(cache) if cache.isdigit() else cache} if cache else {}
         body |= dict(zip(("width", "height"), parse_size(size), strict=True)) if size else {}
         if "prompt" not in body:
@@ -84,7 +86,16 @@ def body_like(file: Path, *, has_images: bool) -> dict[str, Any]:
     if made.prompt is None:
         raise NoProvenance(f"{file.name} was made from embeddings that the file does not hold")
     names = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "seed", "cache")
-    return {name: getattr(made, name) for name in names}
+    return {name: getattr(made, name) for name in names} | ({"lora": made.lora} if made.lora else {})
+
+
+def lora_use(text: str) -> dict[str, Any]:
+    """``NAME``, or ``NAME:SCALE``."""
+    name, _, scale = text.partition(":")
+    try:
+        return {"name": name} | ({"scale": float(scale)} if scale else {})
+    except ValueError:
+        raise typer.BadParameter(f"--lora must be NAME or NAME:SCALE, not {text!r}") from None
 
 
 def format_of(file: Path) -> ImageFormat:

@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from PIL.Image import Image
@@ -270,7 +270,8 @@ class Engine:
                 job.listener(StepBegun(job.index, step, is_computed, job.order.seconds_left(step)))
 
         picture = self.model.generate(job.request, on_step, previews_of(job))
-        if not job.order.preview_steps and picture.schedule is job.request.schedule:  # else it took longer than usual
+        is_usual = not job.order.preview_steps and not job.order.adapters
+        if is_usual and picture.schedule is job.request.schedule:  # else it took longer than usual
             self._learn(job.request, job.order.num_tokens, picture)
         return picture
 
@@ -307,6 +308,7 @@ def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequ
         seed=order.seed,
         schedule=order.schedule,
         references=tuple(reference.image for reference in order.references),
+        adapters=order.adapters,
     )
 
 
@@ -328,5 +330,6 @@ def provenance(order: Order, model: ModelFolder, embeddings: torch.Tensor) -> Pr
         model=model.name,
         revision=model.revision,
         prompt_embeds_sha256=digest,
+        lora=[asdict(adapter) for adapter in order.adapters],
         references_sha256=[reference.sha256 for reference in order.references],
     )

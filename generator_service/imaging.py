@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import ExifTags, Image, PngImagePlugin
 
@@ -41,6 +41,8 @@ class Provenance:
     prompt_embeds_sha256: str | None = None
     references_sha256: list[str] = field(default_factory=list)
     """Of the reference images' files, in order."""
+    lora: list[dict[str, Any]] = field(default_factory=list)
+    """Names and scales of LoRA adapters."""
 
 
 class NoProvenance(ValueError):

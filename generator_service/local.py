@@ -32,7 +32,7 @@ def draw(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepL
     folder = find_model(settings.model, settings.revision, (*flux2.PARTS, *prompt.PARTS))
     assert request.prompt is not None  # the command line gives no embeddings
     (embeddings,) = prompt.embed_prompts(folder, [request.prompt], device, dtype)
-    model = flux2.Flux2Model(folder, device, dtype)
+    model = flux2.Flux2Model(folder, device, dtype, settings.lora_dir, settings.max_loras)
     shape = (embeddings.shape[1], embeddings.shape[2])
     order = make_order(request, settings, model, open_shelf(settings, model), shape)
     picture = model.generate(generation_request(order, embeddings), on_step)

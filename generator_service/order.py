@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from generator_service.api.schemas import MAX_SEED, GenerateRequest, MaxError
+from generator_service.api.schemas import MAX_SEED, GenerateRequest, LoraUse, MaxError
 from generator_service.cost import Cost
 from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES, ImageFormat
 from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf, published_size
 from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.lora import Adapter
 from generator_service.references import Reference, parse_reference
 from generator_service.settings import GeneratorSettings
 from shared.errors import InvalidRequest, ModelRefused
@@ -37,6 +38,7 @@ class Order:
     schedule: Schedule
     output_format: ImageFormat = "png"
     references: tuple[Reference, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     num_tokens: int = 0
     """Of the picture and its reference images."""
     cost: Cost | None = None
@@ -109,12 +111,14 @@ def make_order(
     num_tokens = count_tokens(width, height, references, model)
     cost = cost_of(num_tokens)
     cache = checked_cache(body, settings, cost)
+    adapters = checked_adapters(body.lora, model.adapters.names)
     wanted = model.signature(
         num_steps=body.num_inference_steps,
         width=width,
         height=height,
         guidance_scale=body.guidance_scale,
         is_edit=bool(references),
+        adapters=adapters,
     )
     return Order(
         prompt=body.prompt,
@@ -127,6 +131,7 @@ def make_order(
         schedule=checked_schedule(cache, shelf, wanted),
         output_format=body.output_format,
         references=references,
+        adapters=adapters,
         num_tokens=num_tokens,
         cost=cost,
         deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
@@ -150,6 +155,19 @@ def checked_references(images: Sequence[str], settings: GeneratorSettings) -> tu
     if len(images) > settings.max_references:
         raise InvalidRequest(f"images: at most {settings.max_references}, not {len(images)}", param="images")
     return tuple(parse_reference(text, f"images[{k}]", settings.max_reference_pixels) for k, text in enumerate(images))
+
+
+def checked_adapters(asked: str | list[LoraUse] | None, known: Sequence[str]) -> tuple[Adapter, ...]:
+    """The LoRA adapters that a request names."""
+    uses = [LoraUse(name=asked)] if isinstance(asked, str) else asked or []
+    names = [use.name for use in uses]
+    for name in names:
+        if name not in known:
+            there = f"there are {', '.join(known)}" if known else "this service has none"
+            raise InvalidRequest(f"lora: there is no adapter {name!r}: {there}", param="lora")
+    if len(set(names)) < len(names):
+        raise InvalidRequest("lora: names an adapter twice", param="lora")
+    return tuple(Adapter(use.name, float(use.scale)) for use in uses)
 
 
 def preview_steps(count: int, num_steps: int) -> tuple[int, ...]:

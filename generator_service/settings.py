@@ -36,6 +36,10 @@ class GeneratorSettings(ServiceSettings):
     """Their results, together."""
     job_ttl_s: float = Field(3600.0, gt=0)
     """How long a job is kept after its end."""
+    lora_dir: DirectoryPath | None = None
+    """A folder with LoRA adapters, ``NAME.safetensors``."""
+    max_loras: int = Field(4, ge=1)
+    """How many of them are kept on the device."""
     quality_sampling: float = Field(0.0, ge=0, le=1)
     """The share of pictures that are drawn once more without a cache, in the background, for the metrics."""
     default_cache: Annotated[int | CacheName, Field(union_mode="left_to_right")] = "medium"

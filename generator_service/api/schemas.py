@@ -16,6 +16,13 @@ class MaxError(Strict):
     max_error: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 
 
+class LoraUse(Strict):
+    """An adapter and how strongly it is applied."""
+
+    name: StrictStr
+    scale: Annotated[StrictFloat | StrictInt, Field(ge=-4, le=4, allow_inf_nan=False)] = 1.0
+
+
 class Sampling(Strict):
     """How a picture is drawn, in every dialect."""
 
@@ -28,6 +35,10 @@ class Sampling(Strict):
             description="none, slow, medium, fast, ultra, a schedule's name, or how many steps are computed.",
             examples=["fast", 12, {"max_error": 0.01}],
         ),
+    ] = None
+    lora: Annotated[
+        StrictStr | Annotated[list[LoraUse], Field(min_length=1, max_length=4)] | None,
+        Field(description="A LoRA adapter of the service's folder, or several with their scales."),
     ] = None
 
 

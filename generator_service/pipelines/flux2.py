@@ -32,6 +32,7 @@ from generator_service.lemica import (
     check_transformer,
     schedule_for,
 )
+from generator_service.pipelines.lora import Adapter, Adapters
 from shared.byte_cache import ByteBoundedCache
 from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
@@ -60,6 +61,7 @@ class GenerationRequest:
     seed: int
     schedule: Schedule
     references: tuple[Image, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
 
 PreviewListener = Callable[[Image], None]
@@ -91,7 +93,14 @@ class GeneratedPicture:
 class Flux2Model:
     """The weights of a FLUX.2 model on one device. Use it from one thread at a time."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: torch.device,
+        dtype: torch.dtype,
+        lora_dir: Path | None = None,
+        max_loras: int = 1,
+    ) -> None:
         self.folder = folder
         diffusers_logging.disable_progress_bar()
         try:
@@ -112,6 +121,7 @@ class Flux2Model:
             "scheduler": pipeline.scheduler,
             "transformer": pipeline.transformer.eval(),
         }
+        self.adapters = Adapters(self._components["transformer"], lora_dir, max_loras)
         self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
         try:
             check_transformer(self._components["transformer"], self._small_example())
@@ -132,9 +142,11 @@ class Flux2Model:
         Raises:
             OutOfMemory: the device has too little memory for a picture of this size.
             NonFiniteOutput: the latents are no finite numbers, even with every step computed.
+            InvalidRequest: a LoRA adapter is none of this model.
         """
         try:
-            return self._finite(request, on_step, previews)
+            with self.adapters.applied(request.adapters):
+                return self._finite(request, on_step, previews)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             size = f"{request.width}x{request.height}"
@@ -174,11 +186,18 @@ class Flux2Model:
         return width * height // self.pixels_per_token**2
 
     def signature(
-        self, *, num_steps: int, width: int, height: int, guidance_scale: float, is_edit: bool = False
+        self,
+        *,
+        num_steps: int,
+        width: int,
+        height: int,
+        guidance_scale: float,
+        is_edit: bool = False,
+        adapters: Sequence[Adapter] = (),
     ) -> Signature:
-        """What a schedule for such a picture must have been made for."""
+        """What a schedule for such a picture must have been made for: adapters make it another model."""
         return Signature(
-            model=self.fingerprint,
+            model=" + ".join([self.fingerprint, *map(str, adapters)]),
             num_steps=num_steps,
             image_tokens=self.num_image_tokens(width, height),
             guidance_scale=guidance_scale,

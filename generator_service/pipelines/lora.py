@@ -1,0 +1,117 @@
+"""LoRA adapters of a folder, by name: loaded when first asked for, active for one generation at a time."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders import Flux2LoraLoaderMixin
+from safetensors.torch import load_file
+
+from shared.errors import InvalidRequest
+
+logger = logging.getLogger("flux2")
+
+PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A named adapter and how strongly it is applied."""
+
+    name: str
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.name}*{self.scale:g}"
+
+
+class Adapters:
+    """The adapters around one transformer. Use it from the thread that draws.
+
+    Args:
+        transformer: diffusers' ``Flux2Transformer2DModel``.
+        folder: where ``NAME.safetensors`` files lie; None has none.
+        max_loaded: how many are kept on the device; the one that was not used for longest goes first.
+    """
+
+    def __init__(self, transformer: Any, folder: Path | None, max_loaded: int) -> None:
+        self._transformer = transformer
+        self._files = {file.stem: file for file in sorted(folder.glob("*.safetensors"))} if folder else {}
+        self._max_loaded = max_loaded
+        self._loaded: list[str] = []
+        """By their last use."""
+
+    @property
+    def names(self) -> list[str]:
+        """Those that there are."""
+        return list(self._files)
+
+    @contextmanager
+    def applied(self, adapters: Sequence[Adapter]) -> Iterator[None]:
+        """Draw with ``adapters``, and after the block without any.
+
+        Raises:
+            InvalidRequest: one of the files holds no adapter of this transformer.
+        """
+        if not adapters:
+            yield
+            return
+        for adapter in adapters:
+            self._load(adapter.name, {other.name for other in adapters})
+        self._transformer.enable_adapters()
+        self._transformer.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
+        try:
+            yield
+        finally:
+            self._transformer.disable_adapters()
+
+    def _load(self, name: str, needed: set[str]) -> None:
+        if name in self._loaded:
+            self._loaded.remove(name)
+        else:
+            weights = self._weights(name)
+            for other in [other for other in self._loaded if other not in needed]:
+                if len(self._loaded) >= self._max_loaded:
+                    self._transformer.delete_adapters(other)
+                    self._loaded.remove(other)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what we want
+                self._transformer.load_lora_adapter(weights, adapter_name=name)
+            self._transformer.disable_adapters()
+        self._loaded.append(name)
+
+    def _weights(self, name: str) -> dict[str, Any]:
+        """The file's tensors by the library's names, all of them of modules that this transformer has."""
+        try:
+            weights: dict[str, Any] = Flux2LoraLoaderMixin.lora_state_dict(load_file(self._files[name]))
+        except Exception as error:
+            logger.warning("the adapter %s cannot be read: %s", name, error)
+            raise refusal(name, "it is no LoRA file for FLUX.2") from error
+        modules = {PREFIX + name: module for name, module in self._transformer.named_modules()}
+        of_adapter = {key.split(".lora_")[0].split(".lokr_")[0] for key in weights}
+        known = of_adapter & modules.keys()
+        if not known or known != of_adapter:
+            raise refusal(name, f"{len(known)} of the {len(of_adapter)} modules that it changes are in this model")
+        if not all(fits(key, tensor, modules) for key, tensor in weights.items()):
+            raise refusal(name, "its shapes are not this model's")
+        return weights
+
+
+def fits(key: str, tensor: torch.Tensor, modules: Mapping[str, torch.nn.Module]) -> bool:
+    """Whether one of an adapter's two factors has the width of the layer that it changes. LoKr's have no such shape."""
+    layer = modules[key.split(".lora_", maxsplit=1)[0].split(".lokr_", maxsplit=1)[0]]
+    if ".lora_A." in key:
+        return tensor.shape[-1] == getattr(layer, "in_features", None)
+    if ".lora_B." in key:
+        return tensor.shape[0] == getattr(layer, "out_features", None)
+    return True
+
+
+def refusal(name: str, why: str) -> InvalidRequest:
+    """Says that an adapter is none for this model."""
+    return InvalidRequest(f"lora: {name!r} cannot be used with this model: {why}", param="lora")

@@ -1,0 +1,191 @@
+"""LoRA adapters, by name, on the demo model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+from safetensors.torch import save_file
+
+from demo_model.services import WEIGHTS
+from generator_service.imaging import read_provenance
+from generator_service.lemica import schedule_for
+from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.lora import Adapter
+from shared.errors import InvalidRequest
+from shared.model_folder import ModelFolder
+from tests.conftest import CPU, Serve
+from tests.generator_service.test_generate import SMALL, pixels
+
+MODULES = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.attn.to_out", "proj_out")
+RANK = 2
+
+
+def adapter_file(
+    file: Path, model: Flux2Model, seed: int = 0, modules: tuple[str, ...] = MODULES, prefix: str = "transformer."
+) -> None:
+    """A random adapter of some of the model's linear layers."""
+    noise = torch.Generator().manual_seed(seed)
+    layers = dict(model._components["transformer"].named_modules())
+    tensors = {}
+    for name in modules:
+        linear = layers.get(name, torch.nn.Linear(8, 8))
+        tensors[f"{prefix}{name}.lora_A.weight"] = torch.randn(RANK, linear.in_features, generator=noise) * 0.3
+        tensors[f"{prefix}{name}.lora_B.weight"] = torch.randn(linear.out_features, RANK, generator=noise) * 0.3
+    save_file(tensors, file)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, demo: Flux2Model) -> Path:
+    """Three adapters that fit, and three files that do not."""
+    folder = tmp_path_factory.mktemp("lora")
+    for seed, name in enumerate(("ink", "clay", "wool")):
+        adapter_file(folder / f"{name}.safetensors", demo, seed)
+    adapter_file(folder / "other-model.safetensors", demo, modules=("double_blocks.0.attn",))
+    adapter_file(folder / "half.safetensors", demo, modules=("proj_out", "double_blocks.0.attn"))
+    narrow = {f"transformer.proj_out.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(narrow, folder / "narrow.safetensors")
+    (folder / "damaged.safetensors").write_bytes(b"\x08" + bytes(20))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Flux2Model:
+    """The demo model, with room for two adapters."""
+    return Flux2Model(ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, folder, max_loras=2)
+
+
+def request(*adapters: Adapter, cache: str = "fast") -> GenerationRequest:
+    """A small picture with adapters."""
+    embeds = torch.zeros(1, 32, 384)
+    return GenerationRequest(embeds, 64, 64, 4.0, 7, schedule_for(cache, 8), adapters=adapters)
+
+
+def drawn(model: Flux2Model, *adapters: Adapter) -> torch.Tensor:
+    """The final latents."""
+    return model.generate(request(*adapters)).latents
+
+
+def test_an_adapter_changes_its_picture_and_no_other(model: Flux2Model) -> None:
+    """With an adapter the picture is another, the stronger the more; afterwards it is bit for bit what it was."""
+    plain = drawn(model)
+    weak, strong = (drawn(model, Adapter("ink", scale)) for scale in (0.5, 1.0))
+    assert 0 < (weak - plain).abs().mean() < (strong - plain).abs().mean()
+    assert torch.equal(drawn(model), plain)
+    assert torch.equal(drawn(model, Adapter("ink", 0.0)), plain)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_it_is_what_the_library_makes_of_it(model: Flux2Model, folder: Path) -> None:
+    """The pixels are those of ``Flux2Pipeline`` with the same adapters and scales."""
+    loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
+    loaded.load_lora_weights(folder, weight_name="ink.safetensors", adapter_name="ink")
+    loaded.load_lora_weights(folder, weight_name="clay.safetensors", adapter_name="clay")
+    loaded.set_adapters(["ink", "clay"], [0.7, -0.4])
+    wanted = request(Adapter("ink", 0.7), Adapter("clay", -0.4), cache="none")
+    expected = loaded(
+        prompt_embeds=wanted.prompt_embeds,
+        width=64,
+        height=64,
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    assert np.array_equal(np.asarray(model.generate(wanted).image), np.asarray(expected))
+
+
+def test_only_so_many_are_kept(model: Flux2Model) -> None:
+    """Of three adapters that take turns the one that was not used for longest makes room; the pictures stay right."""
+    first = [drawn(model, Adapter(name)) for name in ("ink", "clay", "wool")]
+    again = [drawn(model, Adapter(name)) for name in ("ink", "clay", "wool")]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len(model._components["transformer"].peft_config) == 2
+
+
+def test_a_failure_takes_the_adapter_off(model: Flux2Model) -> None:
+    """A generation with an adapter that fails leaves the next one as it would have been."""
+    plain = drawn(model)
+
+    def fail(step: int, _is_computed: bool) -> None:
+        if step == 3:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(request(Adapter("ink")), fail)
+    assert torch.equal(drawn(model), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("other-model", "0 of the 1 modules"),
+        ("half", "1 of the 2 modules"),
+        ("narrow", "its shapes"),
+        ("damaged", "it is no LoRA file"),
+    ],
+)
+def test_what_does_not_fit_is_refused(model: Flux2Model, name: str, why: str) -> None:
+    """A file that changes other modules, or other shapes, is refused, never silently nothing; no trace of it stays."""
+    plain = drawn(model)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match=f"lora: '{name}' cannot be used with this model: {why}"):
+            drawn(model, Adapter(name))
+        assert torch.equal(drawn(model), plain)
+    assert (drawn(model, Adapter("ink")) - plain).abs().mean() > 0
+
+
+@pytest.mark.anyio
+async def test_over_http(serve_generator: Serve, folder: Path, tmp_path: Path) -> None:
+    """One name, or several with scales; what is recorded in the file; the schedules are not those of the bare model."""
+    body = SMALL | {"cache": "medium", "num_inference_steps": 50, "width": 128, "height": 128}
+    async with serve_generator(lora_dir=folder) as http:
+        plain = await http.post("/generate", json=body)
+        ink = await http.post("/generate", json=body | {"lora": "ink"})
+        both = [{"name": "ink", "scale": 1}, {"name": "clay", "scale": 0.25}]
+        two = await http.post("/generate", json=body | {"lora": both})
+        bad = await http.post("/generate", json=body | {"lora": "other-model"})
+        again = await http.post("/generate", json=body)
+        openai = await http.post("/v1/images/generations", json={"prompt": "a", "size": "64x64", "lora": "nobody"})
+    assert "source=calibrated" in plain.headers["x-schedule"]
+    assert "source=published" in ink.headers["x-schedule"]
+    pictures = [pixels(answer.content).astype(float) for answer in (plain, ink, two)]
+    assert all(np.abs(pictures[a] - pictures[b]).mean() > 0.2 for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert np.array_equal(pixels(again.content), pictures[0])
+    (tmp_path / "two.png").write_bytes(two.content)
+    assert read_provenance(tmp_path / "two.png").lora == [
+        {"name": "ink", "scale": 1.0},
+        {"name": "clay", "scale": 0.25},
+    ]
+    assert (bad.status_code, bad.json()["error"]["param"]) == (422, "lora")
+    assert (openai.status_code, openai.json()["error"]["param"]) == (422, "lora")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ("nobody", "there is no adapter 'nobody': there are clay, damaged, half, ink, narrow, other-model, wool"),
+        ("../ink", "there is no adapter '../ink'"),
+        ([{"name": "ink"}, {"name": "ink"}], "names an adapter twice"),
+        ([{"name": "ink", "scale": 5}], "less than or equal to 4"),
+        ([{"name": "ink", "weight": 1}], "weight"),
+        ([], "at least 1"),
+    ],
+)
+async def test_bad_requests(serve_generator: Serve, folder: Path, lora: Any, told: str) -> None:
+    """What cannot be used is refused before anything is drawn, with what would be right."""
+    async with serve_generator(lora_dir=folder) as http:
+        answer = await http.post("/generate", json=SMALL | {"lora": lora})
+    assert answer.status_code == 422
+    assert told in answer.json()["detail"]
+    assert "lora" in answer.json()["error"]["param"]
+
+
+@pytest.mark.anyio
+async def test_a_service_without_a_folder_has_none(serve_generator: Serve) -> None:
+    """It says so."""
+    async with serve_generator() as http:
+        answer = await http.post("/generate", json=SMALL | {"lora": "ink"})
+    assert answer.json()["detail"] == "lora: there is no adapter 'ink': this service has none"
