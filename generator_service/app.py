@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
 
 import httpx
@@ -17,6 +17,7 @@ from generator_service.jobs import JobStore
 from generator_service.order import open_shelf
 from generator_service.pipelines.flux2 import PARTS, Flux2Model
 from generator_service.settings import GeneratorSettings
+from generator_service.upsampler import Upsampler
 from shared.errors import Flux2Error
 from shared.model_folder import find_model, read_prompt_format
 from shared.schemas import EncoderInfo
@@ -39,12 +40,12 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             transport=transport,
         )
         client.trace(app.state.tracing)
+        upsampler = make_upsampler(settings, transport)
         jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
-        engine = Engine(
-            model, client, app.state.metrics, settings.max_waiting, settings.quality_sampling, app.state.tracing
-        )
+        sampling, tracing = settings.quality_sampling, app.state.tracing
+        engine = Engine(model, client, app.state.metrics, settings.max_waiting, sampling, tracing, upsampler)
         await asyncio.to_thread(engine.warm_up, shape)
-        async with client, engine.queue:
+        async with client, engine.queue, upsampler or nullcontext():
             app.state.generator = GeneratorState(settings, engine, shelf, jobs, shape)
             app.state.ready = Readiness(client, model, shape)
             yield
@@ -55,6 +56,19 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
     for dialect in (generate, job_routes, openai):
         app.include_router(dialect.router, dependencies=[require_token(settings.tokens())])
     return app
+
+
+def make_upsampler(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None) -> Upsampler | None:
+    """The client of the chat model that rewrites prompts, if there is one."""
+    if settings.upsampler_url is None:
+        return None
+    return Upsampler(
+        str(settings.upsampler_url),
+        settings.upsampler_model,
+        token=settings.upsampler_token,
+        timeout_s=settings.upsampler_timeout_s,
+        transport=transport,
+    )
 
 
 def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:

@@ -15,6 +15,7 @@ import torch
 from pydantic import SecretStr, ValidationError
 
 from generator_service.breaker import OPEN_S, Breaker
+from generator_service.http_body import IDENTITY, BodyRefused, read_body
 from shared.byte_cache import ByteBoundedCache
 from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest
 from shared.logs import request_id
@@ -30,10 +31,7 @@ from shared.wire import (
     parse_torch,
 )
 
-ACCEPT = {
-    "Accept": f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9",
-    "Accept-Encoding": "identity",  # embeddings do not compress, and 500 bytes can unpack to gigabytes
-}
+ACCEPT = {"Accept": f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9"} | IDENTITY
 RETRIED_STATUSES = {502, 503, 504}
 MAX_INFO_BYTES = 64 * 2**10
 INFO_TIMEOUT_S = 5.0
@@ -184,12 +182,7 @@ def _raise_for_status(response: httpx.Response) -> None:
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:
-    """The whole body, given up as soon as it is larger than ``limit``."""
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise BadEncoderResponse("the text encoder's answer is compressed, which was not asked for")
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > limit:
-            raise BadEncoderResponse("the text encoder's answer is larger than any embedding")
-    return bytes(body)
+    try:
+        return await read_body(response, limit)
+    except BodyRefused as error:
+        raise BadEncoderResponse(f"the text encoder's answer is {error}") from error

@@ -33,6 +33,7 @@ from generator_service.pipelines.flux2 import (
     GenerationRequest,
     Previews,
 )
+from generator_service.upsampler import Upsampler
 from shared.device_queue import Answer, DeviceQueue
 from shared.errors import Busy
 from shared.metrics import Metrics
@@ -49,6 +50,13 @@ logger = logging.getLogger("flux2")
 @dataclass(frozen=True)
 class Encoding:
     """A request's prompt is being embedded."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A request's prompt was rewritten."""
+
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Preview:
     image: Image = field(repr=False)
 
 
-Happening = Queued | Encoding | StepBegun | Preview
+Happening = Queued | Rewritten | Encoding | StepBegun | Preview
 Listener = Callable[[Happening], None]
 """Called on the device thread, and with what happens before on the event loop's."""
 
@@ -128,6 +136,7 @@ class Engine:
         max_waiting: int,
         quality_sampling: float = 0.0,
         tracing: Tracing = NO_TRACING,
+        upsampler: Upsampler | None = None,
     ) -> None:
         self.model = model
         self.encoder = encoder
@@ -136,6 +145,7 @@ class Engine:
         self._line = Line()
         self._metrics = metrics
         self._tracing = tracing
+        self._upsampler = upsampler
         self._quality_sampling = quality_sampling
         self._samples: set[asyncio.Task[None]] = set()
         metrics.queue_depth.set_function(lambda: self.queue.depth)
@@ -155,6 +165,7 @@ class Engine:
         tell = listener or ignore
         with self.queue.place(), self._line.waiting(work_s(orders), tell):
             began = time.monotonic()
+            orders = await self._upsampled(orders, tell)
             with self._tracing.span("encode"):
                 embeddings = await self._embeddings(orders[0], tell)
             encode_s = time.monotonic() - began
@@ -240,6 +251,18 @@ class Engine:
         for task in self._samples:
             task.cancel()
         await asyncio.gather(*self._samples, return_exceptions=True)
+
+    async def _upsampled(self, orders: Sequence[Order], tell: Listener) -> Sequence[Order]:
+        """The orders with the rewritten prompt, if they want that."""
+        first = orders[0]
+        if not first.is_upsampled:
+            return orders
+        assert self._upsampler is not None
+        assert first.prompt is not None
+        with self._tracing.span("upsample"):
+            prompt = await self._upsampler.rewrite(first.prompt, [reference.image for reference in first.references])
+        tell(Rewritten(prompt))
+        return [replace(order, prompt=prompt) for order in orders]
 
     async def _embeddings(self, order: Order, tell: Listener) -> torch.Tensor:
         if order.prompt_embeds is not None:

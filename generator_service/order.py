@@ -49,6 +49,8 @@ class Order:
     """Of a JPEG or WebP file, 0 to 100."""
     preview_steps: tuple[int, ...] = ()
     """After which steps a listener gets a preview."""
+    is_upsampled: bool = False
+    """Whether the prompt is rewritten before it is embedded."""
     compare: bool = False
     """Whether the picture without a cache is drawn too, to say how near this one is."""
 
@@ -137,6 +139,7 @@ def make_order(
         deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
         quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
         preview_steps=preview_steps(body.previews, body.num_inference_steps),
+        is_upsampled=checked_upsampling(body, settings),
         compare=body.compare,
     )
 
@@ -155,6 +158,15 @@ def checked_references(images: Sequence[str], settings: GeneratorSettings) -> tu
     if len(images) > settings.max_references:
         raise InvalidRequest(f"images: at most {settings.max_references}, not {len(images)}", param="images")
     return tuple(parse_reference(text, f"images[{k}]", settings.max_reference_pixels) for k, text in enumerate(images))
+
+
+def checked_upsampling(body: GenerateRequest, settings: GeneratorSettings) -> bool:
+    """Whether to rewrite the prompt."""
+    if body.upsample_prompt and settings.upsampler_url is None:
+        raise InvalidRequest("upsample_prompt: this service has no prompt upsampler", param="upsample_prompt")
+    if body.upsample_prompt and body.prompt is None:
+        raise InvalidRequest("upsample_prompt: there is no prompt to rewrite", param="upsample_prompt")
+    return body.upsample_prompt
 
 
 def checked_adapters(asked: str | list[LoraUse] | None, known: Sequence[str]) -> tuple[Adapter, ...]:

@@ -47,6 +47,15 @@ class GeneratorSettings(ServiceSettings):
     schedules_dir: DirectoryPath | None = Field(None, validation_alias="SCHEDULES_DIR")
     """A folder of calibrated schedules, beside those that come with the product."""
 
+    upsampler_url: AnyHttpUrl | None = None
+    """The base of an API with OpenAI's chat completions, that rewrites prompts where a request asks for it."""
+    upsampler_model: str = "default"
+    """The chat model's name there."""
+    upsampler_token: SecretStr | None = None
+    """Sent to it as a bearer token."""
+    upsampler_timeout_s: float = Field(30.0, gt=0)
+    """For one prompt."""
+
     text_encoder_url: AnyHttpUrl = Field(AnyHttpUrl("http://127.0.0.1:8006"), validation_alias="TEXT_ENCODER_URL")
     """Ours, or any service of the same protocol. With or without ``/predict``."""
     text_encoder_token: SecretStr | None = Field(None, validation_alias="TEXT_ENCODER_TOKEN")

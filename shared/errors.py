@@ -142,6 +142,20 @@ class EncoderTimeout(Flux2Error):
     code = "encoder_timeout"
 
 
+class BadUpsamplerResponse(Flux2Error):
+    """The prompt upsampler answered with something that is no prompt."""
+
+    status = 502
+    code = "bad_upsampler_response"
+
+
+class UpsamplerUnavailable(Flux2Error):
+    """The prompt upsampler cannot be reached, says that it is overloaded, or takes too long."""
+
+    status = 503
+    code = "upsampler_unavailable"
+
+
 class DeadlineExceeded(Flux2Error):
     """The request waited longer than it allowed; the device never saw it."""
 

@@ -11,7 +11,7 @@ from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
-from generator_service.engine import Delivery, Encoding, Happening, Preview, StepBegun
+from generator_service.engine import Delivery, Encoding, Happening, Preview, Rewritten, StepBegun
 from generator_service.imaging import preview_file
 from generator_service.line import Queued
 from shared.errors import Flux2Error
@@ -65,6 +65,8 @@ async def native_events(
             yield "step", step | eta
         elif isinstance(event, Queued):
             yield "queued", queued(event)
+        elif isinstance(event, Rewritten):
+            yield "rewritten", {"prompt": event.prompt}
         elif isinstance(event, Encoding):
             yield "encoding", {}
         elif isinstance(event, Preview):

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
@@ -127,6 +128,8 @@ def result_headers(delivery: Delivery) -> dict[str, str]:
     known: dict[str, str] = {}
     if order.estimate_s is not None:
         known["x-estimate-ms"] = f"{1000 * order.estimate_s:.1f}"
+    if order.is_upsampled and order.prompt is not None:
+        known["x-revised-prompt"] = quote(order.prompt, safe=" ,;:'()!?")
     if delivery.comparison is not None:
         known["x-psnr-db"] = f"{delivery.comparison.psnr_db:.2f}"
         known["x-ssim"] = f"{delivery.comparison.ssim:.5f}"

@@ -119,7 +119,7 @@ def form_request(form: FormData) -> ImagesRequest:
             fields[name] = number(name, text, int)
         elif name == "guidance_scale":
             fields[name] = number(name, text, float)
-        elif name == "stream":
+        elif name in ("stream", "upsample_prompt"):
             fields[name] = text == "true"
     try:
         return ImagesRequest(**fields)
@@ -158,7 +158,9 @@ async def answer(
     deliveries = await while_connected(request, deliver())
     if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    data = [{"b64_json": base64.b64encode(d.data).decode(), "seed": d.order.seed} for d in deliveries]
+    data = [
+        {"b64_json": base64.b64encode(d.data).decode(), "seed": d.order.seed} | revised(d.order) for d in deliveries
+    ]
     total = usage | {name: usage[name] * body.n for name in ("output_tokens",)}
     total |= {"total_tokens": total["input_tokens"] + total["output_tokens"]}
     return JSONResponse({"created": int(time.time()), "data": data, "usage": total} | told)
@@ -200,4 +202,10 @@ async def openai_events(progress: Progress, prefix: Prefix, told: dict[str, Any]
 def completed(delivery: Delivery, prefix: Prefix) -> dict[str, Any]:
     """A finished picture."""
     image = base64.b64encode(delivery.data).decode()
-    return {"type": f"{prefix}.completed", "b64_json": image, "seed": delivery.order.seed}
+    told = {"type": f"{prefix}.completed", "b64_json": image, "seed": delivery.order.seed}
+    return told | revised(delivery.order)
+
+
+def revised(order: Order) -> dict[str, Any]:
+    """The prompt that was drawn, if it is not the client's."""
+    return {"revised_prompt": order.prompt} if order.is_upsampled else {}

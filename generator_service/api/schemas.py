@@ -40,6 +40,9 @@ class Sampling(Strict):
         StrictStr | Annotated[list[LoraUse], Field(min_length=1, max_length=4)] | None,
         Field(description="A LoRA adapter of the service's folder, or several with their scales."),
     ] = None
+    upsample_prompt: Annotated[
+        StrictBool, Field(description="A chat model of the operator's choice rewrites the prompt first.")
+    ] = False
 
 
 class GenerateRequest(Sampling):

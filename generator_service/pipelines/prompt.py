@@ -4,10 +4,17 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import UPSAMPLING_MAX_IMAGE_SIZE
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_I2I, SYSTEM_MESSAGE_UPSAMPLING_T2I
 
 from shared.model_folder import ModelFolder, read_prompt_format
 
 PARTS = ("text_encoder", "tokenizer")
+UPSAMPLING_MESSAGE: str = SYSTEM_MESSAGE_UPSAMPLING_T2I
+UPSAMPLING_MESSAGE_EDIT: str = SYSTEM_MESSAGE_UPSAMPLING_I2I
+"""What FLUX.2's authors tell a chat model that rewrites prompts."""
+LARGEST_UPSAMPLING_AREA: int = UPSAMPLING_MAX_IMAGE_SIZE
+"""Of a picture that it sees, in pixels."""
 
 
 def embed_prompts(
