@@ -8,7 +8,7 @@ from importlib.metadata import version
 import httpx
 from fastapi import FastAPI
 
-from generator_service.api import generate, openai
+from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
 from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
@@ -53,8 +53,9 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             await engine.close()
 
     app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
-    for dialect in (generate, job_routes, openai):
-        app.include_router(dialect.router, dependencies=[require_token(settings.tokens())])
+    for routes in (generate, job_routes, modes, openai):
+        app.include_router(routes.router, dependencies=[require_token(settings.tokens())])
+    app.include_router(page.router)
     return app
 
 

@@ -262,8 +262,8 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 def _fields(error: Any) -> list[str]:
-    """Where in the body the error is. A part in angle brackets only tells the body's own dialects apart."""
-    return [str(part) for part in error["loc"] if part != "body" and not str(part).startswith("<")]
+    """Where in the body or query the error is. A part in angle brackets only tells the body's own dialects apart."""
+    return [str(part) for part in error["loc"] if part not in ("body", "query") and not str(part).startswith("<")]
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

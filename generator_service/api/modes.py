@@ -1,0 +1,118 @@
+"""``GET /modes``: what a picture takes in each cache mode, for whoever has to choose one."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from generator_service.api.schemas import GenerateRequest
+from generator_service.api.state import GeneratorState, generator_state
+from generator_service.lemica import PUBLISHED
+from generator_service.order import Order
+from shared.errors import InvalidRequest
+
+router = APIRouter()
+
+
+class ModesQuery(BaseModel):
+    """The picture in question. What is left open is as ``POST /generate`` has it, and so are the limits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+
+    def request(self) -> GenerateRequest:
+        """The request for such a picture.
+
+        Raises:
+            RequestValidationError: a number is outside its limits.
+        """
+        try:
+            return GenerateRequest(prompt="", **self.model_dump(exclude_none=True))
+        except ValidationError as error:
+            raise RequestValidationError(error.errors()) from None
+
+
+class Mode(BaseModel):
+    """A cache mode, and what it means for the picture."""
+
+    name: str | int
+    """What ``cache`` takes."""
+    computed: int
+    total: int
+    computed_steps: list[int]
+    schedule: str
+    """As in the header ``x-schedule``."""
+    estimate_ms: int | None
+    """Denoising and decoding; None as long as nothing is known of the device's speed."""
+
+
+class Defaults(BaseModel):
+    """What holds for a request that leaves these open."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    cache: str | int
+
+
+class Modes(BaseModel):
+    """The answer."""
+
+    model: str
+    default: Defaults
+    modes: list[Mode]
+
+
+@router.get("/modes")
+async def modes(
+    query: Annotated[ModesQuery, Query()], state: Annotated[GeneratorState, Depends(generator_state)]
+) -> Modes:
+    """What the picture takes in each cache mode, and the defaults of this service."""
+    return Modes(
+        model=state.engine.model.folder.name,
+        default=defaults(state),
+        modes=[described(order) for order in await orders(query.request(), state)],
+    )
+
+
+def defaults(state: GeneratorState) -> Defaults:
+    """As ``make_order`` fills them in."""
+    side, blank = state.engine.model.default_side, GenerateRequest(prompt="")
+    return Defaults(
+        width=side,
+        height=side,
+        num_inference_steps=blank.num_inference_steps,
+        guidance_scale=blank.guidance_scale,
+        cache=state.settings.default_cache,
+    )
+
+
+async def orders(body: GenerateRequest, state: GeneratorState) -> list[Order]:
+    """The picture in every mode, the service's default among them."""
+    found = []
+    for cache in dict.fromkeys(("none", *PUBLISHED, state.settings.default_cache)):
+        try:
+            found.append(await state.order(body.model_copy(update={"cache": cache})))
+        except InvalidRequest as error:
+            if error.param != "cache":
+                raise  # else the default is a schedule that was not made for such a picture
+    return found
+
+
+def described(order: Order) -> Mode:
+    """What is told of a mode."""
+    assert isinstance(order.cache, str | int)  # none of those above is a bound of the error
+    return Mode(
+        name=order.cache,
+        computed=order.schedule.num_computed,
+        total=order.schedule.num_steps,
+        computed_steps=list(order.schedule.computed_steps),
+        schedule=str(order.schedule),
+        estimate_ms=None if order.estimate_s is None else round(1000 * order.estimate_s),
+    )

@@ -1,0 +1,183 @@
+/** @file Speaks with the generator: JSON, server-sent events, and the key that it may want. */
+
+import { askForKey, rememberedKey } from "./key.js";
+
+/**
+ * The body of `POST /generate`; `seed` in decimal digits.
+ * @typedef {object} GenerateRequest
+ * @property {string} prompt
+ * @property {number} [width]
+ * @property {number} [height]
+ * @property {number} [num_inference_steps]
+ * @property {number} [guidance_scale]
+ * @property {string} [seed]
+ * @property {string | number} [cache]
+ * @property {string} output_format
+ * @property {string[]} images
+ * @property {number} [previews]
+ */
+
+/**
+ * A cache mode, as `GET /modes` tells of it.
+ * @typedef {object} Mode
+ * @property {string | number} name
+ * @property {number} computed
+ * @property {number} total
+ * @property {number[]} computed_steps
+ * @property {string} schedule
+ * @property {number | null} estimate_ms
+ */
+
+/**
+ * The answer of `GET /modes`.
+ * @typedef {object} Modes
+ * @property {string} model
+ * @property {{width: number, height: number, num_inference_steps: number, guidance_scale: number,
+ *             cache: string | number}} default
+ * @property {Mode[]} modes
+ */
+
+/** @typedef {{name: string, data: any}} ServiceEvent */
+
+const UNAUTHORIZED = 401;
+
+/** What the service refused or failed at; `param` names the field to blame, if one is. */
+export class ServiceError extends Error {
+  /**
+   * @param {string} message
+   * @param {string | null} [param]
+   */
+  constructor(message, param = null) {
+    super(message);
+    this.param = param;
+  }
+
+  /**
+   * @param {any} problem a body of `application/problem+json`
+   * @returns {ServiceError}
+   */
+  static of(problem) {
+    return new ServiceError(problem.detail, problem.error?.param ?? null);
+  }
+}
+
+/**
+ * What a picture takes in each mode. An empty value is left to the service.
+ * @param {Record<string, string>} picture
+ * @param {AbortSignal} signal
+ * @returns {Promise<Modes>}
+ */
+export async function readModes(picture, signal) {
+  const given = Object.entries(picture).filter(([, value]) => value !== "");
+  const response = await request(`modes?${new URLSearchParams(given)}`, { signal });
+  return response.json();
+}
+
+/**
+ * Draw a picture; aborting `signal` cancels it at the service.
+ * @param {GenerateRequest} body
+ * @param {AbortSignal} signal
+ * @yields {ServiceEvent}
+ * @returns {AsyncGenerator<ServiceEvent>}
+ */
+export async function* generate(body, signal) {
+  const headers = { "Accept": "text/event-stream", "Content-Type": "application/json" };
+  const response = await request("generate", { method: "POST", headers, body: toJson(body), signal });
+  for await (const event of readEvents(/** @type {ReadableStream} */ (response.body))) {
+    if (event.name === "error") throw ServiceError.of(event.data);
+    yield event;
+  }
+}
+
+/**
+ * JSON of a request. Seeds go up to 2^63 - 1, more than a number holds: their digits are written as they are.
+ * @param {GenerateRequest} body
+ * @returns {string}
+ */
+function toJson({ seed, ...rest }) {
+  if (seed === undefined) return JSON.stringify(rest);
+  const isInteger = /^-?\d+$/.test(seed);
+  return `${JSON.stringify(rest).slice(0, -1)},"seed":${isInteger ? BigInt(seed) : JSON.stringify(seed)}}`;
+}
+
+/**
+ * Fetch, with the key if there is one; ask for it as long as the service wants another.
+ * @param {string} path relative to the page, so that the service may lie below any path of a proxy
+ * @param {RequestInit} options
+ * @returns {Promise<Response>}
+ */
+async function request(path, options) {
+  for (;;) {
+    const key = rememberedKey();
+    const response = await reach(path, withKey(options, key));
+    if (response.ok) return response;
+    const error = await problemOf(response);
+    if (response.status !== UNAUTHORIZED || !(await askForKey(key))) throw error;
+  }
+}
+
+/**
+ * @param {RequestInit} options
+ * @param {string | null} key
+ * @returns {RequestInit}
+ */
+function withKey(options, key) {
+  return key === null ? options : { ...options, headers: { ...options.headers, Authorization: `Bearer ${key}` } };
+}
+
+/**
+ * @param {string} path
+ * @param {RequestInit} options
+ * @returns {Promise<Response>}
+ */
+async function reach(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (options.signal?.aborted) throw error;
+    throw new ServiceError("The service cannot be reached.");
+  }
+}
+
+/**
+ * @param {Response} response
+ * @returns {Promise<ServiceError>}
+ */
+async function problemOf(response) {
+  try {
+    return ServiceError.of(await response.json());
+  } catch {
+    return new ServiceError(`The service answered with status ${response.status}.`); // a proxy's own page, perhaps
+  }
+}
+
+/**
+ * The server-sent events of a stream. (`EventSource` can only GET.)
+ * @param {ReadableStream<Uint8Array>} stream
+ * @yields {ServiceEvent}
+ * @returns {AsyncGenerator<ServiceEvent>}
+ */
+async function* readEvents(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    const blocks = (rest + value).split(/\r\n\r\n|\n\n/);
+    rest = /** @type {string} */ (blocks.pop());
+    for (const block of blocks) {
+      const event = parseEvent(block);
+      if (event !== null) yield event;
+    }
+  }
+}
+
+/**
+ * @param {string} block
+ * @returns {ServiceEvent | null} null of a comment, which only keeps the connection
+ */
+function parseEvent(block) {
+  const name = /^event: (.*)$/m.exec(block)?.[1];
+  const data = /^data: (.*)$/m.exec(block)?.[1];
+  return name && data ? { name: name.trim(), data: JSON.parse(data) } : null;
+}

@@ -1,0 +1,81 @@
+/** @file Two pictures of one seed, one over the other, with a slider between them and a figure for their difference. */
+
+import { duration, similarity } from "./text.js";
+
+/** @typedef {import("./run.js").Picture} Picture */
+
+const template = /** @type {HTMLTemplateElement} */ (document.getElementById("comparison-template"));
+
+/**
+ * Put two pictures of the same size over each other.
+ * @param {Picture} left
+ * @param {Picture} right
+ * @returns {Promise<HTMLElement>}
+ */
+export async function comparison(left, right) {
+  const fragment = /** @type {DocumentFragment} */ (template.content.cloneNode(true));
+  const figure = /** @type {HTMLElement} */ (fragment.querySelector("figure"));
+  const pair = /** @type {HTMLElement} */ (figure.querySelector(".pair"));
+  const slider = /** @type {HTMLInputElement} */ (figure.querySelector("input"));
+  for (const [side, picture] of Object.entries({ left, right })) {
+    const image = /** @type {HTMLImageElement} */ (figure.querySelector(`img.${side}`));
+    image.src = URL.createObjectURL(picture.blob);
+    image.alt = `${picture.request.cache}: ${picture.request.prompt}`;
+    figure.querySelector(`.${side}-tag`).textContent = String(picture.request.cache);
+  }
+  slider.addEventListener("input", () => split(pair, slider, left, right));
+  split(pair, slider, left, right);
+  figure.querySelector("figcaption").textContent = await caption(left, right);
+  return figure;
+}
+
+/**
+ * Show the left picture as far as the slider says.
+ * @param {HTMLElement} pair
+ * @param {HTMLInputElement} slider
+ * @param {Picture} left
+ * @param {Picture} right
+ */
+function split(pair, slider, left, right) {
+  pair.style.setProperty("--split", `${slider.value}%`);
+  slider.ariaLabel = `Border between ${left.request.cache} on the left and ${right.request.cache} on the right`;
+  slider.ariaValueText = `${slider.value} % ${left.request.cache}`;
+}
+
+/**
+ * @param {Picture} left
+ * @param {Picture} right
+ * @returns {Promise<string>}
+ */
+async function caption(left, right) {
+  const told = [left, right].map(
+    ({ request, computed, total, milliseconds }) =>
+      `${request.cache}: ${computed} of ${total} steps, ${duration(milliseconds)}`,
+  );
+  return [similarity(await psnr(left.blob, right.blob)), ...told].join(" · ");
+}
+
+/**
+ * Peak signal-to-noise ratio of two pictures of the same size, in decibels; infinite if their pixels are equal.
+ * @param {Blob} left
+ * @param {Blob} right
+ * @returns {Promise<number>}
+ */
+export async function psnr(left, right) {
+  const [a, b] = await Promise.all([pixels(left), pixels(right)]);
+  let sum = 0;
+  for (let k = 0; k < a.length; k++) sum += (a[k] - b[k]) ** 2; // opaque pictures: alpha adds nothing
+  const meanSquare = sum / (a.length * (3 / 4));
+  return 10 * Math.log10(255 ** 2 / meanSquare);
+}
+
+/**
+ * @param {Blob} blob
+ * @returns {Promise<Uint8ClampedArray>} red, green, blue and alpha of each pixel
+ */
+async function pixels(blob) {
+  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
+  const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0);
+  return context.getImageData(0, 0, bitmap.width, bitmap.height).data;
+}

@@ -1,0 +1,98 @@
+/** @file Reference images: dropped, pasted or chosen, shown as thumbnails, sent as data URIs. */
+
+const TYPES = ["image/png", "image/jpeg", "image/webp"];
+
+/** The reference images of the next picture. */
+export class References {
+  /** @type {string[]} */
+  #uris = [];
+  #drop = /** @type {HTMLElement} */ (document.getElementById("drop"));
+  #list = /** @type {HTMLElement} */ (document.getElementById("thumbnails"));
+  #input = /** @type {HTMLInputElement} */ (document.getElementById("images"));
+  /** @type {(text: string) => void} */
+  #complain;
+
+  /** @param {(text: string) => void} complain tells the user what is wrong with a file; "" that nothing is */
+  constructor(complain) {
+    this.#complain = complain;
+    this.#input.addEventListener("change", async () => {
+      await this.#add(/** @type {FileList} */ (this.#input.files));
+      this.#input.value = ""; // so that the same file can be chosen again after it was removed
+    });
+    this.#drop.addEventListener("drop", (event) => {
+      event.preventDefault();
+      this.#drop.classList.remove("over");
+      this.#add(/** @type {DataTransfer} */ (event.dataTransfer).files);
+    });
+    this.#drop.addEventListener("dragover", (event) => {
+      event.preventDefault();
+      this.#drop.classList.add("over");
+    });
+    this.#drop.addEventListener("dragleave", () => this.#drop.classList.remove("over"));
+    document.addEventListener("paste", (event) => {
+      if (event.clipboardData?.files.length) this.#add(event.clipboardData.files);
+    });
+  }
+
+  /** @returns {string[]} */
+  get uris() {
+    return [...this.#uris];
+  }
+
+  /** @param {string[]} uris */
+  set uris(uris) {
+    this.#uris = [...uris];
+    this.#show();
+  }
+
+  /** @param {FileList} files */
+  async #add(files) {
+    const refused = [...files].filter((file) => !TYPES.includes(file.type));
+    this.#complain(refused.length ? `${refused[0].name} is neither a PNG, a JPEG nor a WebP file.` : "");
+    const taken = [...files].filter((file) => TYPES.includes(file.type));
+    this.uris = [...this.#uris, ...(await Promise.all(taken.map(dataUri)))];
+  }
+
+  /** @param {number} position */
+  #remove(position) {
+    this.uris = this.#uris.filter((_, k) => k !== position);
+    const buttons = this.#list.querySelectorAll("button");
+    (buttons[Math.min(position, buttons.length - 1)] ?? this.#input).focus(); // the focused one is gone
+  }
+
+  #show() {
+    this.#list.replaceChildren(...this.#uris.map((uri, k) => this.#thumbnail(uri, k)));
+  }
+
+  /**
+   * @param {string} uri
+   * @param {number} position
+   * @returns {HTMLElement}
+   */
+  #thumbnail(uri, position) {
+    const item = document.createElement("li");
+    const image = document.createElement("img");
+    const button = document.createElement("button");
+    image.src = uri;
+    image.alt = `Reference image ${position + 1}`;
+    button.type = "button";
+    button.ariaLabel = `Remove reference image ${position + 1}`;
+    button.textContent = "×";
+    button.addEventListener("click", () => this.#remove(position));
+    item.append(image, button);
+    return item;
+  }
+}
+
+/**
+ * @param {File} file
+ * @returns {Promise<string>}
+ */
+function dataUri(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(/** @type {string} */ (reader.result)));
+    reader.addEventListener("error", () => reject(reader.error));
+    reader.readAsDataURL(file);
+  });
+}

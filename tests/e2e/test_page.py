@@ -1,0 +1,365 @@
+"""The page at ``/`` in a real browser, with a real service behind it."""
+
+import io
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect
+
+from demo_model.services import WEIGHTS
+from generator_service.app import create_app as create_generator
+from generator_service.settings import GeneratorSettings
+from tests.conftest import listening
+from tests.e2e.browser import chromium, find_chromium
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="chromium is not installed")
+
+PROMPT = "a large red circle above a small blue square on a white background"
+PATIENCE_MS = 60_000
+LONG = {"width": "512", "height": "512", "num_inference_steps": "100"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests; each opens the page as a new visitor."""
+    expect.set_options(timeout=PATIENCE_MS)
+    with chromium() as browser:
+        yield browser
+
+
+@dataclass
+class Visit:
+    """The page, open, and what the browser says of it."""
+
+    page: Page
+    url: str
+    errors: list[str] = field(default_factory=list)
+    hosts: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.page.set_default_timeout(PATIENCE_MS)
+        self.page.on("console", self._listen)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        self.page.goto(self.url)
+
+    def _listen(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.errors.append(message.text)
+
+    def expect_refusals(self, status: int) -> None:
+        """The browser logs each request that was refused; here that is what was wanted."""
+        told = f"the server responded with a status of {status}"
+        assert any(told in error for error in self.errors)
+        self.errors = [error for error in self.errors if told not in error]
+
+    def fill(self, **fields: str) -> None:
+        """Type into fields, once the modes are there."""
+        expect(self.page.get_by_role("radio")).to_have_count(5)
+        for name, text in fields.items():
+            self.page.locator(f"#{name}").fill(text)
+
+    def generate(self, **fields: str) -> None:
+        """Fill in the form and press the button."""
+        self.fill(**{"prompt": PROMPT} | fields)
+        self.page.get_by_role("button", name="Generate").click()
+
+    def wait_until_done(self) -> None:
+        """Until the pictures are there."""
+        expect(self.page.get_by_role("status")).to_have_text("Done")
+
+    def gallery(self) -> list[bytes]:
+        """The pictures of the gallery as they are downloaded, newest first."""
+        files = []
+        for link in self.page.get_by_role("link", name="Download").all():
+            with self.page.expect_download() as download:
+                link.click()
+            files.append(download.value.path().read_bytes())
+        return files
+
+
+def visited(browser: Browser, url: str) -> Iterator[Visit]:
+    """A new visitor's page; nothing was wrong with it and it spoke with its own service alone."""
+    context = browser.new_context()
+    visit = Visit(context.new_page(), url)
+    yield visit
+    context.close()
+    assert visit.errors == []
+    assert visit.hosts - {""} == {urlsplit(url).netloc}  # data and blob URLs have no host
+
+
+@pytest.fixture
+def visit(browser: Browser, generator_url: str) -> Iterator[Visit]:
+    """The page of a service that everyone may use."""
+    yield from visited(browser, generator_url)
+
+
+def picture_file(width: int = 96, height: int = 64) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    ramp = np.add.outer(np.arange(height), np.arange(width)).astype(np.uint8)
+    Image.fromarray(ramp).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_prompt_becomes_a_picture(visit: Visit) -> None:
+    """Generate shows the picture and what it took; the strip has each step, computed or reused."""
+    visit.generate(seed="7")
+    visit.wait_until_done()
+    expect(visit.page.locator(".run .now")).to_have_text(re.compile(r"20 of 50 steps computed · .* s · seed 7"))
+    expect(visit.page.locator(".run .strip .computed")).to_have_count(20)
+    expect(visit.page.locator(".run .strip .reused")).to_have_count(30)
+    image = visit.page.get_by_role("article").get_by_role("img", name=PROMPT)
+    assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [128, 128]
+
+
+def test_progress_is_watched(visit: Visit) -> None:
+    """While a picture is drawn the strip fills, computed and reused steps look different, and previews come."""
+    visit.fill(**LONG | {"prompt": PROMPT})
+    visit.page.get_by_role("radio", name="ultra").check()
+    visit.page.get_by_role("button", name="Generate").click()
+    bar = visit.page.get_by_role("progressbar", name="Steps")
+    expect(bar.locator(".reused").first).to_be_attached()
+    expect(visit.page.locator(".run .now")).to_have_text(re.compile(r"Step \d+ of 100, (computed|reused) · .* s left"))
+    expect(visit.page.get_by_role("img", name=re.compile("Preview 1 of"))).to_be_visible()
+    assert 0 < int(bar.get_attribute("aria-valuenow") or 0) <= 100
+    heights = [bar.locator(f".{kind}").first.bounding_box() for kind in ("computed", "reused")]
+    visit.wait_until_done()
+    assert heights[0] is not None
+    assert heights[1] is not None
+    assert heights[0]["height"] > 2 * heights[1]["height"]
+
+
+def test_cancel_stops_the_service(visit: Visit) -> None:
+    """Cancel ends the work at the service, and the next picture can be asked for."""
+    visit.generate(**LONG)
+    expect(visit.page.locator(".run .strip .computed").first).to_be_attached()
+    assert queue_depth(visit.url) == 1
+    visit.page.get_by_role("button", name="Cancel").click()
+    expect(visit.page.get_by_role("status")).to_have_text("Cancelled")
+    expect(visit.page.get_by_role("button", name="Cancel")).to_be_hidden()
+    expect(visit.page.get_by_role("button", name="Generate")).to_be_focused()
+    deadline = time.monotonic() + 10
+    while queue_depth(visit.url) > 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    visit.generate(width="64", height="64", num_inference_steps="4")
+    visit.wait_until_done()
+
+
+def queue_depth(url: str) -> float:
+    """How much work the service has."""
+    found = re.search(r"^flux2_queue_depth (.*)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_two_modes_are_compared(visit: Visit) -> None:
+    """One seed in two modes: both pictures with their figures, a slider over them, and their PSNR."""
+    visit.fill(prompt=PROMPT)
+    visit.page.get_by_role("radio", name="none").check()
+    visit.page.get_by_label("Compare with").select_option("ultra")
+    visit.page.get_by_role("button", name="Generate").click()
+    visit.wait_until_done()
+    seeds = [re.findall(r"seed (\d+)", text) for text in visit.page.locator(".run .now").all_text_contents()]
+    assert len(seeds) == 2
+    assert seeds[0] == seeds[1]
+    caption = visit.page.locator("figcaption", has_text="PSNR").text_content() or ""
+    assert re.search(r"none: 50 of 50 steps, [\d.]+ s · ultra: 10 of 50 steps, [\d.]+ s", caption)
+    shown = float(re.findall(r"PSNR ([\d.]+) dB", caption)[0])
+    ultra, none = (np.asarray(Image.open(io.BytesIO(data))).astype(float) for data in visit.gallery())
+    assert shown == pytest.approx(10 * np.log10(255**2 / np.mean((none - ultra) ** 2)), abs=0.06)
+    slider = visit.page.get_by_role("slider", name="Border between none on the left and ultra on the right")
+    before = visit.page.locator(".pair .left").evaluate("image => getComputedStyle(image).clipPath")
+    slider.focus()
+    for _ in range(10):
+        slider.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == "60 % none"
+    assert visit.page.locator(".pair .left").evaluate("image => getComputedStyle(image).clipPath") != before
+
+
+def test_equal_pictures_are_called_identical(visit: Visit) -> None:
+    """A mode compared with itself."""
+    visit.fill(prompt=PROMPT, width="64", height="64", num_inference_steps="8")
+    visit.page.get_by_label("Compare with").select_option("medium")
+    visit.page.get_by_role("button", name="Generate").click()
+    visit.wait_until_done()
+    expect(visit.page.locator(".comparison figcaption")).to_have_text(re.compile("^identical · medium: 3 of 8 steps"))
+
+
+def test_modes_follow_the_form(visit: Visit) -> None:
+    """Each mode tells its computed steps and seconds, for the size and the steps that are in the form."""
+    visit.fill(num_inference_steps="28", width="256")
+    expect(visit.page.get_by_role("radio", name="none 28 of 28")).to_be_attached()
+    names = [label.text_content() for label in visit.page.locator(".modes label").all()]
+    assert [re.sub(r"[\d.]+ s$", "", name or "") for name in names] == [
+        "none28 of 28", "slow15 of 28", "medium11 of 28", "fast8 of 28", "ultra6 of 28",
+    ]  # fmt: skip
+    assert all(re.search(r"[\d.]+ s$", name or "") for name in names)
+
+
+def test_reference_images_are_chosen_dropped_and_removed(visit: Visit) -> None:
+    """Each has a thumbnail and can be removed; what is sent has the remaining one's size."""
+    files = [
+        {"name": f"{name}.png", "mimeType": "image/png", "buffer": picture_file(width)}
+        for name, width in (("a", 96), ("b", 64))
+    ]
+    visit.page.get_by_label("Drop pictures here").set_input_files(files)  # type: ignore[arg-type]
+    expect(visit.page.get_by_role("img", name=re.compile("^Reference image"))).to_have_count(2)
+    visit.page.get_by_role("button", name="Remove reference image 1").click()
+    expect(visit.page.get_by_role("img", name=re.compile("^Reference image"))).to_have_count(1)
+    expect(visit.page.get_by_role("button", name="Remove reference image 1")).to_be_focused()
+    visit.page.locator("#drop").evaluate(
+        """(drop, bytes) => {
+            const dropped = new DataTransfer();
+            dropped.items.add(new File([new Uint8Array(bytes)], "c.png", {type: "image/png"}));
+            drop.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, bubbles: true, cancelable: true}));
+        }""",
+        list(picture_file(80)),
+    )
+    expect(visit.page.get_by_role("img", name=re.compile("^Reference image"))).to_have_count(2)
+    visit.generate(num_inference_steps="4")
+    visit.wait_until_done()
+    expect(visit.page.locator(".gallery .parameters")).to_have_text(re.compile("64 × 64 .* 2 reference images"))
+
+
+def test_a_file_that_is_no_picture_is_refused_at_once(visit: Visit) -> None:
+    """The error names the file and stands at the field."""
+    file = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+    visit.page.get_by_label("Drop pictures here").set_input_files(file)  # type: ignore[arg-type]
+    expect(visit.page.locator("#images-error")).to_have_text("notes.txt is neither a PNG, a JPEG nor a WebP file.")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("width", "100", "width: must be a multiple of 16 from 64 to 4096, not 100"),
+        ("seed", "seven", "seed: Input should be a valid integer"),
+        ("num_inference_steps", "101", "num_inference_steps: Input should be less than or equal to 100"),
+    ],
+)
+def test_an_error_stands_at_its_field(visit: Visit, name: str, text: str, told: str) -> None:
+    """What the service refuses is said at the field, which is marked and has the focus; then it can be put right."""
+    visit.generate(**{name: text})
+    wrong = visit.page.locator(f"#{name}")
+    expect(visit.page.locator(f"#{name}-error")).to_have_text(told)
+    expect(wrong).to_have_attribute("aria-invalid", "true")
+    expect(wrong).to_be_focused()
+    expect(wrong).to_have_accessible_description(told)
+    visit.generate(**{"width": "64", "height": "64", "num_inference_steps": "4", "seed": "9223372036854775807"})
+    visit.wait_until_done()
+    expect(visit.page.locator(f"#{name}-error")).to_be_empty()
+    expect(visit.page.locator(".run .now")).to_have_text(re.compile("seed 9223372036854775807"))
+    visit.expect_refusals(422)
+
+
+def test_a_prompt_is_asked_for(visit: Visit) -> None:
+    """Without one nothing is sent."""
+    visit.generate(prompt="")
+    expect(visit.page.locator("#prompt-error")).to_have_text("Say what to draw.")
+    expect(visit.page.get_by_label("Prompt")).to_be_focused()
+
+
+def test_the_gallery_stays_and_repeats(visit: Visit) -> None:
+    """Pictures outlive a reload with their parameters; repeat fills in the form and gives the same file again."""
+    visit.generate(num_inference_steps="8")
+    visit.wait_until_done()
+    visit.page.reload()
+    expect(visit.page.locator(".gallery li")).to_have_count(1)
+    expect(visit.page.locator(".gallery .parameters")).to_have_text(re.compile("medium · 128 × 128 · 3 of 8 steps"))
+    visit.page.get_by_role("button", name="Repeat").click()
+    visit.wait_until_done()
+    expect(visit.page.get_by_label("Prompt")).to_have_value(PROMPT)
+    expect(visit.page.get_by_label("Seed")).to_have_value(re.compile(r"\d+"))
+    expect(visit.page.get_by_label("Steps")).to_have_value("8")
+    again, first = visit.gallery()
+    assert again == first
+    visit.page.get_by_role("button", name="Delete").first.click()
+    expect(visit.page.locator(".gallery li")).to_have_count(1)
+    visit.page.reload()
+    expect(visit.page.locator(".gallery li")).to_have_count(1)
+
+
+@pytest.fixture(scope="module")
+def keyed_url(generator_url: str) -> Iterator[str]:
+    """A generator that wants a key. Its text encoder is away: a key is asked for before that matters."""
+    settings = GeneratorSettings(model=str(WEIGHTS), token="open sesame", text_encoder_url="http://127.0.0.1:9")
+    with listening(create_generator(settings)) as url:
+        yield url
+
+
+def test_a_key_is_asked_for_when_the_service_wants_one(browser: Browser, keyed_url: str) -> None:
+    """The page itself needs none; a wrong key is asked for again, the right one is kept for the tab."""
+    for visit in visited(browser, keyed_url):
+        key = visit.page.get_by_label("API key")
+        expect(key).to_be_focused()
+        key.fill("mellon")
+        key.press("Enter")
+        expect(visit.page.locator("#key-error")).to_have_text("The service did not take this key.")
+        key.fill("open sesame")
+        visit.page.get_by_role("button", name="Use this key").click()
+        expect(visit.page.get_by_role("radio")).to_have_count(5)
+        visit.page.reload()
+        expect(visit.page.get_by_role("radio")).to_have_count(5)
+        expect(key).to_be_hidden()
+        visit.expect_refusals(401)
+
+
+def test_who_has_no_key_is_told_so(browser: Browser, keyed_url: str) -> None:
+    """Leaving the dialog shows what the service said."""
+    for visit in visited(browser, keyed_url):
+        visit.page.keyboard.press("Escape")
+        expect(visit.page.get_by_role("alert")).to_have_text("a valid bearer token is required")
+        visit.expect_refusals(401)
+
+
+def test_every_control_has_a_name(visit: Visit) -> None:
+    """Nothing that takes input is nameless to a screen reader, also once there are pictures to compare."""
+    visit.fill(prompt=PROMPT, num_inference_steps="4", width="64", height="64")
+    visit.page.get_by_label("Compare with").select_option("none")
+    visit.page.get_by_role("button", name="Generate").click()
+    visit.wait_until_done()
+    controls = visit.page.locator("input:visible, select:visible, textarea:visible, button:visible, a:visible").all()
+    assert len(controls) > 20
+    for control in controls:
+        expect(control).to_have_accessible_name(re.compile(r"\S"))
+    assert visit.page.locator("img:visible:not([alt])").count() == 0
+    for name in ("What to draw", "Picture", "Gallery"):
+        assert re.search(rf'(form|region) "{name}"', visit.page.locator("main").aria_snapshot())
+
+
+def test_the_keyboard_is_enough(visit: Visit) -> None:
+    """From the prompt, Tab reaches each control in turn, the focus can be seen, and Enter generates."""
+    visit.fill(num_inference_steps="4", width="64", height="64", prompt=PROMPT)
+    passed = []
+    while len(passed) < 30:
+        visit.page.keyboard.press("Tab")
+        focused = visit.page.locator(":focus")
+        passed.append(focused.get_attribute("name") or focused.text_content())
+        outlined = focused.evaluate("e => [e, e.parentElement].some(x => getComputedStyle(x).outlineStyle !== 'none')")
+        assert outlined, passed
+        if passed[-1] == "Generate":
+            break
+    assert passed == ["images", "cache", "rival", *LONG, "guidance_scale", "seed", "output_format", "Generate"]
+    visit.page.keyboard.press("Enter")
+    visit.wait_until_done()
+
+
+def test_it_fits_a_phone_and_both_colour_schemes(visit: Visit) -> None:
+    """Nothing is cut off at 360 pixels, and a dark scheme is dark."""
+    visit.page.set_viewport_size({"width": 360, "height": 700})
+    expect(visit.page.get_by_role("radio")).to_have_count(5)
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
+    brightness = {}
+    for scheme in ("light", "dark"):
+        visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        colour = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3]))
+    assert brightness["dark"] < 150 < 600 < brightness["light"]
