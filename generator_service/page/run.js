@@ -77,7 +77,6 @@ export class Run {
    */
   async #complete(event) {
     const blob = blobOf(event.image, `image/${this.request.output_format}`);
-    URL.revokeObjectURL(this.image.src);
     this.image.src = URL.createObjectURL(blob);
     this.image.alt = this.request.prompt;
     this.image.hidden = false;

@@ -1,0 +1,47 @@
+"""Takes the picture of the page that the README shows: ``python -m tests.e2e.screenshot URL FILE`` while it is served."""
+
+import sys
+
+from playwright.sync_api import Page, expect
+
+from tests.e2e.browser import chromium
+
+PATIENCE_MS = 120_000
+SIZE = {"width": 1200, "height": 900}
+PROMPTS = (
+    "a small green cross at the top on a black background",
+    "a large blue square on the left on a beige background",
+)
+COMPARED = "a large red circle above a small blue square on a white background"
+
+
+def take(page: Page, url: str, file: str) -> None:
+    """Fill the gallery, compare two modes, and write the picture."""
+    page.goto(url)
+    expect(page.get_by_role("radio")).to_have_count(5)
+    for number, prompt in enumerate(PROMPTS):
+        draw(page, prompt, number)
+    page.get_by_label("Compare with").select_option("ultra")
+    draw(page, COMPARED, 7)
+    page.evaluate("scrollTo(0, 0)")
+    page.screenshot(path=file)
+
+
+def draw(page: Page, prompt: str, seed: int) -> None:
+    """Generate, and wait for the picture."""
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Seed").fill(str(seed))
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("status")).to_have_text("Done")
+    expect(page.locator(".gallery .prompt", has_text=prompt).first).to_be_visible()
+
+
+def main(url: str, file: str, scheme: str = "light") -> None:
+    """Open a browser of the README's size."""
+    expect.set_options(timeout=PATIENCE_MS)
+    with chromium() as browser:
+        take(browser.new_page(viewport=SIZE, color_scheme=scheme), url, file)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
