@@ -83,7 +83,7 @@ async def modes(
 
 def defaults(state: GeneratorState) -> Defaults:
     """As ``make_order`` fills them in."""
-    side, blank = state.engine.model.default_side, GenerateRequest(prompt="")
+    side, blank = state.engine.model.default_side, GenerateRequest(prompt="", images=[])
     return Defaults(
         width=side,
         height=side,

@@ -83,7 +83,7 @@ export async function readModes(picture, signal) {
 export async function* generate(body, signal) {
   const headers = { "Accept": "text/event-stream", "Content-Type": "application/json" };
   const response = await request("generate", { method: "POST", headers, body: toJson(body), signal });
-  for await (const event of readEvents(/** @type {ReadableStream} */ (response.body))) {
+  for await (const event of readEvents(response)) {
     if (event.name === "error") throw ServiceError.of(event.data);
     yield event;
   }
@@ -153,18 +153,20 @@ async function problemOf(response) {
 
 /**
  * The server-sent events of a stream. (`EventSource` can only GET.)
- * @param {ReadableStream<Uint8Array>} stream
+ * @param {Response} response
  * @yields {ServiceEvent}
  * @returns {AsyncGenerator<ServiceEvent>}
  */
-async function* readEvents(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+async function* readEvents(response) {
+  if (response.body === null) return;
+  const decoder = new TextDecoder();
+  const reader = response.body.getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) break;
-    const blocks = (rest + value).split(/\r\n\r\n|\n\n/);
-    rest = /** @type {string} */ (blocks.pop());
+    const blocks = (rest + decoder.decode(value, { stream: true })).split(/\r\n\r\n|\n\n/);
+    rest = blocks.pop() ?? "";
     for (const block of blocks) {
       const event = parseEvent(block);
       if (event !== null) yield event;

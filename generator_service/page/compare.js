@@ -1,10 +1,9 @@
 /** @file Two pictures of one seed, one over the other, with a slider between them and a figure for their difference. */
 
+import { copyOf, one, write } from "./dom.js";
 import { duration, similarity } from "./text.js";
 
 /** @typedef {import("./run.js").Picture} Picture */
-
-const template = /** @type {HTMLTemplateElement} */ (document.getElementById("comparison-template"));
 
 /**
  * Put two pictures of the same size over each other.
@@ -13,19 +12,18 @@ const template = /** @type {HTMLTemplateElement} */ (document.getElementById("co
  * @returns {Promise<HTMLElement>}
  */
 export async function comparison(left, right) {
-  const fragment = /** @type {DocumentFragment} */ (template.content.cloneNode(true));
-  const figure = /** @type {HTMLElement} */ (fragment.querySelector("figure"));
-  const pair = /** @type {HTMLElement} */ (figure.querySelector(".pair"));
-  const slider = /** @type {HTMLInputElement} */ (figure.querySelector("input"));
+  const figure = copyOf("#comparison-template", HTMLElement);
+  const pair = one(".pair", HTMLElement, figure);
+  const slider = one("input", HTMLInputElement, figure);
   for (const [side, picture] of Object.entries({ left, right })) {
-    const image = /** @type {HTMLImageElement} */ (figure.querySelector(`img.${side}`));
+    const image = one(`img.${side}`, HTMLImageElement, figure);
     image.src = URL.createObjectURL(picture.blob);
     image.alt = `${picture.request.cache}: ${picture.request.prompt}`;
-    figure.querySelector(`.${side}-tag`).textContent = String(picture.request.cache);
+    write(`.${side}-tag`, String(picture.request.cache), figure);
   }
   slider.addEventListener("input", () => split(pair, slider, left, right));
   split(pair, slider, left, right);
-  figure.querySelector("figcaption").textContent = await caption(left, right);
+  write("figcaption", await caption(left, right), figure);
   return figure;
 }
 
@@ -76,6 +74,7 @@ export async function psnr(left, right) {
 async function pixels(blob) {
   const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
   const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d", { willReadFrequently: true });
+  if (context === null) throw new Error("This browser cannot compare pictures.");
   context.drawImage(bitmap, 0, 0);
   return context.getImageData(0, 0, bitmap.width, bitmap.height).data;
 }

@@ -1,21 +1,27 @@
 /** @file The form: from its fields to a request, from a request to its fields, and errors at the field they are about. */
 
 import { ServiceError, readModes } from "./api.js";
-import { choose, chosenMode, offer, rivalMode } from "./modes.js";
+import { one, write } from "./dom.js";
+import { choose, chosenMode, compareWithNothing, offer } from "./modes.js";
 import { References } from "./references.js";
 
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
 
-const NUMBERS = ["width", "height", "num_inference_steps", "guidance_scale"];
+const NUMBERS = /** @type {const} */ (["width", "height", "num_inference_steps", "guidance_scale"]);
 const WAIT_FOR_TYPING_MS = 250;
 
-const element = /** @type {HTMLFormElement} */ (document.getElementById("form"));
-const general = /** @type {HTMLElement} */ (document.getElementById("error"));
+const element = one("#form", HTMLFormElement);
+const prompt = one("#prompt", HTMLTextAreaElement);
+const format = one("#output_format", HTMLSelectElement);
 const references = new References((text) => mark("images", text));
 
-/** @param {string} name */
+/**
+ * A field with one line of text.
+ * @param {string} name
+ * @returns {HTMLInputElement}
+ */
 function field(name) {
-  return /** @type {HTMLInputElement} */ (document.getElementById(name));
+  return one(`#${name}`, HTMLInputElement);
 }
 
 /**
@@ -23,10 +29,11 @@ function field(name) {
  * @returns {GenerateRequest}
  */
 export function read() {
-  if (field("prompt").value.trim() === "") throw new ServiceError("Say what to draw.", "prompt");
+  if (prompt.value.trim() === "") throw new ServiceError("Say what to draw.", "prompt");
+  /** @type {GenerateRequest} */
   const request = {
-    prompt: field("prompt").value,
-    output_format: field("output_format").value,
+    prompt: prompt.value,
+    output_format: format.value,
     images: references.uris,
     cache: chosenMode(),
     seed: field("seed").value.trim() || undefined,
@@ -38,42 +45,48 @@ export function read() {
   return request;
 }
 
-/** @returns {string | number | undefined} the mode to compare with, if one is wanted */
-export function readRival() {
-  return rivalMode();
-}
-
 /**
  * Fill in what a picture was made with.
  * @param {GenerateRequest} request
  */
 export function fill(request) {
-  for (const name of ["prompt", "output_format", "seed", ...NUMBERS]) field(name).value = String(request[name] ?? "");
+  prompt.value = request.prompt;
+  format.value = request.output_format;
+  for (const name of /** @type {const} */ (["seed", ...NUMBERS])) field(name).value = String(request[name] ?? "");
   references.uris = request.images;
   if (request.cache !== undefined) choose(request.cache);
-  field("rival").value = "";
-  clearErrors();
+  compareWithNothing();
 }
 
 /**
- * Tell an error at the field that it is about, or below the form, and lead the user there.
- * @param {Error} error
+ * Tell an error where it belongs, and lead the user there.
+ * @param {unknown} error
  */
 export function showError(error) {
+  const param = tell(error);
+  if (param !== undefined) one(`[name=${param}]`, HTMLElement, element).focus();
+}
+
+/**
+ * Tell an error at the field that it is about, or below the form.
+ * @param {unknown} error
+ * @returns {string | undefined} the field's name
+ */
+function tell(error) {
+  const message = error instanceof Error ? error.message : String(error);
   const param = error instanceof ServiceError ? error.param?.replace(/\[\d+\]$/, "") : undefined;
-  const place = param && document.getElementById(`${param}-error`);
-  if (!place) {
-    general.textContent = error.message;
-    return;
+  if (param === undefined || document.getElementById(`${param}-error`) === null) {
+    write("#error", message);
+    return undefined;
   }
-  mark(param, error.message);
-  (document.getElementById(param) ?? element.querySelector(`[name=${param}]`))?.focus();
+  mark(param, message);
+  return param;
 }
 
 /** Nothing is wrong any more, or nobody has looked. */
 export function clearErrors() {
-  general.textContent = "";
-  for (const problem of element.querySelectorAll(".problem[id$='-error']")) mark(problem.id.slice(0, -6), "");
+  for (const problem of element.querySelectorAll(".problem")) problem.textContent = "";
+  for (const input of element.querySelectorAll("[aria-invalid]")) input.ariaInvalid = "false";
 }
 
 /**
@@ -81,8 +94,8 @@ export function clearErrors() {
  * @param {string} text
  */
 function mark(param, text) {
-  document.getElementById(`${param}-error`).textContent = text;
-  const input = document.getElementById(param);
+  write(`#${param}-error`, text);
+  const input = document.getElementById(param); // a mode is several
   if (input) input.ariaInvalid = String(text !== "");
 }
 
@@ -104,12 +117,10 @@ export async function refreshModes() {
       mark(name, "");
       field(name).placeholder = String(told.default[name]);
     }
-    document.getElementById("model").textContent = told.model;
+    write("#model", told.model);
     offer(told.modes, told.default.cache);
   } catch (error) {
-    if (signal.aborted) return;
-    if (error instanceof ServiceError && error.param) mark(error.param, error.message);
-    else showError(/** @type {Error} */ (error));
+    if (!signal.aborted) tell(error); // and leave the focus to who is typing
   }
 }
 
@@ -122,7 +133,7 @@ export function watch() {
       timer = setTimeout(refreshModes, WAIT_FOR_TYPING_MS);
     });
   }
-  field("prompt").addEventListener("keydown", (event) => {
+  prompt.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) element.requestSubmit();
   });
 }

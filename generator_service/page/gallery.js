@@ -1,5 +1,6 @@
 /** @file The pictures that were made in this browser, with what it takes to make them again. */
 
+import { copyOf, one, write } from "./dom.js";
 import { summary } from "./run.js";
 
 /** @typedef {import("./run.js").Picture} Picture */
@@ -8,9 +9,8 @@ import { summary } from "./run.js";
 const DATABASE = "flux2-gallery";
 const STORE = "pictures";
 
-const list = /** @type {HTMLElement} */ (document.querySelector("#gallery ul"));
-const note = /** @type {HTMLElement} */ (document.getElementById("gallery-note"));
-const template = /** @type {HTMLTemplateElement} */ (document.getElementById("picture-template"));
+const list = one("#gallery ul", HTMLElement);
+const note = one("#gallery-note", HTMLElement);
 
 /** What is kept, newest first. */
 export class Gallery {
@@ -57,34 +57,30 @@ export class Gallery {
 
   /** @param {KeptPicture} picture */
   #show(picture) {
-    const fragment = /** @type {DocumentFragment} */ (template.content.cloneNode(true));
-    const item = /** @type {HTMLElement} */ (fragment.querySelector("li"));
-    const image = /** @type {HTMLImageElement} */ (item.querySelector("img"));
-    const download = /** @type {HTMLAnchorElement} */ (item.querySelector(".download"));
     const { request } = picture;
+    const item = copyOf("#picture-template", HTMLElement);
+    const image = one("img", HTMLImageElement, item);
+    const download = one(".download", HTMLAnchorElement, item);
     image.src = download.href = URL.createObjectURL(picture.blob);
     image.alt = request.prompt;
-    image.width = request.width;
-    image.height = request.height;
     download.download = `flux2-${request.seed}-${request.cache}.${request.output_format}`;
-    item.querySelector(".prompt").textContent = request.prompt;
-    item.querySelector(".parameters").textContent = parameters(picture);
-    item.querySelector(".repeat").addEventListener("click", () => this.#repeat(picture));
-    item.querySelector(".delete").addEventListener("click", () => this.#delete(picture, item, image));
+    write(".prompt", request.prompt, item);
+    write(".parameters", parameters(picture), item);
+    one(".repeat", HTMLElement, item).addEventListener("click", () => this.#repeat(picture));
+    one(".delete", HTMLElement, item).addEventListener("click", () => this.#delete(picture, item));
     list.prepend(item);
   }
 
   /**
    * @param {KeptPicture} picture
    * @param {HTMLElement} item
-   * @param {HTMLImageElement} image
    */
-  async #delete(picture, item, image) {
+  async #delete(picture, item) {
     if (this.#database) await settled(this.#store("readwrite").delete(picture.id));
     const next = item.nextElementSibling ?? item.previousElementSibling;
     item.remove();
-    URL.revokeObjectURL(image.src);
-    (next?.querySelector(".delete") ?? document.getElementById("prompt")).focus(); // the focused button is gone
+    URL.revokeObjectURL(one("img", HTMLImageElement, item).src);
+    one(next ? ".delete" : "#prompt", HTMLElement, next ?? document).focus(); // the focused button is gone
   }
 }
 

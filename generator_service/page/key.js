@@ -1,12 +1,12 @@
 /** @file The API key: asked for when the service wants one, kept as long as the tab. */
 
+import { one, write } from "./dom.js";
+
 const STORED_AS = "flux2-key";
 
-const dialog = /** @type {HTMLDialogElement} */ (document.getElementById("key-dialog"));
-const field = /** @type {HTMLInputElement} */ (document.getElementById("key"));
-const complaint = /** @type {HTMLElement} */ (document.getElementById("key-error"));
-const cancel = /** @type {HTMLButtonElement} */ (document.getElementById("key-cancel"));
-cancel.addEventListener("click", () => dialog.close());
+const dialog = one("#key-dialog", HTMLDialogElement);
+const field = one("#key", HTMLInputElement);
+one("#key-cancel", HTMLButtonElement).addEventListener("click", () => dialog.close());
 
 /** @type {Promise<boolean> | null} */
 let asking = null; // requests that are refused together ask together
@@ -36,15 +36,13 @@ export async function askForKey(refused) {
  * @returns {Promise<boolean>}
  */
 function openDialog(wasRefused) {
-  complaint.textContent = wasRefused ? "The service did not take this key." : "";
+  write("#key-error", wasRefused ? "The service did not take this key." : "");
   field.ariaInvalid = String(wasRefused);
   field.value = "";
-  dialog.returnValue = "";
+  dialog.returnValue = ""; // what it stays when the dialog is left
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(remember(field.value)), { once: true });
-    cancel.addEventListener("click", () => { field.value = ""; }, { once: true, capture: true });
-    dialog.addEventListener("cancel", () => { field.value = ""; }, { once: true }); // Escape
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "use" && remember(field.value)), { once: true });
   });
 }
 
@@ -53,6 +51,6 @@ function openDialog(wasRefused) {
  * @returns {boolean}
  */
 function remember(key) {
-  if (key !== "") sessionStorage.setItem(STORED_AS, key);
-  return key !== "";
+  sessionStorage.setItem(STORED_AS, key);
+  return true;
 }

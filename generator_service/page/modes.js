@@ -1,12 +1,13 @@
 /** @file The choice of a mode: how many steps each computes, which they are, and how long it takes. */
 
+import { one } from "./dom.js";
 import { Strip } from "./strip.js";
 import { duration } from "./text.js";
 
 /** @typedef {import("./api.js").Mode} Mode */
 
-const list = /** @type {HTMLElement} */ (document.querySelector("#modes .modes"));
-const rival = /** @type {HTMLSelectElement} */ (document.getElementById("rival"));
+const list = one("#modes .modes", HTMLElement);
+const rival = one("#rival", HTMLSelectElement);
 
 /**
  * Offer these modes; what was chosen stays chosen.
@@ -18,7 +19,7 @@ export function offer(modes, preferred) {
   const focused = list.contains(document.activeElement);
   list.replaceChildren(...modes.map((mode) => row(mode)));
   choose(chosen);
-  if (focused) list.querySelector("input:checked")?.focus();
+  if (focused) chosenInput()?.focus();
   const rivalName = rival.value;
   rival.replaceChildren(new Option("nothing", ""), ...modes.map(({ name }) => new Option(String(name))));
   rival.value = rivalName;
@@ -31,12 +32,22 @@ export function choose(name) {
 
 /** @returns {string | number | undefined} undefined as long as none is offered */
 export function chosenMode() {
-  return asSent(list.querySelector("input:checked")?.value);
+  return asSent(chosenInput()?.value);
+}
+
+/** @returns {HTMLInputElement | undefined} */
+function chosenInput() {
+  return [...list.querySelectorAll("input")].find((input) => input.checked);
 }
 
 /** @returns {string | number | undefined} the mode to compare with, if one is wanted */
 export function rivalMode() {
   return rival.value === "" ? undefined : asSent(rival.value);
+}
+
+/** Take back the wish to compare. */
+export function compareWithNothing() {
+  rival.value = "";
 }
 
 /**

@@ -1,8 +1,10 @@
 /** @file Ties the page together: what happens when a button is pressed. */
 
 import { comparison } from "./compare.js";
+import { one } from "./dom.js";
 import * as form from "./form.js";
 import { Gallery } from "./gallery.js";
+import { rivalMode } from "./modes.js";
 import { Run } from "./run.js";
 
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
@@ -11,11 +13,11 @@ import { Run } from "./run.js";
 const PREVIEWS = 3;
 const DRAWN_SEEDS = 2 ** 32;
 
-const generateButton = /** @type {HTMLButtonElement} */ (document.getElementById("generate"));
-const cancelButton = /** @type {HTMLButtonElement} */ (document.getElementById("cancel"));
-const status = /** @type {HTMLElement} */ (document.getElementById("status"));
-const runs = /** @type {HTMLElement} */ (document.getElementById("runs"));
-const compared = /** @type {HTMLElement} */ (document.getElementById("comparison"));
+const generateButton = one("#generate", HTMLButtonElement);
+const cancelButton = one("#cancel", HTMLButtonElement);
+const status = one("#status", HTMLElement);
+const runs = one("#runs", HTMLElement);
+const compared = one("#comparison", HTMLElement);
 const gallery = new Gallery(repeat);
 
 /** @type {AbortController | null} */
@@ -25,12 +27,15 @@ let running = null;
 async function start() {
   if (running) return;
   form.clearErrors();
+  running = new AbortController();
+  showButtons();
   try {
-    const requests = wanted();
-    running = new AbortController();
-    await drawAll(requests, running.signal);
+    await drawAll(wanted(), running.signal);
+    status.textContent = "Done";
+    form.refreshModes(); // the service knows more about its speed now
   } catch (error) {
-    form.showError(/** @type {Error} */ (error));
+    status.textContent = running.signal.aborted ? "Cancelled" : "Not drawn";
+    if (!running.signal.aborted) form.showError(error);
   } finally {
     running = null;
     showButtons();
@@ -43,7 +48,7 @@ async function start() {
  */
 function wanted() {
   const request = form.read();
-  const rival = form.readRival();
+  const rival = rivalMode();
   if (rival === undefined) return [{ ...request, previews: PREVIEWS }];
   const seed = request.seed ?? String(Math.floor(Math.random() * DRAWN_SEEDS));
   // No previews: each costs a decoding, and the times are to be compared.
@@ -59,25 +64,21 @@ async function drawAll(requests, signal) {
   const panels = requests.map((request) => new Run(request, String(request.cache ?? "picture")));
   runs.replaceChildren(...panels.map((panel) => panel.element));
   compared.replaceChildren();
-  document.getElementById("legend").hidden = false;
-  showButtons();
+  one("#legend", HTMLElement).hidden = false;
   /** @type {Picture[]} */
   const pictures = [];
-  for (const panel of panels) {
-    status.textContent = `Drawing: ${panel.request.cache}`;
-    try {
-      pictures.push(await panel.draw(signal));
-    } catch (error) {
-      panels.slice(pictures.length).forEach((rest) => rest.end(signal.aborted ? "Cancelled" : "Not drawn"));
-      status.textContent = signal.aborted ? "Cancelled" : "Not drawn";
-      if (signal.aborted) return;
-      throw error;
+  try {
+    for (const panel of panels) {
+      status.textContent = `Drawing: ${panel.request.cache}`;
+      const picture = await panel.draw(signal);
+      pictures.push(picture);
+      await gallery.keep(picture);
     }
-    await gallery.keep(pictures.at(-1));
+  } catch (error) {
+    for (const panel of panels.slice(pictures.length)) panel.end(signal.aborted ? "Cancelled" : "Not drawn");
+    throw error;
   }
   if (pictures.length === 2) compared.replaceChildren(await comparison(pictures[0], pictures[1]));
-  status.textContent = "Done";
-  form.refreshModes(); // the service knows more about its speed now
 }
 
 /** Cancel is there as long as there is something to cancel. */
@@ -95,11 +96,11 @@ function showButtons() {
 function repeat(picture) {
   if (running) return;
   form.fill(picture.request);
-  document.getElementById("result").scrollIntoView();
+  one("#result", HTMLElement).scrollIntoView();
   start();
 }
 
-document.getElementById("form").addEventListener("submit", (event) => {
+one("#form", HTMLFormElement).addEventListener("submit", (event) => {
   event.preventDefault();
   start();
 });

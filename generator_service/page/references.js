@@ -1,14 +1,16 @@
 /** @file Reference images: dropped, pasted or chosen, shown as thumbnails, sent as data URIs. */
 
+import { one } from "./dom.js";
+
 const TYPES = ["image/png", "image/jpeg", "image/webp"];
 
 /** The reference images of the next picture. */
 export class References {
   /** @type {string[]} */
   #uris = [];
-  #drop = /** @type {HTMLElement} */ (document.getElementById("drop"));
-  #list = /** @type {HTMLElement} */ (document.getElementById("thumbnails"));
-  #input = /** @type {HTMLInputElement} */ (document.getElementById("images"));
+  #drop = one("#drop", HTMLElement);
+  #list = one("#thumbnails", HTMLElement);
+  #input = one("#images", HTMLInputElement);
   /** @type {(text: string) => void} */
   #complain;
 
@@ -16,13 +18,13 @@ export class References {
   constructor(complain) {
     this.#complain = complain;
     this.#input.addEventListener("change", async () => {
-      await this.#add(/** @type {FileList} */ (this.#input.files));
+      await this.#add(this.#input.files ?? []);
       this.#input.value = ""; // so that the same file can be chosen again after it was removed
     });
     this.#drop.addEventListener("drop", (event) => {
       event.preventDefault();
       this.#drop.classList.remove("over");
-      this.#add(/** @type {DataTransfer} */ (event.dataTransfer).files);
+      this.#add(event.dataTransfer?.files ?? []);
     });
     this.#drop.addEventListener("dragover", (event) => {
       event.preventDefault();
@@ -45,7 +47,7 @@ export class References {
     this.#show();
   }
 
-  /** @param {FileList} files */
+  /** @param {Iterable<File>} files */
   async #add(files) {
     const refused = [...files].filter((file) => !TYPES.includes(file.type));
     this.#complain(refused.length ? `${refused[0].name} is neither a PNG, a JPEG nor a WebP file.` : "");

@@ -1,6 +1,7 @@
 /** @file One picture on its way: its steps, its previews, the time left, and at last the picture. */
 
 import { generate } from "./api.js";
+import { copyOf, one, write } from "./dom.js";
 import { Strip } from "./strip.js";
 import { duration } from "./text.js";
 
@@ -17,8 +18,6 @@ import { duration } from "./text.js";
  * @property {number} milliseconds denoising and decoding
  */
 
-const template = /** @type {HTMLTemplateElement} */ (document.getElementById("run-template"));
-
 /** A panel for one picture. */
 export class Run {
   /**
@@ -27,12 +26,13 @@ export class Run {
    */
   constructor(request, title) {
     this.request = request;
-    this.element = /** @type {HTMLElement} */ (template.content.cloneNode(true)).querySelector("article");
-    this.element.querySelector("h3").textContent = title;
-    this.image = /** @type {HTMLImageElement} */ (this.element.querySelector("img"));
-    this.now = this.element.querySelector(".now");
-    this.strip = new Strip(this.element.querySelector(".strip"));
+    this.element = copyOf("#run-template", HTMLElement);
+    this.image = one("img", HTMLImageElement, this.element);
+    this.now = one(".now", HTMLElement, this.element);
+    this.strip = new Strip(one(".strip", HTMLElement, this.element));
+    write("h3", title, this.element);
     this.now.textContent = "Waiting for its turn";
+    this.isNext = false;
   }
 
   /**
@@ -42,7 +42,9 @@ export class Run {
    */
   async draw(signal) {
     for await (const { name, data } of generate(this.request, signal)) {
-      if (name === "step") this.#showStep(data);
+      if (name === "queued") this.#showPlace(data);
+      else if (name === "encoding") this.#showReading();
+      else if (name === "step") this.#showStep(data);
       else if (name === "preview") this.#showPreview(data);
       else if (name === "completed") return this.#complete(data);
     }
@@ -52,6 +54,18 @@ export class Run {
   /** @param {string} text why there is no picture */
   end(text) {
     this.now.textContent = text;
+  }
+
+  /** @param {{position: number, wait_ms?: number}} event */
+  #showPlace({ position, wait_ms: wait }) {
+    this.isNext = position === 0;
+    const before = this.isNext ? "" : `: ${position} before this one`;
+    const eta = this.isNext || wait === undefined ? "" : ` · ${duration(wait)}`;
+    this.now.textContent = `Waiting for its turn${before}${eta}`;
+  }
+
+  #showReading() {
+    if (this.isNext) this.now.textContent = "Reading the prompt"; // else the line is what it waits for
   }
 
   /** @param {{step: number, total: number, computed: boolean, eta_ms?: number}} event */

@@ -1,4 +1,4 @@
-"""Takes the picture of the page that the README shows: ``python -m tests.e2e.screenshot URL FILE`` while it is served."""
+"""Takes the README's picture of a page that is being served: ``python -m tests.e2e.screenshot URL FILE``."""
 
 import sys
 
