@@ -11,6 +11,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running_services(log_level="info") as services:
+            print(f"the page      {services.generator_url}")
             print(f"text encoder  {services.text_encoder_url}/docs")
             print(f"generator     {services.generator_url}/docs")
             print("Ctrl-C ends both", flush=True)

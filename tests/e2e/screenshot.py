@@ -7,7 +7,7 @@ from playwright.sync_api import Page, expect
 from tests.e2e.browser import chromium
 
 PATIENCE_MS = 120_000
-SIZE = {"width": 1200, "height": 900}
+SIZE = {"width": 1200, "height": 960}
 PROMPTS = (
     "a small green cross at the top on a black background",
     "a large blue square on the left on a beige background",
