@@ -146,10 +146,14 @@ def listening(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def generator_url() -> Iterator[str]:
+def encoder_url() -> Iterator[str]:
+    """The address of a text encoder, behind a real socket."""
+    with listening(create_encoder(TextEncoderSettings(model=str(WEIGHTS)))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def generator_url(encoder_url: str) -> Iterator[str]:
     """The address of a generator with its encoder, behind a real socket."""
-    with (
-        listening(create_encoder(TextEncoderSettings(model=str(WEIGHTS)))) as encoder,
-        listening(create_generator(GeneratorSettings(model=str(WEIGHTS), text_encoder_url=encoder))) as generator,
-    ):
-        yield generator
+    with listening(create_generator(GeneratorSettings(model=str(WEIGHTS), text_encoder_url=encoder_url))) as url:
+        yield url

@@ -8,6 +8,8 @@ import { References } from "./references.js";
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
 
 const NUMBERS = /** @type {const} */ (["width", "height", "num_inference_steps", "guidance_scale"]);
+/** Sent also where the service's default will do, so that a picture can be repeated when defaults have changed. */
+const RECORDED = /** @type {const} */ (["num_inference_steps", "guidance_scale"]);
 const WAIT_FOR_TYPING_MS = 250;
 
 const element = one("#form", HTMLFormElement);
@@ -41,6 +43,9 @@ export function read() {
   for (const name of NUMBERS) {
     if (field(name).validity.badInput) throw new ServiceError("This must be a number.", name);
     if (field(name).value !== "") request[name] = Number(field(name).value);
+  }
+  for (const name of RECORDED) {
+    if (field(name).placeholder !== "") request[name] ??= Number(field(name).placeholder);
   }
   return request;
 }

@@ -4,6 +4,7 @@ import io
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -85,8 +86,9 @@ class Visit:
         return files
 
 
-def visited(browser: Browser, url: str) -> Iterator[Visit]:
-    """A new visitor's page; nothing was wrong with it and it spoke with its own service alone."""
+@contextmanager
+def visiting(browser: Browser, url: str) -> Iterator[Visit]:
+    """A new visitor's page; at the end nothing was wrong with it, and it spoke with its own service alone."""
     context = browser.new_context()
     visit = Visit(context.new_page(), url)
     yield visit
@@ -98,7 +100,8 @@ def visited(browser: Browser, url: str) -> Iterator[Visit]:
 @pytest.fixture
 def visit(browser: Browser, generator_url: str) -> Iterator[Visit]:
     """The page of a service that everyone may use."""
-    yield from visited(browser, generator_url)
+    with visiting(browser, generator_url) as visit:
+        yield visit
 
 
 def picture_file(width: int = 96, height: int = 64) -> bytes:
@@ -247,6 +250,17 @@ def test_a_file_that_is_no_picture_is_refused_at_once(visit: Visit) -> None:
     expect(visit.page.locator("#images-error")).to_have_text("notes.txt is neither a PNG, a JPEG nor a WebP file.")
 
 
+def test_a_reference_image_that_cannot_be_used_is_told_there(visit: Visit) -> None:
+    """What the service says of one of them stands at all of them."""
+    file = {"name": "flat.png", "mimeType": "image/png", "buffer": picture_file(96, 32)}
+    visit.page.get_by_label("Drop pictures here").set_input_files(file)  # type: ignore[arg-type]
+    expect(visit.page.get_by_role("img", name="Reference image 1")).to_be_visible()
+    visit.generate()
+    expect(visit.page.locator("#images-error")).to_have_text(re.compile(r"images\[0\]: must have each side 64 pixels"))
+    expect(visit.page.get_by_label("Drop pictures here")).to_be_focused()
+    visit.expect_refusals(422)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
@@ -298,37 +312,49 @@ def test_the_gallery_stays_and_repeats(visit: Visit) -> None:
 
 
 @pytest.fixture(scope="module")
-def keyed_url(generator_url: str) -> Iterator[str]:
-    """A generator that wants a key. Its text encoder is away: a key is asked for before that matters."""
-    settings = GeneratorSettings(model=str(WEIGHTS), token="open sesame", text_encoder_url="http://127.0.0.1:9")
+def keyed_url(encoder_url: str) -> Iterator[str]:
+    """The address of a generator that wants a key."""
+    settings = GeneratorSettings(model=str(WEIGHTS), token="open sesame", text_encoder_url=encoder_url)
     with listening(create_generator(settings)) as url:
         yield url
 
 
-def test_a_key_is_asked_for_when_the_service_wants_one(browser: Browser, keyed_url: str) -> None:
-    """The page itself needs none; a wrong key is asked for again, the right one is kept for the tab."""
-    for visit in visited(browser, keyed_url):
-        key = visit.page.get_by_label("API key")
-        expect(key).to_be_focused()
-        key.fill("mellon")
-        key.press("Enter")
-        expect(visit.page.locator("#key-error")).to_have_text("The service did not take this key.")
-        key.fill("open sesame")
-        visit.page.get_by_role("button", name="Use this key").click()
-        expect(visit.page.get_by_role("radio")).to_have_count(5)
-        visit.page.reload()
-        expect(visit.page.get_by_role("radio")).to_have_count(5)
-        expect(key).to_be_hidden()
-        visit.expect_refusals(401)
+@pytest.fixture
+def keyed_visit(browser: Browser, keyed_url: str) -> Iterator[Visit]:
+    """Its page."""
+    with visiting(browser, keyed_url) as visit:
+        yield visit
 
 
-def test_who_has_no_key_is_told_so(browser: Browser, keyed_url: str) -> None:
-    """Leaving the dialog shows what the service said."""
-    for visit in visited(browser, keyed_url):
-        expect(visit.page.get_by_label("API key")).to_be_focused()
-        visit.page.keyboard.press("Escape")
-        expect(visit.page.get_by_role("alert")).to_have_text("a valid bearer token is required")
-        visit.expect_refusals(401)
+def test_a_key_is_asked_for_when_the_service_wants_one(keyed_visit: Visit) -> None:
+    """The page itself needs none; a wrong key is asked for again, with the right one it works as long as the tab."""
+    page = keyed_visit.page
+    key = page.get_by_label("API key")
+    expect(key).to_be_focused()
+    key.fill("mellon")
+    key.press("Enter")
+    expect(page.locator("#key-error")).to_have_text("The service did not take this key.")
+    key.fill("open sesame")
+    page.get_by_role("button", name="Use this key").click()
+    keyed_visit.generate(num_inference_steps="4")
+    keyed_visit.wait_until_done()
+    page.reload()
+    expect(page.get_by_role("radio")).to_have_count(5)
+    expect(key).to_be_hidden()
+    keyed_visit.expect_refusals(401)
+
+
+def test_who_has_no_key_is_told_so(keyed_visit: Visit) -> None:
+    """Leaving the dialog shows what the service said; Generate asks again."""
+    page = keyed_visit.page
+    for leave in (lambda: page.keyboard.press("Escape"), page.locator("#key-cancel").click):
+        expect(page.get_by_label("API key")).to_be_focused()
+        leave()
+        expect(page.get_by_label("API key")).to_be_hidden()
+        expect(page.get_by_role("alert")).to_have_text("a valid bearer token is required")
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_role("button", name="Generate").click()
+    keyed_visit.expect_refusals(401)
 
 
 def test_every_control_has_a_name(visit: Visit) -> None:
