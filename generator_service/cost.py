@@ -48,7 +48,9 @@ class _Size:
         self.decode_s = decode_s if is_first else FORGETTING * self.decode_s + (1 - FORGETTING) * decode_s
         guess = np.array([-REUSED_SHARE, 1.0])  # reused - share * computed = 0
         computed, reused = np.linalg.solve(self.products + SHARE_WEIGHT * np.outer(guess, guess), self.totals)
-        self.cost = Cost(max(float(computed), 0.0), max(float(reused), 0.0), self.decode_s)
+        if reused > computed:  # noise has turned the two around, and no cache would seem to be the fastest
+            computed = reused = self.totals.sum() / self.products.sum()
+        self.cost = Cost(float(computed), max(float(reused), 0.0), self.decode_s)
 
 
 class CostModel:

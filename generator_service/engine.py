@@ -191,7 +191,7 @@ class Engine:
             num_tokens,
             num_computed=request.schedule.num_computed,
             num_steps=request.schedule.num_steps,
-            denoise_s=picture.denoise_s,
+            denoise_s=picture.denoise_s - picture.previews_s,
             decode_s=picture.decode_s,
         )
 
@@ -293,8 +293,8 @@ class Engine:
                 job.listener(StepBegun(job.index, step, is_computed, job.order.seconds_left(step)))
 
         picture = self.model.generate(job.request, on_step, previews_of(job))
-        is_usual = not job.order.preview_steps and not job.order.adapters
-        if is_usual and picture.schedule is job.request.schedule:  # else it took longer than usual
+        is_usual = not job.order.adapters and picture.schedule is job.request.schedule  # else it took longer
+        if is_usual:
             self._learn(job.request, job.order.num_tokens, picture)
         return picture
 

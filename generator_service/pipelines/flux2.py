@@ -86,6 +86,8 @@ class GeneratedPicture:
     decode_s: float
     latents: torch.Tensor = field(repr=False)
     """The final latents, ``[1, tokens, C]``, on the CPU."""
+    previews_s: float
+    """What of ``denoise_s`` went into previews."""
     schedule: Schedule
     """The request's, or one that computes every step if with the request's there was no picture."""
 
@@ -179,7 +181,9 @@ class Flux2Model:
         began = time.perf_counter()
         image = self._run(request, self._pipeline(transformer, scheduler), clock)
         ended = time.perf_counter()
-        return GeneratedPicture(image, clock.ended - began, ended - clock.ended, clock.latents, request.schedule)
+        return GeneratedPicture(
+            image, clock.ended - began, ended - clock.ended, clock.latents, clock.previews_s, request.schedule
+        )
 
     def num_image_tokens(self, width: int, height: int) -> int:
         """How many tokens a picture has in the transformer."""
@@ -303,18 +307,26 @@ class _LastStepClock:
         self.ended = 0.0
         self.latents = torch.empty(0)
         self.preview: _PreviewTaker | None = None
+        self.previews_s = 0.0
 
     def __call__(
         self, pipeline: Any, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         if self.preview is not None:
-            self.preview(pipeline, step, tensors["latents"])
+            self._show(self.preview, pipeline, step, tensors["latents"])
         if step == self._last:
             self.latents = tensors["latents"].cpu()  # waits for the device
             self.ended = time.perf_counter()
             if not self.latents.isfinite().all():
                 raise NonFiniteOutput("the model drew no picture: not every value is a finite number")
         return tensors
+
+    def _show(self, preview: "_PreviewTaker", pipeline: Any, step: int, latents: torch.Tensor) -> None:
+        if self._device.type == "cuda" and preview.is_due(step):
+            torch.cuda.synchronize(self._device)  # the steps' own time is not the preview's
+        began = time.perf_counter()
+        preview(pipeline, step, latents)
+        self.previews_s += time.perf_counter() - began
 
 
 class _PreviewTaker:
@@ -330,8 +342,12 @@ class _PreviewTaker:
         self._width = width
         self._before = torch.empty(0)
 
+    def is_due(self, step: int) -> bool:
+        """Whether there is a preview after this step."""
+        return step in self._previews.steps and step > 0
+
     def __call__(self, pipeline: Any, step: int, latents: torch.Tensor) -> None:
-        if step in self._previews.steps and step > 0:
+        if self.is_due(step):
             sigmas = pipeline.scheduler.sigmas
             velocity = (latents.float() - self._before) / (sigmas[step + 1] - sigmas[step])
             self._previews.listener(self._decoded(pipeline, latents.float() - sigmas[step + 1] * velocity))

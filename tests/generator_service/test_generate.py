@@ -447,6 +447,20 @@ async def test_the_time_is_known_beforehand(serve_generator: Serve) -> None:
     assert left[0] > left[-1] > 0
 
 
+async def test_previews_do_not_slow_the_estimate(serve_generator: Serve) -> None:
+    """What a picture with previews took is known without them."""
+    body = SMALL | {"num_inference_steps": 12, "previews": 10, "width": 128, "height": 128}
+    async with serve_generator() as http:
+        app: Any = http._transport.app  # type: ignore[attr-defined]
+        for _ in range(3):
+            await http.post("/generate", json=body, headers=STREAM)
+        shown = app.state.generator.engine.cost.of(64).computed_step_s
+        for _ in range(8):
+            await http.post("/generate", json=body)
+        plain = app.state.generator.engine.cost.of(64).computed_step_s
+    assert shown < 2 * plain  # each preview takes a decoding, which is some steps long
+
+
 async def test_a_latency_can_be_asked_for(serve_generator: Serve) -> None:
     """``max_latency_ms`` computes as many steps as fit into it, all of them where they do."""
     body = {key: value for key, value in SMALL.items() if key != "cache"} | {"num_inference_steps": 50}
