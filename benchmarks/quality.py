@@ -57,6 +57,7 @@ from shared.model_folder import ModelFolder, read_prompt_format
 from text_encoder_service.encoder import MistralEncoder
 
 GUIDANCE = 4.0
+PIXELS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -213,11 +214,13 @@ def peer_outcomes(studio: Studio, budgets: list[int]) -> Iterator[Outcome]:
             yield studio.judge(peer.name, budget, studio.cached(peer, studio.knob_for(peer, counts, budget)))
 
 
-def schedules_for(file_or_folder: Path, num_steps: int) -> dict[int, Schedule]:
-    """Calibrated schedules of runs of ``num_steps``, by how many steps they compute."""
+def schedules_for(file_or_folder: Path, num_steps: int, side: int) -> dict[int, Schedule]:
+    """Calibrated schedules of square pictures and runs of ``num_steps``, by how many steps they compute."""
+    num_tokens = (side // PIXELS_PER_TOKEN) ** 2
     files = sorted(file_or_folder.glob("*.json")) if file_or_folder.is_dir() else [file_or_folder]
     found = [schedule for file in files for schedule in load_schedules(file)]
-    return {schedule.num_computed: schedule for schedule in found if schedule.num_steps == num_steps}
+    fitting = (s for s in found if s.num_steps == num_steps and s.signature.image_tokens == num_tokens)
+    return {schedule.num_computed: schedule for schedule in fitting}
 
 
 def margins(found: list[Outcome]) -> dict[str, dict[str, float]]:
@@ -272,7 +275,7 @@ def main() -> None:
     args = parser.parse_args()
     loaded = [ErrorGraph.load(file) for file in args.graphs]
     graphs = {label(graph): graph for graph in loaded}
-    ours = schedules_for(args.schedules, args.steps)
+    ours = schedules_for(args.schedules, args.steps, args.side)
     studio = Studio(args.prompts, args.steps, args.side)
     found: list[Outcome] = []
     ways = [own_outcomes(studio, ours, graphs, args.budgets)]
