@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak check format train clean
+.PHONY: help install demo serve test soak test-docker check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,18 +27,22 @@ serve: install ## run both services with the demo model until Ctrl-C
 	@$(BIN)/python -m demo_model.serve
 
 test: install ## run the test suite
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -m "not docker"
 
 soak: install ## the tests of tests/threats in their long forms (most of an hour)
 	@$(BIN)/python -m pytest -q -s --soak tests/threats
 
-check: install ## format, lint, types, imports, dead code, spelling
+test-docker: install ## run the containers for real, where a Docker engine can be reached
+	@$(BIN)/python -m pytest -q -m docker tests/docker
+
+check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/codespell
+	$(BIN)/hadolint Dockerfile
 
 format: install ## rewrite the code in the project's format
 	$(BIN)/ruff format .
@@ -46,6 +50,18 @@ format: install ## rewrite the code in the project's format
 
 train: install ## train the demo model again from nothing (hours on two cores)
 	$(BIN)/python -m demo_model.train
+
+weights: ## fetch FLUX.2 [dev] into Docker's volume, once; goes on where it was interrupted
+	docker compose run --rm weights
+
+up: ## start both services on this machine's GPUs with Docker, and wait until they are ready
+	docker compose up --detach --wait
+
+down: ## stop and remove the containers; volumes stay
+	docker compose --profile '*' down
+
+logs: ## follow the containers' logs
+	docker compose --profile '*' logs --follow --tail 100
 
 clean: ## remove what these targets made
 	rm -rf .venv demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

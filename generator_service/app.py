@@ -1,6 +1,7 @@
 """Builds the generator's app; its lifespan owns the model, the engine and the connection to the text encoder."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import version
@@ -23,18 +24,23 @@ from shared.model_folder import find_model, read_prompt_format
 from shared.schemas import EncoderInfo
 from shared.web import make_app, require_token
 
+logger = logging.getLogger("flux2")
+
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
 
 def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
     """The app; the model is loaded when it starts. ``transport`` replaces the network to the text encoder."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warn_of_strangers(settings)
         model, shape = await asyncio.to_thread(load_model, settings)
         shelf = open_shelf(settings, model)
         client = EncoderClient(
             str(settings.text_encoder_url),
             shape,
-            token=settings.text_encoder_token,
+            token=settings.token_to_send(),
             timeout_s=settings.text_encoder_timeout_s,
             cache_bytes=settings.embedding_cache_bytes,
             transport=transport,
@@ -44,6 +50,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
         jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
         sampling, tracing = settings.quality_sampling, app.state.tracing
         engine = Engine(model, client, app.state.metrics, settings.max_waiting, sampling, tracing, upsampler)
+        app.state.metrics.watch_memory(model.device)
         await asyncio.to_thread(engine.warm_up, shape)
         async with client, engine.queue, upsampler or nullcontext():
             app.state.generator = GeneratorState(settings, engine, shelf, jobs, shape)
@@ -70,6 +77,14 @@ def make_upsampler(settings: GeneratorSettings, transport: httpx.AsyncBaseTransp
         timeout_s=settings.upsampler_timeout_s,
         transport=transport,
     )
+
+
+def warn_of_strangers(settings: GeneratorSettings) -> None:
+    """Say in the log that everyone who reaches the service may use it, if others than this machine can reach it."""
+    address = settings.published_host or settings.host
+    if address not in LOOPBACK and not settings.tokens():
+        told = "reachable at %s without API keys: everyone there may draw. Set GENERATOR_KEYS_FILE"
+        logger.warning(told, address)
 
 
 def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:

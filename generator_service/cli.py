@@ -12,7 +12,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from generator_service import schedules_cli
+from generator_service import schedules_cli, weights
 from generator_service.client import stream_generate
 from generator_service.imaging import ImageFormat, NoProvenance, Provenance, read_provenance
 from generator_service.terminal import one_line_errors, parse_size, step_strip
@@ -20,6 +20,7 @@ from generator_service.terminal import one_line_errors, parse_size, step_strip
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.add_typer(schedules_cli.schedules, name="schedules")
 app.command()(schedules_cli.calibrate)
+app.command()(weights.weights)
 out = Console()
 err = Console(stderr=True)
 

@@ -215,6 +215,7 @@ class Engine:
         timings = Timings(answer.queue_s, encode_s, picture.denoise_s, picture.decode_s)
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
+        self._metrics.pictures.labels(mode_of(order)).observe(picture.denoise_s + picture.decode_s)
         return Delivery(order.without_inputs(), data, timings, comparison, side_by_side)
 
     async def _compared(self, job: Job, picture: GeneratedPicture) -> Comparison:
@@ -307,6 +308,11 @@ def work_s(orders: Sequence[Order]) -> float | None:
     """How long a request's pictures will keep the device."""
     estimates = [order.estimate_s for order in orders]
     return None if None in estimates else sum(estimate for estimate in estimates if estimate is not None)
+
+
+def mode_of(order: Order) -> str:
+    """The order's schedule as a metric's label: the names are few, while numbers of steps and bounds are many."""
+    return order.cache if isinstance(order.cache, str) else "other"
 
 
 def previews_of(job: Job) -> Previews | None:

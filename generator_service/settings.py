@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from pydantic import AnyHttpUrl, DirectoryPath, Field, SecretStr
+from pydantic import AnyHttpUrl, DirectoryPath, Field, FilePath, SecretStr
 from pydantic_settings import SettingsConfigDict
 
-from shared.settings import ServiceSettings
+from shared.settings import ServiceSettings, read_keys
 
 CacheName = str
 """``none``, or the name of a schedule."""
@@ -17,6 +17,8 @@ class GeneratorSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="GENERATOR_")
 
     port: int = Field(8000, ge=0, le=65535)
+    published_host: str | None = None
+    """Where a container's port is published, which the container cannot know: for the warning about missing keys."""
     max_body_bytes: int = Field(48 * 2**20, gt=0)
     max_waiting: int = Field(8, ge=1)
     max_pixels: int = Field(2048 * 2048, ge=256)
@@ -59,5 +61,12 @@ class GeneratorSettings(ServiceSettings):
     text_encoder_url: AnyHttpUrl = Field(AnyHttpUrl("http://127.0.0.1:8006"), validation_alias="TEXT_ENCODER_URL")
     """Ours, or any service of the same protocol. With or without ``/predict``."""
     text_encoder_token: SecretStr | None = Field(None, validation_alias="TEXT_ENCODER_TOKEN")
+    text_encoder_keys_file: FilePath | None = Field(None, validation_alias="TEXT_ENCODER_KEYS_FILE")
+    """The encoder's own keys: without a token, the first of them is sent."""
     text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")
     """In all, retries included."""
+
+    def token_to_send(self) -> SecretStr | None:
+        """The bearer token for the text encoder, if it asks for one."""
+        keys = read_keys(self.text_encoder_keys_file) if self.text_encoder_keys_file else ()
+        return self.text_encoder_token or (SecretStr(keys[0]) if keys else None)

@@ -1,5 +1,6 @@
 """Prometheus metrics. Each app has a registry of its own, so that two apps in one process do not meet."""
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
@@ -33,4 +34,26 @@ class Metrics:
             registry=self.registry,
             buckets=SSIM_BUCKETS,
         )
+        self.pictures = Histogram(
+            "flux2_picture_seconds",
+            "Drawing and decoding of one picture",
+            ["mode"],
+            registry=self.registry,
+            buckets=DURATION_BUCKETS_S,
+        )
+        self.device_memory = Gauge(
+            "flux2_device_memory_bytes", "Memory of the GPU, whoever uses it", ["kind"], registry=self.registry
+        )
         self.steps = Counter("flux2_steps_total", "Denoising steps", ["kind"], registry=self.registry)
+
+    def watch_memory(self, device: torch.device) -> None:
+        """Tell at every scrape how full the GPU is; of a CPU there is nothing to tell."""
+        if device.type != "cuda":
+            return
+
+        def used() -> float:
+            free, total = torch.cuda.mem_get_info(device)
+            return total - free
+
+        self.device_memory.labels("used").set_function(used)
+        self.device_memory.labels("total").set_function(lambda: torch.cuda.mem_get_info(device)[1])

@@ -115,9 +115,11 @@ def _fetch(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:
     patterns = ["model_index.json", "text_encoder/config.json"]
     patterns += [f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES]
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        # One file after the other: files that are there in full are kept, so an interruption costs one at most.
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, max_workers=1))
     except RepositoryNotFoundError as error:
         raise ModelRefused(f"the hub has no model {name!r}, or its licence must be accepted with HF_TOKEN") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise ModelRefused(f"{name!r} is no folder and could not be fetched from the hub") from error
+        told = f"{name!r} is no folder, not here, and not to be had from the hub now; flux2 weights fetches it ahead"
+        raise ModelRefused(told) from error
     return ModelFolder(name, path.name, path)

@@ -31,7 +31,7 @@ def serve(read_settings: Callable[[], Settings], create_app: Callable[[Settings]
     set_up_logs(settings.log_level, settings.log_format)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the lifespan ends in order, as by Ctrl-C
     try:
-        asyncio.run(_serve(create_app(settings), take_port(settings.host, settings.port)))
+        asyncio.run(_serve(create_app(settings), take_port(settings.host, settings.port), settings.drain_s))
     except Flux2Error as error:
         sys.exit(f"flux2: {error}")
     except KeyboardInterrupt:
@@ -49,8 +49,15 @@ def take_port(host: str, port: int) -> socket.socket:
     return taken
 
 
-async def _serve(app: FastAPI, port: socket.socket) -> None:
+async def _serve(app: FastAPI, port: socket.socket, drain_s: int) -> None:
     """Run the app's lifespan around the server, so that its errors are ours to tell."""
-    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, server_header=False)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=drain_s,
+    )
     async with app.router.lifespan_context(app):
         await uvicorn.Server(config).serve([port])

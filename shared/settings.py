@@ -1,15 +1,23 @@
 """Settings that both services have, read once from the environment (or a ``.env`` file) at start."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.errors import ModelRefused
 from shared.logs import LogFormat
 
 FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """The keys in ``file``: one on each line, but for empty lines and comments."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 class ServiceSettings(BaseSettings):
@@ -38,6 +46,8 @@ class ServiceSettings(BaseSettings):
     """If set, requests must carry it as ``Authorization: Bearer``; health and metrics stay open."""
     keys_file: FilePath | None = None
     """A file with an API key on each line: each is as good as ``token``, and sees only its own jobs."""
+    drain_s: int = Field(300, ge=1)
+    """How long running requests may take to end after SIGTERM; a container must be given longer than that."""
     log_format: LogFormat = Field("text", validation_alias="LOG_FORMAT")
     """``text`` for people, ``json`` for programs: one object on each line."""
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="LOG_LEVEL")
@@ -45,14 +55,21 @@ class ServiceSettings(BaseSettings):
     def tokens(self) -> tuple[str, ...]:
         """Every bearer token that is accepted; none at all: everyone may pass."""
         alone = [self.token.get_secret_value()] if self.token else []
-        lines = self.keys_file.read_text(encoding="utf-8").splitlines() if self.keys_file else []
-        return (*alone, *(line.strip() for line in lines if line.strip() and not line.startswith("#")))
+        return (*alone, *(read_keys(self.keys_file) if self.keys_file else ()))
 
     def torch_device(self) -> torch.device:
-        """The device to use, ``auto`` resolved."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        """The device to use, ``auto`` resolved.
+
+        Raises:
+            ModelRefused: it is a GPU, and there is none that PyTorch can use.
+        """
+        is_usable = torch.cuda.is_available()
+        device = torch.device(("cuda" if is_usable else "cpu") if self.device == "auto" else self.device)
+        if device.type == "cuda" and not is_usable:
+            built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+            told = f"PyTorch, built for {built_for}, can use no GPU here: see nvidia-smi, or set the device to cpu"
+            raise ModelRefused(told)
+        return device
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype to load the model in, ``auto`` resolved."""

@@ -59,6 +59,18 @@ def variables(settings: type[ServiceSettings]) -> dict[str, str]:
     return found
 
 
+def compose_variables() -> dict[str, str]:
+    """The variables that the compose files read, with their defaults."""
+    found = {}
+    for name in ("docker-compose.one-gpu.yml", "docker-compose.yml"):  # the default of the second holds
+        text = text_of(name)
+        found |= dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
+        assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:-", text)), "a variable without a default"
+        for arguments in re.findall(r"args: \[(.*)\]", text):  # as the Dockerfile says unless they are set
+            found |= dict.fromkeys(arguments.split(", "), "")
+    return found
+
+
 def documented_settings(name: str) -> list[tuple[str, str]]:
     """Variables and defaults in the order in which a document names them; an unset one has the default ''."""
     if name == ".env.example":
@@ -69,8 +81,18 @@ def documented_settings(name: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
 def test_every_setting_is_documented(name: str) -> None:
-    """``.env.example`` and ``docs/operations.md`` name exactly the settings that there are."""
-    assert {variable for variable, _ in documented_settings(name)} == {v for s in SETTINGS for v in variables(s)}
+    """``.env.example`` and ``docs/operations.md`` name exactly the settings, and the compose file's, that there are."""
+    known = {v for s in SETTINGS for v in variables(s)} | compose_variables().keys()
+    assert {variable for variable, _ in documented_settings(name)} == known
+
+
+@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
+def test_documented_defaults_of_compose_hold(name: str) -> None:
+    """The default beside a variable that only the compose files read is the one in them."""
+    documented = dict(documented_settings(name))
+    settings = {v for s in SETTINGS for v in variables(s)}
+    alone = {k: v for k, v in compose_variables().items() if k not in settings}
+    assert {k: documented[k] for k in alone} == alone
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

@@ -40,6 +40,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
             max_wait_s=settings.max_wait_ms / 1000,
         )
         metrics.queue_depth.set_function(lambda: queue.depth)
+        metrics.watch_memory(settings.torch_device())
         async with queue:
             with queue.place():
                 await queue.submit(WARM_UP_PROMPT)

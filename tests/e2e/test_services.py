@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -143,6 +144,31 @@ def test_a_picture_that_was_begun_is_finished(environment: dict[str, str]) -> No
             names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
         assert names == ["step"] * 59 + ["completed"]
         assert service.wait(PATIENCE_S) == 0
+    finally:
+        service.kill()
+        service.wait()
+
+
+def test_the_end_can_be_bounded(environment: dict[str, str]) -> None:
+    """A picture that takes longer than ``GENERATOR_DRAIN_S`` after SIGTERM is given up, and the service still ends."""
+    url = f"http://127.0.0.1:{environment['GENERATOR_PORT']}"
+    embeds = base64.b64encode(save({"prompt_embeds": torch.zeros(1, 32, 384)})).decode()
+    body = {"prompt_embeds": embeds, "num_inference_steps": 100, "cache": "none", "width": 768, "height": 768}
+    settings = {"FLUX2_MODEL": str(WEIGHTS), "GENERATOR_DRAIN_S": "1"}
+    command = [sys.executable, "-m", "generator_service"]
+    service = subprocess.Popen(command, env=environment | settings, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: answers(f"{url}/health/live"))
+        headers = {"Accept": "text/event-stream"}
+        with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
+            lines = response.iter_lines()
+            assert next(lines) == "event: step"
+            service.send_signal(signal.SIGTERM)
+            assert service.wait(PATIENCE_S) == 0
+            rest: list[str] = []
+            with suppress(httpx.TransportError):
+                rest.extend(lines)
+        assert "event: completed" not in rest
     finally:
         service.kill()
         service.wait()

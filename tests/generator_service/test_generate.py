@@ -392,6 +392,38 @@ async def test_work_is_counted(serve_generator: Serve) -> None:
     assert "circle" not in text
 
 
+async def test_pictures_are_counted_by_mode(serve_generator: Serve) -> None:
+    """By the name of the schedule; numbers of steps, which are many, are all one."""
+    async with serve_generator() as http:
+        for cache in ("none", "fast", 2, 3):
+            assert (await http.post("/generate", json=SMALL | {"cache": cache})).status_code == httpx.codes.OK
+        counted = await metrics(http)
+    assert {mode: counted[f'flux2_picture_seconds_count{{mode="{mode}"}}'] for mode in ("none", "fast", "other")} == {
+        "none": 1,
+        "fast": 1,
+        "other": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [
+        ({}, False),
+        ({"host": "0.0.0.0"}, True),  # noqa: S104 - nothing listens
+        ({"host": "0.0.0.0", "token": "secret"}, False),  # noqa: S104
+        ({"host": "0.0.0.0", "published_host": "127.0.0.1"}, False),  # noqa: S104
+        ({"host": "0.0.0.0", "published_host": "192.0.2.1"}, True),  # noqa: S104
+    ],
+)
+async def test_strangers_are_warned_of(
+    serve_generator: Serve, caplog: pytest.LogCaptureFixture, settings: dict[str, str], is_told: bool
+) -> None:
+    """A generator that others can reach without keys says so in its log; on loopback, or with keys, it does not."""
+    async with serve_generator(**settings):
+        pass
+    assert ("without API keys" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize(("token", "status"), [(None, 401), ("wrong", 401), ("right", 200)])
 async def test_a_token_can_be_required(serve_generator: Serve, token: str | None, status: int) -> None:
     """With a token set, only requests that carry it are served; health stays open."""

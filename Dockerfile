@@ -1,0 +1,46 @@
+# Both services: `--target text-encoder` and `--target generator`. One file, because everything up to torch is the same,
+# and layers that are the same are stored and sent once.
+
+# What the tests run with. Any Debian-based Python from 3.11 will do; pin it harder with python@sha256:...
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+
+# Empty. A folder of wheels takes its place with --build-context wheels=FOLDER: for hosts that have no package index.
+FROM scratch AS wheels
+
+# Our own wheel, so that no source and no build tool gets into the images.
+FROM ${PYTHON_IMAGE} AS project
+WORKDIR /project
+COPY . .
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m pip wheel --no-deps --wheel-dir /dist .
+
+FROM ${PYTHON_IMAGE} AS runtime
+# An index with another build of torch than PyPI's, which is for CUDA 13: CUDA 12's, or the CPU's.
+ARG TORCH_INDEX_URL=
+ENV PIP_ROOT_USER_ACTION=ignore \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+COPY constraints.txt /
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=bind,from=wheels,target=/wheels \
+    python -m pip install -c /constraints.txt --find-links /wheels \
+        ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} torch
+# The user of most hosts' first account, so that its secret files can be read. A new volume takes the folder's owner.
+RUN useradd --uid 1000 --no-create-home flux2 && install --directory --owner flux2 --group flux2 /weights
+# The root is read-only: /weights holds the hub's cache, /tmp whatever a library wants to write.
+ENV HF_HOME=/weights \
+    HOME=/tmp
+
+FROM runtime AS text-encoder
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=bind,from=project,source=/dist,target=/dist \
+    python -m pip install -c /constraints.txt "$(echo /dist/*.whl)[text-encoder]"
+USER 1000:1000
+CMD ["python", "-m", "text_encoder_service"]
+
+FROM runtime AS generator
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=bind,from=project,source=/dist,target=/dist \
+    python -m pip install -c /constraints.txt "$(echo /dist/*.whl)[generator]"
+USER 1000:1000
+CMD ["python", "-m", "generator_service"]

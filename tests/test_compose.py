@@ -1,0 +1,317 @@
+"""The containers' policy, read from the files: what is started, what may reach what, and what each may do."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from generator_service.settings import GeneratorSettings
+from shared.metrics import Metrics
+from tests.test_docs import ROOT, SETTINGS, compose_variables, variables
+
+Service = dict[str, Any]
+PROFILES = {
+    "text-encoder": [],
+    "generator": [],
+    "weights": ["setup"],
+    "demo-text-encoder": ["demo"],
+    "demo": ["demo"],
+    "prometheus": ["monitoring"],
+    "grafana": ["monitoring"],
+}
+ENCODERS = ("text-encoder", "demo-text-encoder")
+GENERATORS = ("generator", "demo")
+ON_GPUS = ("text-encoder", "generator")
+OF_LIBRARIES = {"HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH", "OMP_WAIT_POLICY"}
+DEFAULT = re.compile(r"\$\{\w+:-([^}]*)\}")
+
+
+class Loader(yaml.SafeLoader):
+    """Reads compose's own tags as what they stand before."""
+
+
+Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node, deep=True))
+
+
+def read(name: str) -> dict[str, Any]:
+    """A compose file, its anchors resolved and every variable at its default."""
+    text = DEFAULT.sub(r"\1", (ROOT / name).read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = yaml.load(text, Loader)  # noqa: S506 - the loader is a safe one
+    return loaded
+
+
+COMPOSE = read("docker-compose.yml")
+SERVICES: dict[str, Service] = COMPOSE["services"]
+EVERY_SERVICE = pytest.mark.parametrize("name", PROFILES)
+OURS = (*ENCODERS, *GENERATORS)
+
+
+@cache
+def stages() -> dict[str, str]:
+    """The Dockerfile's stages by name."""
+    found = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {re.match(r"\S+ AS ([\w-]+)", stage)[1]: stage for stage in found}  # type: ignore[index]
+
+
+def gpus(service: Service) -> list[dict[str, Any]]:
+    """The GPUs that a service reserves."""
+    devices: list[dict[str, Any]] = (
+        service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices")
+    )
+    return devices or []
+
+
+def volumes(service: Service) -> dict[str, tuple[str, bool]]:
+    """Where each volume is mounted, and whether read-only, by its source."""
+    parts = [volume.split(":") for volume in service.get("volumes", [])]
+    return {source: (target, mode == ["ro"]) for source, target, *mode in parts}
+
+
+def seconds(duration: str) -> int:
+    """``330s`` or ``30m`` as a number."""
+    return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
+
+
+def test_what_is_started() -> None:
+    """A bare ``up`` starts the two services; everything else waits for its profile."""
+    assert {name: service.get("profiles", []) for name, service in SERVICES.items()} == PROFILES
+
+
+def test_each_service_has_a_gpu_of_its_own() -> None:
+    """By id or UUID, in the long form; nothing but the two services reserves one."""
+    reserved = {name: gpus(service) for name, service in SERVICES.items() if gpus(service)}
+    assert set(reserved) == set(ON_GPUS)
+    for (device,) in reserved.values():
+        assert device.keys() == {"driver", "device_ids", "capabilities"}
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert reserved["text-encoder"][0]["device_ids"] != reserved["generator"][0]["device_ids"]
+    assert {"ENCODER_GPU", "GENERATOR_GPU"} <= compose_variables().keys()
+    assert all(SERVICES[name]["environment"][f"{prefix}_DEVICE"] == "cuda" for name, prefix in prefixes(ON_GPUS))
+
+
+def prefixes(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Each service with the prefix of its variables."""
+    return [(name, "TEXT_ENCODER" if name in ENCODERS else "GENERATOR") for name in names]
+
+
+def test_one_gpu_can_hold_both() -> None:
+    """The override replaces both reservations by one and the same GPU."""
+    assert "devices: !override" in (ROOT / "docker-compose.one-gpu.yml").read_text(encoding="utf-8")
+    override = read("docker-compose.one-gpu.yml")["services"]
+    assert override.keys() == set(ON_GPUS)
+    assert all(service.keys() == {"deploy"} for service in override.values())
+    assert gpus(override["text-encoder"]) == gpus(override["generator"]) != []
+
+
+def test_both_load_at_the_same_time() -> None:
+    """Neither waits for the other to start: readiness decides about traffic."""
+    assert not any("depends_on" in SERVICES[name] for name in ON_GPUS)
+    assert SERVICES["demo"]["depends_on"] == ["demo-text-encoder"]  # the short form: started, not ready
+
+
+@EVERY_SERVICE
+def test_nothing_has_more_rights_than_it_needs(name: str) -> None:
+    """Not root, a read-only root, no capabilities, no new privileges, nothing of the host but files to read."""
+    service = SERVICES[name]
+    assert int(service["user"].split(":")[0]) > 0
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert any(mount.startswith("/tmp:size=") for mount in service["tmpfs"])  # noqa: S108 - the container's own
+    loosening = {"privileged", "cap_add", "devices", "network_mode", "pid", "ipc", "userns_mode", "volumes_from"}
+    assert loosening.isdisjoint(service)
+    for source, (_, is_read_only) in volumes(service).items():
+        assert is_read_only or (name, source) in {("weights", "weights"), ("prometheus", "metrics")}
+        assert "docker.sock" not in source
+
+
+@EVERY_SERVICE
+def test_nothing_can_fill_the_host(name: str) -> None:
+    """Memory is limited, logs are rotated, and a first process collects what others leave."""
+    service = SERVICES[name]
+    assert re.fullmatch(r"\d+[mg]", service["mem_limit"])
+    assert service["logging"]["options"].keys() == {"max-size", "max-file"}
+    assert service["init"] is True
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_encoder_is_internal(name: str) -> None:
+    """It has no published port and one network, which leads nowhere else."""
+    assert SERVICES[name]["networks"] == ["encoder"]
+    assert "ports" not in SERVICES[name]
+    assert COMPOSE["networks"]["encoder"] == {"internal": True}
+    on_it = {n for n, service in SERVICES.items() if "encoder" in service.get("networks", [])}
+    assert on_it == {*OURS, "prometheus"}
+
+
+def test_ports_are_published_on_loopback() -> None:
+    """The generator and Grafana, on this machine alone; the generator elsewhere only if ``GENERATOR_HOST`` says so."""
+    published = {name: service["ports"] for name, service in SERVICES.items() if service.get("ports")}
+    assert published == {
+        "generator": ["127.0.0.1:8000:8000"],
+        "demo": ["127.0.0.1:8000:8000"],
+        "grafana": ["127.0.0.1:3000:3000"],
+    }
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    assert text.count("${GENERATOR_HOST:-127.0.0.1}") == 2  # the port, and what the generator is told of it
+    assert all(SERVICES[name]["environment"]["GENERATOR_PUBLISHED_HOST"] == "127.0.0.1" for name in GENERATORS)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_health_is_asked_by_the_services_own_python(name: str) -> None:
+    """The image needs no other program for it; readiness is asked, and loading may take its time."""
+    check = SERVICES[name]["healthcheck"]
+    (_, prefix), *_ = prefixes((name,))
+    port = SERVICES[name]["environment"][f"{prefix}_PORT"]
+    assert check["test"][:3] == ["CMD", "python", "-c"]
+    assert f"http://127.0.0.1:{port}/health/ready" in check["test"][3]
+    compile(check["test"][3], name, "exec")
+    assert seconds(check["start_period"]) >= 600
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_pictures_are_finished_before_the_end(name: str) -> None:
+    """Docker waits longer for a service to stop than the service waits for its requests; what dies comes back."""
+    drain_s = GeneratorSettings.model_fields["drain_s"].default
+    assert seconds(SERVICES[name]["stop_grace_period"]) > drain_s
+    assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+def test_the_weights_are_fetched_once() -> None:
+    """By one service, at a commit; the others read them, and ask nobody for more."""
+    model = {"FLUX2_MODEL": "black-forest-labs/FLUX.2-dev"}
+    for name in (*ON_GPUS, "weights"):
+        environment = SERVICES[name]["environment"]
+        assert environment.items() >= model.items()
+        assert re.fullmatch(r"[0-9a-f]{40}", environment["FLUX2_REVISION"])
+        assert volumes(SERVICES[name])["weights"] == ("/weights", name != "weights")
+    assert "HF_HUB_OFFLINE" not in SERVICES["weights"]["environment"]
+    assert all(SERVICES[name]["environment"]["HF_HUB_OFFLINE"] == "1" for name in OURS)
+    assert SERVICES["weights"]["restart"] == "no"
+
+
+def test_secrets_are_files() -> None:
+    """Tokens and keys stand in files that only those who need them see, and in no environment."""
+    assert {name: service["secrets"] for name, service in SERVICES.items() if "secrets" in service} == {
+        "weights": ["hf_token"],
+        "text-encoder": ["text_encoder_keys"],
+        "generator": ["generator_keys", "text_encoder_keys"],
+        "demo": ["generator_keys"],
+    }
+    assert all(secret.keys() == {"file"} for secret in COMPOSE["secrets"].values())
+    for service in SERVICES.values():
+        for variable, value in service.get("environment", {}).items():
+            if variable.endswith(("_KEYS_FILE", "_TOKEN_PATH")):
+                assert value == f"/run/secrets/{variable.removesuffix('_FILE').removesuffix('_PATH').lower()}"
+            assert value == "" or not variable.endswith("_TOKEN")
+
+
+def test_no_keys_are_shipped() -> None:
+    """The file that stands in for absent keys holds none."""
+    assert GeneratorSettings(keys_file=ROOT / "deploy" / "no-keys").tokens() == ()
+
+
+@pytest.mark.parametrize("name", [*OURS, "weights"])
+def test_every_variable_is_known(name: str) -> None:
+    """What a container of ours is given is a setting, or known to a library."""
+    known = {variable for settings in SETTINGS for variable in variables(settings)} | OF_LIBRARIES
+    assert SERVICES[name]["environment"].keys() <= known
+
+
+def test_bases_are_pinned() -> None:
+    """Every image has a version that a variable can change, and none comes from anywhere but the default registry."""
+    (argument,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    foreign = [argument, SERVICES["prometheus"]["image"], SERVICES["grafana"]["image"]]
+    assert all(re.fullmatch(r"[\w-]+(/[\w-]+)?:v?\d+\.\d+\.\d+[\w.-]*", image) for image in foreign)
+    assert {stage.split()[0] for stage in stages().values()} == {
+        "scratch",
+        "${PYTHON_IMAGE}",
+        "runtime",
+    }
+    assert {"PYTHON_IMAGE", "TORCH_INDEX_URL", "PROMETHEUS_IMAGE", "GRAFANA_IMAGE"} <= compose_variables().keys()
+
+
+def test_our_images_are_built_here() -> None:
+    """Never pulled: nobody else's image of the same name is run."""
+    for name in (*OURS, "weights"):
+        target = SERVICES[name]["build"]["target"]
+        assert target == ("text-encoder" if name in ENCODERS else "generator")
+        assert SERVICES[name]["image"] == f"flux2-{target}"
+        assert SERVICES[name]["pull_policy"] == "build"
+
+
+@pytest.mark.parametrize(
+    ("target", "module"), [("text-encoder", "text_encoder_service"), ("generator", "generator_service")]
+)
+def test_an_image_holds_what_its_service_needs(target: str, module: str) -> None:
+    """Only its own extra, installed from a wheel that another stage built, and not as root."""
+    stage = stages()[target]
+    assert re.findall(r"\[([\w,-]+)\]\"", stage) == [target]
+    assert "from=project" in stage
+    assert "COPY" not in stage
+    assert re.findall(r"^USER (\d+):", stage, re.MULTILINE) == ["1000"]
+    assert json.loads(stage.split("CMD ")[1]) == ["python", "-m", module]
+
+
+def test_nothing_private_reaches_a_build() -> None:
+    """The context is what the images need: an allow-list, without keys, weights or history."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert allowed == {
+        "LICENSE",
+        "README.md",
+        "constraints.txt",
+        "generator_service",
+        "pyproject.toml",
+        "shared",
+        "text_encoder_service",
+    }
+
+
+def exported_metrics() -> set[str]:
+    """Every time series that the services' metrics make, beside what Prometheus adds."""
+    made = set()
+    for metric in Metrics().registry.collect():
+        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
+        made |= {metric.name + ending for ending in endings}
+    return made
+
+
+@pytest.mark.parametrize("file", ["alerts.yml", "grafana/dashboards/flux2.json"])
+def test_what_is_watched_exists(file: str) -> None:
+    """Dashboard and alerts name only metrics that the services have."""
+    text = (ROOT / "deploy" / "monitoring" / file).read_text(encoding="utf-8")
+    named = set(re.findall(r"\bflux2_\w+", text))
+    assert named
+    assert named <= exported_metrics()
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    """One page shows all there is to see."""
+    dashboard = json.loads((ROOT / "deploy/monitoring/grafana/dashboards/flux2.json").read_text(encoding="utf-8"))
+    shown = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    families = {metric.name for metric in Metrics().registry.collect()}
+    assert {family for family in families if family not in shown} == set()
+
+
+def test_prometheus_knows_its_targets() -> None:
+    """It asks both services, on GPUs or as the demo, at their ports; the dashboard asks it."""
+    folder = ROOT / "deploy" / "monitoring"
+    config = yaml.safe_load((folder / "prometheus.yml").read_text(encoding="utf-8"))
+    asked = {job["job_name"]: job["dns_sd_configs"][0] for job in config["scrape_configs"]}
+    assert {name: set(found["names"]) for name, found in asked.items()} == {
+        "generator": set(GENERATORS),
+        "text-encoder": set(ENCODERS),
+    }
+    assert {name: found["port"] for name, found in asked.items()} == {"generator": 8000, "text-encoder": 8006}
+    (source,) = yaml.safe_load((folder / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    dashboard = json.loads((folder / "grafana/dashboards/flux2.json").read_text(encoding="utf-8"))
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["uid"]}
+    assert set(config["rule_files"]) == {"/etc/prometheus/alerts.yml"}
+    assert Path(folder / "alerts.yml").is_file()
