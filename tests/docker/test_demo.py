@@ -292,12 +292,12 @@ def test_a_picture_is_finished_when_the_container_is_stopped(demo: Project) -> N
     try:
         with httpx.stream("POST", f"{demo.url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
             lines = (line for line in response.iter_lines() if line.startswith("event: "))
-            before = list(itertools.islice(lines, 5))
+            before = list(itertools.islice((line for line in lines if line == "event: step"), 5))
             stopper.start()
             wait_for(lambda: not accepts(demo.port))
             after = list(lines)
         stopper.join()
-        assert before == ["event: step"] * 5
+        assert len(before) == 5
         assert after == ["event: step"] * 95 + ["event: completed"]
         generator.reload()
         assert (generator.attrs["State"]["ExitCode"], generator.attrs["State"]["OOMKilled"]) == (0, False)
