@@ -127,7 +127,7 @@ def db_cache(*, has_taylor_seer: bool, warmup_steps: int = 4) -> Peer:
         )
 
     name = "DBCache + TaylorSeer (cache-dit)" if has_taylor_seer else "DBCache (cache-dit)"
-    return Peer(name, install, (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 0.8, 1.2))
+    return Peer(name, install, tuple(0.01 * 1.15**k for k in range(32)))
 
 
 def step_masks(num_steps: int, *, has_taylor_seer: bool) -> Peer:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -14,14 +15,15 @@ if TYPE_CHECKING:
     from benchmarks.quality import Outcome
 
 DPI = 110
+COLOURS = colormaps["tab20"]
 
 
 def plot_quality(outcomes: Sequence["Outcome"], file: Path) -> None:
     """Mean PSNR of every way against the steps it computed; the band of ours is its worst tenth."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(o.name for o in outcomes if o.name != "no cache"))
-    for name in names:
+    best = {o.name: o.psnr for o in sorted(outcomes, key=lambda o: o.psnr) if o.name != "no cache"}
+    for number, name in enumerate(sorted(best, key=lambda name: -best[name])):  # the legend is in the lines' order
         of_one = sorted((o for o in outcomes if o.name == name), key=lambda o: o.computed)
         ours = name.startswith("ours")
         axes.plot(
@@ -30,16 +32,16 @@ def plot_quality(outcomes: Sequence["Outcome"], file: Path) -> None:
             marker="o" if ours else ".",
             linewidth=2.5 if ours else 1,
             linestyle="-" if ours or name.startswith("LeMiCa") else "--",
+            color=COLOURS(number % COLOURS.N),
             label=name,
         )
         if ours:
-            axes.fill_between(
-                [o.computed for o in of_one], [o.psnr_worst_tenth for o in of_one], [o.psnr for o in of_one], alpha=0.15
-            )
+            worst = [o.psnr_worst_tenth for o in of_one]
+            axes.fill_between([o.computed for o in of_one], worst, [o.psnr for o in of_one], alpha=0.15)
     axes.set_xlabel("computed steps")
     axes.set_ylabel("PSNR to the full run, dB (mean)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(file, dpi=DPI)
 
 

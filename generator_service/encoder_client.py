@@ -34,6 +34,8 @@ from shared.wire import (
 ACCEPT = {"Accept": f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9"} | IDENTITY
 RETRIED_STATUSES = {502, 503, 504}
 MAX_INFO_BYTES = 64 * 2**10
+CONNECT_TIMEOUT_S = 2.0
+"""One lost packet is sent again after a second."""
 INFO_TIMEOUT_S = 5.0
 """Readiness probes are short."""
 MAX_ATTEMPTS = 4
@@ -59,7 +61,10 @@ class EncoderClient:
         self._breaker = Breaker()
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
         self._http = httpx.AsyncClient(
-            headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0), transport=transport, follow_redirects=False
+            headers=headers,
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            transport=transport,
+            follow_redirects=False,
         )
 
     def trace(self, tracing: Tracing) -> None:
@@ -162,10 +167,12 @@ class EncoderClient:
             headers = ACCEPT | ({"x-request-id": request_id.get()} if request_id.get() else {})
             async with self._http.stream(method, self._base + path, json=body, headers=headers) as response:
                 yield response
-        except httpx.TimeoutException as error:
-            raise EncoderTimeout("the text encoder did not answer in time") from error
         except httpx.RemoteProtocolError as error:
             raise BadEncoderResponse("the text encoder's answer broke off") from error
+        except httpx.ConnectTimeout as error:  # a host that is gone mostly says nothing at all
+            raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
+        except httpx.TimeoutException as error:
+            raise EncoderTimeout("the text encoder did not answer in time") from error
         except httpx.TransportError as error:
             raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
 

@@ -293,7 +293,7 @@ async def test_there_is_one_limit_of_time(encoder: Callable[[httpx.Request], Awa
         (httpx.UnsupportedProtocol, EncoderUnavailable),
         (httpx.LocalProtocolError, EncoderUnavailable),
         (httpx.RemoteProtocolError, BadEncoderResponse),
-        (httpx.ConnectTimeout, EncoderTimeout),
+        (httpx.ConnectTimeout, EncoderUnavailable),
         (httpx.ReadTimeout, EncoderTimeout),
         (httpx.WriteTimeout, EncoderTimeout),
         (httpx.PoolTimeout, EncoderTimeout),
