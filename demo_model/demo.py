@@ -17,7 +17,7 @@ from generator_service.similarity import psnr
 
 PROMPT = "a small red circle above a large blue square on a white background"
 MODES = ("none", "slow", "medium", "fast", "ultra")
-SEED = 7
+SEED = 0
 OUTPUT = Path("demo-output")
 CAPTION_HEIGHT = 30
 

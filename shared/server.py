@@ -1,6 +1,7 @@
 """Runs a service's app in this process; what cannot work is said in one line."""
 
 import asyncio
+import gc
 import signal
 import socket
 import sys
@@ -60,4 +61,6 @@ async def _serve(app: FastAPI, port: socket.socket, drain_s: int) -> None:
         timeout_graceful_shutdown=drain_s,
     )
     async with app.router.lifespan_context(app):
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no later collection stops a picture to look through it
         await uvicorn.Server(config).serve([port])

@@ -162,7 +162,7 @@ def test_the_end_can_be_bounded(environment: dict[str, str]) -> None:
         headers = {"Accept": "text/event-stream"}
         with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
             lines = response.iter_lines()
-            assert next(lines) == "event: step"
+            assert "event: step" in lines
             service.send_signal(signal.SIGTERM)
             assert service.wait(PATIENCE_S) == 0
             rest: list[str] = []
