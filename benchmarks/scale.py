@@ -97,7 +97,9 @@ def api_cpu_s() -> float:
     return float(times.user + times.system)
 
 
-async def ask_for(seconds: float, num_clients: int, body: dict[str, Any]) -> tuple[Counter[int], list[float], float]:
+async def ask_for(
+    seconds: float, num_clients: int, body: dict[str, Any], accept: str = "*/*"
+) -> tuple[Counter[int], list[float], float]:
     """Closed loop: each client asks for one picture after the other; statuses, latencies of pictures, and the time."""
     statuses: Counter[int] = Counter()
     latencies: list[float] = []
@@ -110,7 +112,8 @@ async def ask_for(seconds: float, num_clients: int, body: dict[str, Any]) -> tup
             while time.perf_counter() < began + seconds:
                 count += 1
                 asked = time.perf_counter()
-                answer = await http.post("/generate", json=body | {"prompt": f"picture {count} of client {number}"})
+                prompt = {"prompt": f"picture {count} of client {number}"}
+                answer = await http.post("/generate", json=body | prompt, headers={"Accept": accept})
                 statuses[answer.status_code] += 1
                 latencies.append(time.perf_counter() - asked)
 
@@ -118,13 +121,13 @@ async def ask_for(seconds: float, num_clients: int, body: dict[str, Any]) -> tup
         return statuses, latencies, time.perf_counter() - began
 
 
-def measure_throughput(num_generators: int, step_s: float, seconds: float) -> dict[str, Any]:
+def measure_throughput(num_generators: int, step_s: float, seconds: float, accept: str = "*/*") -> dict[str, Any]:
     """Pictures a second with so many generators, kept busy."""
     deploy(num_generators, step_s)
     body = {"num_inference_steps": STEPS, "cache": "none"}
     asyncio.run(ask_for(0.1, num_generators, body))  # every replica has answered once
     cpu = api_cpu_s()
-    statuses, latencies, taken = asyncio.run(ask_for(seconds, 3 * num_generators, body))
+    statuses, latencies, taken = asyncio.run(ask_for(seconds, 3 * num_generators, body, accept))
     ideal = num_generators / (STEPS * step_s)
     pictures = statuses[httpx.codes.OK]
     return {
@@ -163,6 +166,7 @@ def measure(step_s: float, seconds: float, requests: int) -> dict[str, Any]:
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     try:
         told: dict[str, Any] = {"throughput": [measure_throughput(count, step_s, seconds) for count in (1, 2, 4)]}
+        told["streamed"] = measure_throughput(4, step_s, seconds, "text/event-stream")
         deploy(1, 0.01)
         told["overhead_ms_ray"] = overheads(f"http://127.0.0.1:{PORT}", body, requests)
     finally:
@@ -206,26 +210,32 @@ def api_cost(rows: list[dict[str, Any]]) -> tuple[float, float]:
     return float(idle), float(picture_s)
 
 
-def saturation(rate: float, throughput: list[dict[str, Any]] | None) -> dict[str, Any]:
+def saturation(rate: float, measured: dict[str, Any]) -> dict[str, Any]:
     """Pictures a second that each wire can carry, and the API's process; the smallest number decides."""
     encoder = {f"{gbit} Gbit/s": round(gbit * 1e9 / 8 / EMBEDDING_BYTES, 1) for gbit in LINKS_GBIT}
     api = {f"{gbit} Gbit/s": round(gbit * 1e9 / 8 / PICTURE_BYTES, 1) for gbit in LINKS_GBIT}
     told: dict[str, Any] = {"needed_pictures_per_s": rate, "encoder_link": encoder, "api_link": api}
-    if throughput is not None:
-        idle, picture_s = api_cost(throughput)
-        pictures_per_s = (1 - idle) / picture_s
-        told["api_cpu_ms"] = {"idle, a second": round(1000 * idle, 1), "a picture": round(1000 * picture_s, 1)}
-        told["api_process"] = round(pictures_per_s, 1)
-        told["generators_per_api"] = int(pictures_per_s * PUBLISHED.mean_picture_s)
+    if "throughput" in measured:
+        idle, plain_s = api_cost(measured["throughput"])
+        streamed = measured["streamed"]
+        streamed_s = streamed["api_cpu_ms_per_picture"] / 1000 - idle / streamed["pictures_per_s"]
+        told["api_idle_cpu_ms_per_s"] = round(1000 * idle, 1)
+        for name, picture_s in (("plain", plain_s), ("streamed", streamed_s)):
+            told[f"api_{name}"] = {
+                "cpu_ms_per_picture": round(1000 * picture_s, 1),
+                "pictures_per_s": round((1 - idle) / picture_s, 1),
+                "generators": int((1 - idle) / picture_s * PUBLISHED.mean_picture_s),
+            }
     return told
 
 
 def show(told: dict[str, Any]) -> None:
     """The card."""
     table = Table("figure", "value", title="Ray Serve application")
-    for row in told.get("throughput", ()):
+    rows = [*told["throughput"], told["streamed"]] if "throughput" in told else []
+    for name, row in zip(("", "", "", ", streamed"), rows, strict=False):
         table.add_row(
-            f"{row['generators']} paced generators",
+            f"{row['generators']} paced generators{name}",
             f"{row['pictures_per_s']} pictures/s, {100 * row['of_ideal']:.1f} % of ideal, "
             f"API {row['api_cpu_ms_per_picture']} ms CPU a picture",
         )
@@ -259,7 +269,7 @@ def main() -> None:
     if not args.simulate_only:
         told |= measure(args.step_s, args.seconds, args.requests)
     told["simulation"] = simulate(args.generators)
-    told["saturation_pictures_per_s"] = saturation(told["simulation"]["pictures_per_s"], told.get("throughput"))
+    told["saturation_pictures_per_s"] = saturation(told["simulation"]["pictures_per_s"], told)
     show(told)
     if args.plots is not None:
         plots.plot_scaling(told, args.plots)

@@ -6,9 +6,10 @@ of the order, so the picture is the same.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -69,10 +70,12 @@ class Fleet:
             Flux2Error: what the generator says.
         """
         tell = listener or ignore
+        ask = self._handle.deliver_quietly if listener is None else self._handle.deliver
+        attempt = partial(self._attempt, partial(ask.remote, orders), tell)
         with self._place(), self._line.waiting(work_s(orders), tell):
             try:
                 async with asyncio.timeout(orders[0].deadline_s) as until_begun:
-                    return await self._with_retries(orders, tell, until_begun)
+                    return await self._with_retries(partial(attempt, until_begun))
             except TimeoutError:
                 if until_begun.expired():
                     told = "the deadline passed before it was this request's turn"
@@ -93,20 +96,18 @@ class Fleet:
         finally:
             self._num_places_taken -= 1
 
-    async def _with_retries(
-        self, orders: Sequence[Order], tell: Listener, until_begun: asyncio.Timeout
-    ) -> list[Delivery]:
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+    async def _with_retries(self, attempt: Callable[[], Awaitable[list[Delivery]]]) -> list[Delivery]:
+        for number in range(1, MAX_ATTEMPTS + 1):
             try:
-                return await self._attempt(orders, tell, until_begun)
+                return await attempt()
             except GeneratorUnavailable as error:
-                logger.warning("attempt %d: %s", attempt, error, exc_info=error.__cause__)
+                logger.warning("attempt %d: %s", number, error, exc_info=error.__cause__)
         told = "one generator after the other was lost before the picture was finished"
         raise GeneratorUnavailable(told, retry_after_s=FIRST_GUESS_S)
 
-    async def _attempt(self, orders: Sequence[Order], tell: Listener, until_begun: asyncio.Timeout) -> list[Delivery]:
+    async def _attempt(self, ask: Callable[[], Any], tell: Listener, until_begun: asyncio.Timeout) -> list[Delivery]:
         deliveries = []
-        async with aclosing(self._events(orders)) as events:
+        async with aclosing(self._events(ask)) as events:
             async for event in events:
                 if isinstance(event, Delivery):
                     self._learn(event)
@@ -117,10 +118,10 @@ class Fleet:
                 tell(event)
         return deliveries
 
-    async def _events(self, orders: Sequence[Order]) -> AsyncGenerator[Happening | Delivery, None]:
+    async def _events(self, ask: Callable[[], Any]) -> AsyncGenerator[Happening | Delivery, None]:
         """What some generator tells."""
         # Outside of the HTTP request's context: Serve would cancel a job when the client that began it leaves.
-        stream = Context().run(self._handle.deliver.remote, orders)
+        stream = Context().run(ask)
         try:
             async for event in stream:
                 if isinstance(event, Flux2Error):

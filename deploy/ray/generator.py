@@ -10,7 +10,7 @@ from typing import Any
 from deploy.ray.remote_encoder import RemoteEncoder
 from generator_service.app import load_model, make_upsampler, running_engine
 from generator_service.cost import Cost
-from generator_service.engine import Delivery, Happening
+from generator_service.engine import Delivery, Happening, StepBegun
 from generator_service.line import Queued
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
@@ -70,6 +70,14 @@ class GeneratorReplica:
                     yield event
         except Flux2Error as error:
             yield error
+
+    async def deliver_quietly(self, orders: Sequence[Order]) -> AsyncIterator[Happening | Delivery | Flux2Error]:
+        """As ``deliver``, but only that the drawing has begun, and what came out: messages that nobody reads cost."""
+        has_begun = False
+        async for event in self.deliver(orders):
+            if isinstance(event, Delivery | Flux2Error) or (isinstance(event, StepBegun) and not has_begun):
+                has_begun = True
+                yield event
 
     async def __del__(self) -> None:
         await self._stack.aclose()

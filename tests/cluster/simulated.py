@@ -176,5 +176,5 @@ class SimulatedCluster:
         found: Counter[str] = Counter()
         for file in logs.iterdir():
             if match := pattern.fullmatch(file.name):
-                found[match[1]] = len(re.findall(r"CALL deliver OK", file.read_text(encoding="utf-8")))
+                found[match[1]] = len(re.findall(r"CALL deliver\w* OK", file.read_text(encoding="utf-8")))
         return found
