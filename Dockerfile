@@ -31,6 +31,15 @@ RUN useradd --uid 1000 --no-create-home flux2 && install --directory --owner flu
 ENV HF_HOME=/weights \
     HOME=/tmp
 
+# Both services and Ray, for deploy/ray/rayservice.yaml. KubeRay brings the command, and asks how it is with wget.
+FROM runtime AS ray
+# hadolint ignore=DL3008 # Debian keeps one version of it for each release
+RUN apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=bind,from=project,source=/dist,target=/dist \
+    python -m pip install -c /constraints.txt "$(echo /dist/*.whl)[text-encoder,generator,ray]"
+USER 1000:1000
+
 FROM runtime AS text-encoder
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,from=project,source=/dist,target=/dist \

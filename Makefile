@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak test-docker check format train clean weights up down logs
+.PHONY: help install demo serve test soak test-docker test-cluster check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,13 +27,17 @@ serve: install ## run both services with the demo model until Ctrl-C
 	@$(BIN)/python -m demo_model.serve
 
 test: install ## run the test suite
-	@$(BIN)/python -m pytest -q -m "not docker"
+	@$(BIN)/python -m pytest -q -m "not docker and not cluster"
 
 soak: install ## the tests of tests/threats in their long forms (most of an hour)
 	@$(BIN)/python -m pytest -q -s --soak tests/threats
 
 test-docker: install ## run the containers for real, where a Docker engine can be reached
 	@$(BIN)/python -m pytest -q -m docker tests/docker
+
+test-cluster: install ## run both services on a simulated Ray cluster, and kill its nodes
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	@$(BIN)/python -m pytest -q -s -m cluster tests/cluster
 
 check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
 	$(BIN)/ruff format --check .

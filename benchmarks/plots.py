@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -75,4 +75,50 @@ def plot_schedules(schedules: Sequence[Schedule], file: Path) -> None:
     axes.grid(which="minor", color="white")
     axes.tick_params(which="both", length=0)
     axes.set_xlabel("step")
+    figure.savefig(file, dpi=DPI)
+
+
+def plot_scaling(told: dict[str, Any], folder: Path) -> None:
+    """The figures of ``benchmarks.scale``: measured throughput, and simulated waiting by fleet and by encoders."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if "throughput" in told:
+        plot_throughput(told["throughput"], folder / "throughput.png")
+    plot_waiting(told["simulation"], folder / "waiting.png")
+
+
+def plot_throughput(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Pictures a second against the number of generators, beside what the steps alone would allow."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    counts = [row["generators"] for row in rows]
+    axes.plot(counts, [row["ideal_pictures_per_s"] for row in rows], linestyle="--", color="grey", label="steps alone")
+    axes.plot(counts, [row["pictures_per_s"] for row in rows], marker="o", linewidth=2.5, label="measured")
+    axes.set_xticks(counts)
+    axes.set_xlabel("paced generators")
+    axes.set_ylabel("pictures per second")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=DPI)
+
+
+def plot_waiting(simulation: dict[str, Any], file: Path) -> None:
+    """Left: the line before the generators by how busy they are. Right: what more encoders change."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    line, encoders = figure.subplots(1, 2)
+    for count, rows in simulation["line_by_fleet"].items():
+        line.plot([100 * row[0] for row in rows], [max(row[1], 1e-3) for row in rows], marker="o", label=count)
+    line.set_yscale("log")
+    line.set_xlabel("generators busy, %")
+    line.set_ylabel("mean wait for one, s")
+    line.legend(title="generators", fontsize=8)
+    numbers = [row[0] for row in simulation["encoders_at_95_percent"]]
+    for column, label in ((1, "median"), (2, "99th percentile")):
+        seconds = [row[column] for row in simulation["encoders_at_95_percent"]]
+        encoders.plot(numbers, seconds, marker="o", label=label)
+    encoders.set_yscale("log")
+    encoders.set_xlabel(f"text encoders for {simulation['generators']} generators")
+    encoders.set_ylabel("s until embedded")
+    encoders.legend(fontsize=8)
+    for axes in (line, encoders):
+        axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=DPI)

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Protocol
 
 import httpx
 from fastapi import FastAPI
@@ -13,30 +15,41 @@ from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
 from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
-from generator_service.engine import Engine
+from generator_service.engine import Engine, PictureMaker, PromptEncoder
 from generator_service.jobs import JobStore
 from generator_service.order import open_shelf
+from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import PARTS, Flux2Model
 from generator_service.settings import GeneratorSettings
 from generator_service.upsampler import Upsampler
 from shared.errors import Flux2Error
+from shared.metrics import Metrics
 from shared.model_folder import find_model, read_prompt_format
 from shared.schemas import EncoderInfo
-from shared.web import make_app, require_token
+from shared.tracing import Tracing
+from shared.web import ReadyCheck, make_app, require_token
 
 logger = logging.getLogger("flux2")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
+@dataclass(frozen=True)
+class Studio:
+    """What stands behind the API."""
+
+    engine: PictureMaker
+    embedding_shape: tuple[int, int]
+    ready: ReadyCheck
+
+
 def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
     """The app; the model is loaded when it starts. ``transport`` replaces the network to the text encoder."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warn_of_strangers(settings)
+    async def open_studio(app: FastAPI) -> AsyncIterator[Studio]:
+        metrics, tracing = app.state.metrics, app.state.tracing
         model, shape = await asyncio.to_thread(load_model, settings)
-        shelf = open_shelf(settings, model)
         client = EncoderClient(
             str(settings.text_encoder_url),
             shape,
@@ -45,25 +58,54 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             cache_bytes=settings.embedding_cache_bytes,
             transport=transport,
         )
-        client.trace(app.state.tracing)
+        client.trace(tracing)
         upsampler = make_upsampler(settings, transport)
-        jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
-        sampling, tracing = settings.quality_sampling, app.state.tracing
-        engine = Engine(model, client, app.state.metrics, settings.max_waiting, sampling, tracing, upsampler)
-        app.state.metrics.watch_memory(model.device)
-        await asyncio.to_thread(engine.warm_up, shape)
-        async with client, engine.queue, upsampler or nullcontext():
-            app.state.generator = GeneratorState(settings, engine, shelf, jobs, shape)
-            app.state.ready = Readiness(client, model, shape)
+        async with client, running_engine(settings, model, shape, client, metrics, tracing, upsampler) as engine:
+            yield Studio(engine, shape, Readiness(client, model.card, shape))
+
+    return app_around(open_studio, settings)
+
+
+def app_around(
+    open_studio: Callable[[FastAPI], AbstractAsyncContextManager[Studio]], settings: GeneratorSettings
+) -> FastAPI:
+    """The app, with jobs and all; its lifespan opens what makes the pictures."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warn_of_strangers(settings)
+        async with open_studio(app) as studio:
+            shelf = await asyncio.to_thread(open_shelf, settings, studio.engine.card)
+            jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
+            app.state.generator = GeneratorState(settings, studio.engine, shelf, jobs, studio.embedding_shape)
+            app.state.ready = studio.ready
             yield
             await jobs.close()
-            await engine.close()
 
     app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
     for routes in (generate, job_routes, modes, openai):
         app.include_router(routes.router, dependencies=[require_token(settings.tokens())])
     app.include_router(page.router)
     return app
+
+
+@asynccontextmanager
+async def running_engine(
+    settings: GeneratorSettings,
+    model: Flux2Model,
+    embedding_shape: tuple[int, int],
+    encoder: PromptEncoder,
+    metrics: Metrics,
+    tracing: Tracing,
+    upsampler: Upsampler | None,
+) -> AsyncIterator[Engine]:
+    """An engine that is warm and whose device thread runs, for as long as the block does."""
+    engine = Engine(model, encoder, metrics, settings.max_waiting, settings.quality_sampling, tracing, upsampler)
+    metrics.watch_memory(model.device)
+    await asyncio.to_thread(engine.warm_up, embedding_shape)
+    async with engine.queue, upsampler or nullcontext():
+        yield engine
+        await engine.close()
 
 
 def make_upsampler(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None) -> Upsampler | None:
@@ -91,31 +133,38 @@ def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]
     """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
     folder = find_model(settings.model, settings.revision, PARTS)
     model = Flux2Model(folder, settings.torch_device(), settings.torch_dtype(), settings.lora_dir, settings.max_loras)
-    return model, (read_prompt_format(folder).max_sequence_length, model.embedding_width)
+    return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)
+
+
+class DescribedEncoder(Protocol):
+    """A text encoder as far as readiness is concerned."""
+
+    async def info(self) -> EncoderInfo | None:
+        """What it says of itself, None if it says nothing; raises a ``Flux2Error`` if it is away."""
 
 
 class Readiness:
     """Says why the generator could not make a picture now: the encoder is away, or embeds for another model."""
 
-    def __init__(self, client: EncoderClient, model: Flux2Model, shape: tuple[int, int]) -> None:
-        self._client = client
-        self._model = model
+    def __init__(self, encoder: DescribedEncoder, card: ModelCard, shape: tuple[int, int]) -> None:
+        self._encoder = encoder
+        self._card = card
         self._shape = shape
 
     async def __call__(self) -> str | None:
         """None if all is well."""
         try:
-            info = await self._client.info()
+            info = await self._encoder.info()
         except Flux2Error as error:
             return str(error)
         return None if info is None else self._difference(info)
 
     def _difference(self, info: EncoderInfo) -> str | None:
-        folder = self._model.folder
+        card = self._card
         if info.embedding_shape != self._shape:
             have, want = list(info.embedding_shape), list(self._shape)
             return f"the text encoder's embeddings have shape {have}, this model takes {want}"
-        if (info.model, info.revision) != (folder.name, folder.revision):
-            has, wants = f"{info.model}@{info.revision}", f"{folder.name}@{folder.revision}"
+        if (info.model, info.revision) != (card.name, card.revision):
+            has, wants = f"{info.model}@{info.revision}", f"{card.name}@{card.revision}"
             return f"the text encoder serves {has}, this is {wants}"
         return None

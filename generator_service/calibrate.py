@@ -111,7 +111,7 @@ class Recording:
     @property
     def signature(self) -> Signature:
         """What the runs are."""
-        known = self._model.signature(
+        known = self._model.card.signature(
             num_steps=self._samples.num_steps,
             width=self._samples.width,
             height=self._samples.height,

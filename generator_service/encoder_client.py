@@ -10,13 +10,11 @@ from http import HTTPStatus
 from typing import Self
 
 import httpx
-import stamina
 import torch
 from pydantic import SecretStr, ValidationError
 
-from generator_service.breaker import OPEN_S, Breaker
+from generator_service.embedder import Embedder
 from generator_service.http_body import IDENTITY, BodyRefused, read_body
-from shared.byte_cache import ByteBoundedCache
 from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest
 from shared.logs import request_id
 from shared.schemas import EncoderInfo
@@ -38,7 +36,6 @@ CONNECT_TIMEOUT_S = 2.0
 """One lost packet is sent again after a second."""
 INFO_TIMEOUT_S = 5.0
 """Readiness probes are short."""
-MAX_ATTEMPTS = 4
 
 
 class EncoderClient:
@@ -57,8 +54,7 @@ class EncoderClient:
         self._base = url.rstrip("/").removesuffix("/predict")
         self._shape = embedding_shape
         self._timeout_s = timeout_s
-        self._cache = ByteBoundedCache[torch.Tensor](cache_bytes)
-        self._breaker = Breaker()
+        self._embedder = Embedder(self._embed_once, timeout_s=timeout_s, cache_bytes=cache_bytes)
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
         self._http = httpx.AsyncClient(
             headers=headers,
@@ -78,35 +74,8 @@ class EncoderClient:
         await self._http.aclose()
 
     async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
-        """The prompt's embedding ``[1, L, D]``, and whether it was cached.
-
-        Raises:
-            EncoderUnavailable: no connection, or the service says it cannot answer now; after retries, or at once while
-                it is known to be away.
-            EncoderTimeout: no answer within ``timeout_s`` in all.
-            BadEncoderResponse: the answer is not an embedding; after one retry.
-            InvalidRequest: the service refuses the prompt.
-        """
-        cached = self._cache.get(prompt)
-        if cached is not None:
-            return cached, True
-        if not self._breaker.allows():
-            raise EncoderUnavailable("the text encoder is away", retry_after_s=OPEN_S)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                tensor = await self._embed_with_retries(prompt)
-        except TimeoutError as error:
-            self._breaker.failed()
-            raise EncoderTimeout(f"the text encoder did not answer within {self._timeout_s:g} s") from error
-        except (EncoderUnavailable, EncoderTimeout):
-            self._breaker.failed()
-            raise
-        except (BadEncoderResponse, InvalidRequest):
-            self._breaker.answered()
-            raise
-        self._breaker.answered()
-        self._cache.put(prompt, tensor)
-        return tensor, False
+        """The prompt's embedding ``[1, L, D]``, and whether it was cached; as ``Embedder.embed``."""
+        return await self._embedder.embed(prompt)
 
     async def info(self) -> EncoderInfo | None:
         """What the service says of itself, or None if it is one of the kind that does not.
@@ -122,7 +91,7 @@ class EncoderClient:
             async with asyncio.timeout(min(INFO_TIMEOUT_S, self._timeout_s)), self._answer("GET", "/info") as response:
                 if response.status_code not in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
                     _raise_for_status(response)
-                self._breaker.answered()
+                self._embedder.answered()
                 if response.status_code != HTTPStatus.OK:
                     return None
                 return EncoderInfo.model_validate_json(await _read(response, MAX_INFO_BYTES))
@@ -130,21 +99,6 @@ class EncoderClient:
             raise BadEncoderResponse("the text encoder's /info is not understood") from error
         except TimeoutError as error:
             raise EncoderTimeout("the text encoder's /info takes too long") from error
-
-    async def _embed_with_retries(self, prompt: str) -> torch.Tensor:
-        bad_answers = 0
-
-        def is_worth_retrying(error: Exception) -> bool:
-            nonlocal bad_answers
-            bad_answers += isinstance(error, BadEncoderResponse)
-            return isinstance(error, EncoderUnavailable) or (bad_answers == 1 and isinstance(error, BadEncoderResponse))
-
-        async for attempt in stamina.retry_context(
-            on=is_worth_retrying, attempts=MAX_ATTEMPTS, timeout=self._timeout_s, wait_initial=0.1, wait_jitter=0.1
-        ):
-            with attempt:
-                return await self._embed_once(prompt)
-        raise AssertionError  # the loop returns or raises
 
     async def _embed_once(self, prompt: str) -> torch.Tensor:
         tokens, width = self._shape

@@ -15,17 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
 
 import torch
 from PIL.Image import Image
 
 from generator_service.comparison import Comparison, compare
 from generator_service.cost import CostModel
-from generator_service.encoder_client import EncoderClient
 from generator_service.imaging import Provenance, encode_image
 from generator_service.lemica import schedule_for
 from generator_service.line import Line, Queued
 from generator_service.order import Order
+from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import (
     Flux2Model,
     GeneratedPicture,
@@ -125,13 +126,35 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
+class PromptEncoder(Protocol):
+    """Where embeddings come from."""
+
+    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
+        """The prompt's embedding ``[1, L, D]``, and whether it was cached."""
+
+
+class PictureMaker(Protocol):
+    """What the API needs: an engine on this machine, or many on others."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The model."""
+
+    @property
+    def cost(self) -> CostModel:
+        """What pictures take."""
+
+    async def deliver(self, orders: Sequence[Order], listener: Listener | None = None) -> list[Delivery]:
+        """Make a request's pictures; as ``Engine.deliver``."""
+
+
 class Engine:
     """Turns orders into pictures with one model. Its queue must have been entered by the app's lifespan."""
 
     def __init__(
         self,
         model: Flux2Model,
-        encoder: EncoderClient,
+        encoder: PromptEncoder,
         metrics: Metrics,
         max_waiting: int,
         quality_sampling: float = 0.0,
@@ -139,6 +162,7 @@ class Engine:
         upsampler: Upsampler | None = None,
     ) -> None:
         self.model = model
+        self.card = model.card
         self.encoder = encoder
         self.queue = DeviceQueue[Job, GeneratedPicture](self._run, max_waiting=max_waiting)
         self.cost = CostModel()
@@ -178,13 +202,13 @@ class Engine:
 
     def warm_up(self, embedding_shape: tuple[int, int]) -> None:
         """Draw a few steps of both kinds, before the queue runs: the first picture's cost is known then."""
-        side = self.model.default_side
+        side = self.card.default_side
         nothing = torch.zeros(1, *embedding_shape)
         for schedule in (schedule_for("none", 1), schedule_for("none", WARM_UP_STEPS), schedule_for(1, WARM_UP_STEPS)):
             request = GenerationRequest(nothing, side, side, 4.0, 0, schedule)
             picture = self.model.generate(request)
             if schedule.num_steps > 1:  # the first run also pays for what happens once
-                self._learn(request, self.model.num_image_tokens(side, side), picture)
+                self._learn(request, self.card.num_image_tokens(side, side), picture)
 
     def _learn(self, request: GenerationRequest, num_tokens: int, picture: GeneratedPicture) -> None:
         self.cost.observe(

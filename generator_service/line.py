@@ -11,7 +11,7 @@ class Queued:
     """A request's place in the line."""
 
     position: int
-    """How many requests are before it; with 0 it is its turn."""
+    """How many must end before its turn comes; with 0 it has come."""
     seconds: float | None
     """How long they will take, as far as it is known."""
 
@@ -27,10 +27,12 @@ class Line:
 
     Args:
         clock: seconds, monotonic.
+        num_devices: how many requests are served at a time.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, num_devices: Callable[[], int] = lambda: 1) -> None:
         self._clock = clock
+        self._num_devices = num_devices
         self._tickets: list[_Ticket] = []
         self._first_since = 0.0
 
@@ -53,10 +55,13 @@ class Line:
                 self._tickets[later].tell(self._place(later))
 
     def _place(self, index: int) -> Queued:
+        devices = max(1, self._num_devices())
+        position = max(0, index - devices + 1)
+        if position == 0:
+            return Queued(0, 0.0)
         before = [ticket.work_s for ticket in self._tickets[:index]]
         known = [seconds for seconds in before if seconds is not None]
         if len(known) < len(before):
-            return Queued(index, None)
-        if known:
-            known[0] = max(0.0, known[0] - (self._clock() - self._first_since))
-        return Queued(index, sum(known))
+            return Queued(position, None)
+        known[0] = max(0.0, known[0] - (self._clock() - self._first_since))
+        return Queued(position, sum(known) / devices)

@@ -34,7 +34,7 @@ def draw(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepL
     (embeddings,) = prompt.embed_prompts(folder, [request.prompt], device, dtype)
     model = flux2.Flux2Model(folder, device, dtype, settings.lora_dir, settings.max_loras)
     shape = (embeddings.shape[1], embeddings.shape[2])
-    order = make_order(request, settings, model, open_shelf(settings, model), shape)
+    order = make_order(request, settings, model.card, open_shelf(settings, model.card), shape)
     picture = model.generate(generation_request(order, embeddings), on_step)
     record = provenance(order, model.folder, embeddings)
     return encode_image(picture.image, order.output_format, record), order, picture.denoise_s

@@ -13,7 +13,7 @@ from generator_service.api.schemas import MAX_SEED, GenerateRequest, LoraUse, Ma
 from generator_service.cost import Cost
 from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES, ImageFormat
 from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf, published_size
-from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.lora import Adapter
 from generator_service.references import Reference, parse_reference
 from generator_service.settings import GeneratorSettings
@@ -75,7 +75,7 @@ class Order:
         return [replace(self, seed=self.seed + k) for k in range(count)]
 
 
-def open_shelf(settings: GeneratorSettings, model: Flux2Model) -> Shelf:
+def open_shelf(settings: GeneratorSettings, model: ModelCard) -> Shelf:
     """The calibrated schedules of ``model``: those that come with the product, and those of ``SCHEDULES_DIR``.
 
     Raises:
@@ -94,7 +94,7 @@ def open_shelf(settings: GeneratorSettings, model: Flux2Model) -> Shelf:
 def make_order(
     body: GenerateRequest,
     settings: GeneratorSettings,
-    model: Flux2Model,
+    model: ModelCard,
     shelf: Shelf,
     embedding_shape: tuple[int, int],
     cost_of: Callable[[int], Cost | None] = lambda _num_tokens: None,
@@ -113,7 +113,7 @@ def make_order(
     num_tokens = count_tokens(width, height, references, model)
     cost = cost_of(num_tokens)
     cache = checked_cache(body, settings, cost)
-    adapters = checked_adapters(body.lora, model.adapters.names)
+    adapters = checked_adapters(body.lora, model.adapters)
     wanted = model.signature(
         num_steps=body.num_inference_steps,
         width=width,
@@ -199,7 +199,7 @@ def checked_seed(body: GenerateRequest) -> int:
 
 
 def checked_size(
-    body: GenerateRequest, references: Sequence[Reference], settings: GeneratorSettings, model: Flux2Model
+    body: GenerateRequest, references: Sequence[Reference], settings: GeneratorSettings, model: ModelCard
 ) -> tuple[int, int]:
     """Width and height: as given, else the first reference image's, else the model's own; if they fit."""
     unit = model.pixels_per_token
@@ -216,7 +216,7 @@ def checked_size(
     return width, height
 
 
-def count_tokens(width: int, height: int, references: Sequence[Reference], model: Flux2Model) -> int:
+def count_tokens(width: int, height: int, references: Sequence[Reference], model: ModelCard) -> int:
     """Tokens of the picture and its reference images."""
     of_references = sum(reference.num_tokens(model.pixels_per_token) for reference in references)
     return model.num_image_tokens(width, height) + of_references

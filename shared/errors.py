@@ -16,6 +16,7 @@ Flux2Error                    500 internal_error
 ├── EncoderUnavailable        503 encoder_unavailable
 ├── EncoderTimeout            504 encoder_timeout
 ├── DeadlineExceeded          504 deadline_exceeded
+├── GeneratorUnavailable      503 generator_unavailable
 ├── OutOfMemory               503 oom
 └── ModelRefused              (at start: the model folder cannot be used)
 """
@@ -154,6 +155,13 @@ class UpsamplerUnavailable(Flux2Error):
 
     status = 503
     code = "upsampler_unavailable"
+
+
+class GeneratorUnavailable(Flux2Error):
+    """Of many generators none could finish the picture."""
+
+    status = 503
+    code = "generator_unavailable"
 
 
 class DeadlineExceeded(Flux2Error):

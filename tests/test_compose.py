@@ -267,6 +267,8 @@ def test_nothing_private_reaches_a_build() -> None:
         "LICENSE",
         "README.md",
         "constraints.txt",
+        "deploy/__init__.py",
+        "deploy/ray",
         "generator_service",
         "pyproject.toml",
         "shared",

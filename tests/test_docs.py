@@ -17,7 +17,7 @@ from text_encoder_service.settings import TextEncoderSettings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: tuple[type[ServiceSettings], ...] = (TextEncoderSettings, GeneratorSettings)
-PACKAGES = ("shared", "text_encoder_service", "generator_service", "demo_model", "benchmarks")
+PACKAGES = ("shared", "text_encoder_service", "generator_service", "demo_model", "deploy", "benchmarks")
 LOCAL_PATHS = ("/tmp/", "/work/", "/root/")  # noqa: S108 - looked for, not used
 
 

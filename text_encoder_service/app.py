@@ -26,32 +26,37 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        encoder, info = await asyncio.to_thread(load_encoder, settings)
-        metrics: Metrics = app.state.metrics
-
-        def encode(prompts: Sequence[str]) -> Sequence[Embedding]:
-            with metrics.seconds.labels("encode").time():
-                return encoder.encode(prompts)
-
-        queue = DeviceQueue(
-            encode,
-            max_waiting=settings.max_waiting,
-            max_batch=settings.max_batch,
-            max_wait_s=settings.max_wait_ms / 1000,
-        )
-        metrics.queue_depth.set_function(lambda: queue.depth)
-        metrics.watch_memory(settings.torch_device())
-        async with queue:
-            with queue.place():
-                await queue.submit(WARM_UP_PROMPT)
-            cache = ByteBoundedCache[Embedding](settings.embedding_cache_bytes)
-            app.state.encoder = EncoderState(settings, info, queue, cache, metrics)
+        async with running_encoder(settings, app.state.metrics) as state:
+            app.state.encoder = state
             app.state.ready = is_ready
             yield
 
     app = make_app("FLUX.2 text encoder", version("flux2-services"), settings, lifespan)
     app.include_router(router, dependencies=[require_token(settings.tokens())])
     return app
+
+
+@asynccontextmanager
+async def running_encoder(settings: TextEncoderSettings, metrics: Metrics) -> AsyncIterator[EncoderState]:
+    """The model, warm and with its device thread, for as long as the block runs."""
+    encoder, info = await asyncio.to_thread(load_encoder, settings)
+
+    def encode(prompts: Sequence[str]) -> Sequence[Embedding]:
+        with metrics.seconds.labels("encode").time():
+            return encoder.encode(prompts)
+
+    queue = DeviceQueue(
+        encode,
+        max_waiting=settings.max_waiting,
+        max_batch=settings.max_batch,
+        max_wait_s=settings.max_wait_ms / 1000,
+    )
+    metrics.queue_depth.set_function(lambda: queue.depth)
+    metrics.watch_memory(settings.torch_device())
+    async with queue:
+        with queue.place():
+            await queue.submit(WARM_UP_PROMPT)
+        yield EncoderState(settings, info, queue, ByteBoundedCache[Embedding](settings.embedding_cache_bytes), metrics)
 
 
 def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, EncoderInfo]:

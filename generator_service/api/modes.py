@@ -75,7 +75,7 @@ async def modes(
 ) -> Modes:
     """What the picture takes in each cache mode, and the defaults of this service."""
     return Modes(
-        model=state.engine.model.folder.name,
+        model=state.engine.card.name,
         default=defaults(state),
         modes=[described(order) for order in await orders(query.request(), state)],
     )
@@ -83,7 +83,7 @@ async def modes(
 
 def defaults(state: GeneratorState) -> Defaults:
     """As ``make_order`` fills them in."""
-    side, blank = state.engine.model.default_side, GenerateRequest(prompt="", images=[])
+    side, blank = state.engine.card.default_side, GenerateRequest(prompt="", images=[])
     return Defaults(
         width=side,
         height=side,

@@ -85,7 +85,7 @@ async def model(name: str, state: State) -> dict[str, Any]:
 
 def model_card(state: GeneratorState) -> dict[str, Any]:
     """What OpenAI's API tells of a model."""
-    return {"id": state.engine.model.folder.name, "object": "model", "created": 0, "owned_by": "flux2-services"}
+    return {"id": state.engine.card.name, "object": "model", "created": 0, "owned_by": "flux2-services"}
 
 
 @router.post("/images/generations")
@@ -174,10 +174,10 @@ def description(order: Order) -> dict[str, Any]:
 
 def usage_of(order: Order, state: GeneratorState) -> dict[str, Any]:
     """Tokens of one picture, as the transformer counts them."""
-    unit = state.engine.model.pixels_per_token
+    unit = state.engine.card.pixels_per_token
     text = state.embedding_shape[0]
     image = sum(reference.num_tokens(unit) for reference in order.references)
-    output = state.engine.model.num_image_tokens(order.width, order.height)
+    output = state.engine.card.num_image_tokens(order.width, order.height)
     return {
         "input_tokens": text + image,
         "input_tokens_details": {"text_tokens": text, "image_tokens": image},

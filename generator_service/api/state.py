@@ -8,7 +8,7 @@ from functools import partial
 from fastapi import Request
 
 from generator_service.api.schemas import GenerateRequest
-from generator_service.engine import Engine
+from generator_service.engine import PictureMaker
 from generator_service.jobs import Job, JobStore
 from generator_service.lemica import Shelf
 from generator_service.order import Order, make_order
@@ -21,7 +21,7 @@ class GeneratorState:
     """What the lifespan of the app owns."""
 
     settings: GeneratorSettings
-    engine: Engine
+    engine: PictureMaker
     shelf: Shelf
     jobs: JobStore
     embedding_shape: tuple[int, int]
@@ -35,7 +35,7 @@ class GeneratorState:
         """
         engine = self.engine
         return await asyncio.to_thread(
-            make_order, body, self.settings, engine.model, self.shelf, self.embedding_shape, engine.cost.of
+            make_order, body, self.settings, engine.card, self.shelf, self.embedding_shape, engine.cost.of
         )
 
     async def job(self, body: GenerateRequest, owner: str, key: str | None) -> Job:

@@ -24,7 +24,6 @@ from generator_service.lemica import (
     Calibration,
     Predictor,
     Schedule,
-    Signature,
     Trace,
     Trajectory,
     TrajectoryRecorder,
@@ -32,6 +31,7 @@ from generator_service.lemica import (
     check_transformer,
     schedule_for,
 )
+from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.lora import Adapter, Adapters
 from shared.byte_cache import ByteBoundedCache
 from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
@@ -114,16 +114,23 @@ class Flux2Model:
         pipeline.to(device)
         self.device = device
         self.dtype = dtype
-        self.embedding_width = int(pipeline.transformer.config.joint_attention_dim)
-        self.default_side = int(pipeline.vae.config.sample_size)
-        self.pixels_per_token = 2 * int(pipeline.vae_scale_factor)
-        self.fingerprint = f"transformer {folder.fingerprint('transformer')}"
         self._components = {
             "vae": pipeline.vae.eval(),
             "scheduler": pipeline.scheduler,
             "transformer": pipeline.transformer.eval(),
         }
         self.adapters = Adapters(self._components["transformer"], lora_dir, max_loras)
+        self.card = ModelCard(
+            name=folder.name,
+            revision=folder.revision,
+            fingerprint=f"transformer {folder.fingerprint('transformer')}",
+            dtype=str(dtype).removeprefix("torch."),
+            libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
+            embedding_width=int(pipeline.transformer.config.joint_attention_dim),
+            default_side=int(pipeline.vae.config.sample_size),
+            pixels_per_token=2 * int(pipeline.vae_scale_factor),
+            adapters=tuple(self.adapters.names),
+        )
         self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
         try:
             check_transformer(self._components["transformer"], self._small_example())
@@ -172,42 +179,17 @@ class Flux2Model:
         transformer = CachedTransformer(
             self._components["transformer"],
             request.schedule,
-            self.num_image_tokens(request.width, request.height),
+            self.card.num_image_tokens(request.width, request.height),
             on_step,
             scheduler,
         )
         clock = _LastStepClock(request.schedule.num_steps, self.device)
-        clock.preview = _PreviewTaker(previews, request.width // self.pixels_per_token) if previews else None
+        clock.preview = _PreviewTaker(previews, request.width // self.card.pixels_per_token) if previews else None
         began = time.perf_counter()
         image = self._run(request, self._pipeline(transformer, scheduler), clock)
         ended = time.perf_counter()
         return GeneratedPicture(
             image, clock.ended - began, ended - clock.ended, clock.latents, clock.previews_s, request.schedule
-        )
-
-    def num_image_tokens(self, width: int, height: int) -> int:
-        """How many tokens a picture has in the transformer."""
-        return width * height // self.pixels_per_token**2
-
-    def signature(
-        self,
-        *,
-        num_steps: int,
-        width: int,
-        height: int,
-        guidance_scale: float,
-        is_edit: bool = False,
-        adapters: Sequence[Adapter] = (),
-    ) -> Signature:
-        """What a schedule for such a picture must have been made for: adapters make it another model."""
-        return Signature(
-            model=" + ".join([self.fingerprint, *map(str, adapters)]),
-            num_steps=num_steps,
-            image_tokens=self.num_image_tokens(width, height),
-            guidance_scale=guidance_scale,
-            task="edit" if is_edit else "text-to-image",
-            dtype=str(self.dtype).removeprefix("torch."),
-            libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
         )
 
     def record(
@@ -271,7 +253,7 @@ class Flux2Model:
         noise = torch.Generator("cpu").manual_seed(0)
         channels = self._components["transformer"].config.in_channels
         image_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 2, 2, 1)))
-        text = torch.randn(1, 8, self.embedding_width, generator=noise)
+        text = torch.randn(1, 8, self.card.embedding_width, generator=noise)
         text_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, 8)))
         return {
             "hidden_states": torch.randn(1, 4, channels, generator=noise).to(self.device, self.dtype),

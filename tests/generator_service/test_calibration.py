@@ -38,7 +38,7 @@ SIGNATURE = Signature("demo", STEPS)
 
 def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> GenerationRequest:
     """A small picture of some embedding."""
-    embeddings = torch.randn(1, 32, model.embedding_width, generator=torch.Generator().manual_seed(seed))
+    embeddings = torch.randn(1, 32, model.card.embedding_width, generator=torch.Generator().manual_seed(seed))
     return GenerationRequest(embeddings, 64, 64, 4.0, seed, schedule or schedule_for("none", STEPS))
 
 

@@ -29,7 +29,7 @@ def pipeline(weights: Path) -> Flux2Pipeline:
 
 def embeddings(model: Flux2Model, seed: int = 0) -> torch.Tensor:
     """Something of the shape of a prompt embedding."""
-    return torch.randn(1, 32, model.embedding_width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, 32, model.card.embedding_width, generator=torch.Generator().manual_seed(seed))
 
 
 def request(

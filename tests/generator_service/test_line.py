@@ -60,3 +60,16 @@ def test_a_failure_leaves_the_line() -> None:
     with line.waiting(5.0, told.append):
         pass
     assert [place.position for place in told] == [0, 0]
+
+
+def test_several_devices() -> None:
+    """Where several are served at a time, so many have their turn, and the others wait a share of the time."""
+    line = Line(lambda: 0.0, num_devices=lambda: 2)
+    told: list[Queued] = []
+    with ExitStack() as stack, ExitStack() as first:
+        first.enter_context(line.waiting(6.0, told.append))
+        for _ in range(3):
+            stack.enter_context(line.waiting(6.0, told.append))
+        assert told == [Queued(0, 0.0), Queued(0, 0.0), Queued(1, 6.0), Queued(2, 9.0)]
+        first.close()
+    assert told[4:7] == [Queued(0, 0.0), Queued(0, 0.0), Queued(1, 6.0)]

@@ -131,7 +131,7 @@ def test_the_tokens_are_known_beforehand(size: tuple[int, int], prepared: tuple[
 async def test_an_edit_is_what_the_pipeline_makes(serve_generator: Serve, demo: Flux2Model) -> None:
     """Reference images over HTTP give the pixels of ``Flux2Pipeline`` with the same images, and its size."""
     images = [picture(), picture(96, 96)]
-    embeds = torch.randn(1, 32, demo.embedding_width)
+    embeds = torch.randn(1, 32, demo.card.embedding_width)
     text = as_text(dump_safetensors(embeds))
     body = {"prompt_embeds": text, "num_inference_steps": 3, "seed": 7, "cache": "none"}
     async with serve_generator() as http:
@@ -156,7 +156,7 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
     vae = demo._components["vae"]
     encode = vae.encode
     monkeypatch.setattr(vae, "encode", lambda *a, **k: calls.append(1) or encode(*a, **k))
-    embeds = torch.zeros(1, 32, demo.embedding_width)
+    embeds = torch.zeros(1, 32, demo.card.embedding_width)
     request = GenerationRequest(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (picture(112, 64),))
     first, second = demo.generate(request).latents, demo.generate(request).latents
     assert len(calls) == 1

@@ -1,0 +1,58 @@
+"""Generators that take a given time and draw nothing, so that many fit on few cores: the engine's work is left."""
+
+import time
+from typing import Any
+
+import torch
+from PIL import Image
+
+from deploy.ray.generator import GeneratorReplica
+from generator_service.pipelines.flux2 import (
+    PARTS,
+    Flux2Model,
+    GeneratedPicture,
+    GenerationRequest,
+    Previews,
+    StepListener,
+)
+from generator_service.settings import GeneratorSettings
+from shared.model_folder import find_model, read_prompt_format
+
+
+class PacedModel(Flux2Model):
+    """The demo model as far as requests are concerned; its steps are sleep, its pictures noise."""
+
+    step_s = 0.0
+
+    def generate(
+        self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
+    ) -> GeneratedPicture:
+        """Sleep through every step, as a thread sleeps that waits for a GPU."""
+        del previews
+        began = time.perf_counter()
+        for step in range(request.schedule.num_steps):
+            if on_step is not None:
+                on_step(step, request.schedule.is_computed(step))
+            time.sleep(self.step_s)
+        image = Image.effect_noise((request.width, request.height), 64).convert("RGB")
+        return GeneratedPicture(image, time.perf_counter() - began, 0.0, torch.empty(0), 0.0, request.schedule)
+
+
+class PacedGenerator(GeneratorReplica):
+    """A generator replica, real but for its model.
+
+    Args:
+        encoder: as ``GeneratorReplica``.
+        step_s: what a step takes.
+    """
+
+    async def __init__(self, encoder: Any, step_s: float) -> None:
+        self._step_s = step_s
+        await super().__init__(encoder)
+
+    def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
+        """The demo model, paced."""
+        folder = find_model(settings.model, settings.revision, PARTS)
+        model = PacedModel(folder, settings.torch_device(), settings.torch_dtype())
+        model.step_s = self._step_s
+        return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)

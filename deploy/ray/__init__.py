@@ -1,0 +1,1 @@
+"""Both services on many machines, with Ray Serve. Nothing else imports ray."""

@@ -1,0 +1,54 @@
+"""The text encoder as a deployment: embeddings lie in Ray's object store, and callers get references."""
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+import ray
+
+from shared.byte_cache import ByteBoundedCache
+from shared.errors import Flux2Error
+from shared.logs import set_up_logs
+from shared.metrics import Metrics
+from shared.schemas import EncoderInfo
+from text_encoder_service.app import running_encoder
+from text_encoder_service.settings import TextEncoderSettings
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An embedding in the object store. In an object, so that Ray does not fetch it where only its name is wanted."""
+
+    reference: ray.ObjectRef = field(repr=False)
+    nbytes: int
+
+
+class EncoderReplica:
+    """One text encoder on one GPU. What goes wrong is returned, not raised: Ray would wrap it in its own errors."""
+
+    async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+        settings = TextEncoderSettings()
+        set_up_logs(settings.log_level, settings.log_format)
+        self._stack = AsyncExitStack()
+        self._state = await self._stack.enter_async_context(running_encoder(settings, Metrics()))
+        self._stored = ByteBoundedCache[Stored](settings.embedding_cache_bytes)
+
+    async def info(self) -> EncoderInfo:
+        """What its embeddings are."""
+        return self._state.info
+
+    async def embed(self, prompt: str) -> Stored | Flux2Error:
+        """The prompt's embedding: the same object for everybody who asks for the same prompt."""
+        stored = self._stored.get(prompt)
+        if stored is not None:
+            return stored
+        try:
+            with self._state.queue.place():
+                answer = await self._state.queue.submit(prompt)
+        except Flux2Error as error:
+            return error
+        stored = Stored(ray.put(answer.value.tensor), answer.value.nbytes)
+        self._stored.put(prompt, stored)
+        return stored
+
+    async def __del__(self) -> None:
+        await self._stack.aclose()

@@ -1,0 +1,93 @@
+"""The generator's own app over a fleet: the same routes, jobs and streams, in a deployment without a GPU."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from ray import serve
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.ray.census import Census
+from deploy.ray.fleet import Fleet
+from deploy.ray.generator import Introduction
+from deploy.ray.remote_encoder import RemoteEncoder
+from generator_service.app import Readiness, Studio, app_around
+from generator_service.cost import Cost, CostModel
+from generator_service.settings import GeneratorSettings
+from shared.logs import set_up_logs
+
+ENCODER = "text-encoder"
+GENERATOR = "generator"
+INGRESS = "api"
+
+
+def create_app() -> FastAPI:
+    """The app of the one replica of the ingress, which holds the jobs and the line."""
+    settings = GeneratorSettings()
+    set_up_logs(settings.log_level, settings.log_format)
+
+    @asynccontextmanager
+    async def open_studio(app: FastAPI) -> AsyncIterator[Studio]:
+        name = serve.get_replica_context().app_name
+        generators = serve.get_deployment_handle(GENERATOR, app_name=name)
+        encoder = RemoteEncoder(serve.get_deployment_handle(ENCODER, app_name=name), settings)
+        told: Introduction = await generators.introduce.remote()
+        async with Census(name) as census:
+            fleet = Fleet(
+                generators,
+                told.card,
+                cost_model(told),
+                lambda: census.running(GENERATOR),
+                settings.max_waiting,
+                app.state.metrics,
+            )
+            readiness = Readiness(encoder, told.card, told.embedding_shape)
+
+            async def is_ready() -> str | None:
+                return await readiness() if census.running(GENERATOR) else "no generator runs"
+
+            yield Studio(fleet, told.embedding_shape, is_ready)
+
+    app = app_around(open_studio, settings)
+    app.add_middleware(WithoutRequestId)
+    return app
+
+
+class WithoutRequestId:
+    """Takes ``x-request-id`` out of the answers: Serve's proxy puts the same one in again."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without)
+
+
+def cost_model(told: Introduction) -> CostModel:
+    """What a generator's warm-up has shown."""
+    model = CostModel()
+    if told.cost is not None:
+        card = told.card
+        num_tokens = card.num_image_tokens(card.default_side, card.default_side)
+        for num_computed, num_steps in ((3, 3), (1, 3)):
+            denoise_s = seconds(told.cost, num_computed, num_steps)
+            model.observe(
+                num_tokens,
+                num_computed=num_computed,
+                num_steps=num_steps,
+                denoise_s=denoise_s,
+                decode_s=told.cost.decode_s,
+            )
+    return model
+
+
+def seconds(cost: Cost, num_computed: int, num_steps: int) -> float:
+    """Denoising alone."""
+    return cost.total_s(num_computed, num_steps) - cost.decode_s

@@ -1,0 +1,68 @@
+"""The text encoder as others see it: a handle that gives references to embeddings."""
+
+import asyncio
+from contextvars import Context
+from typing import Any
+
+import torch
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from generator_service.embedder import Embedder
+from generator_service.settings import GeneratorSettings
+from shared.errors import EncoderTimeout, EncoderUnavailable, Flux2Error
+from shared.schemas import EncoderInfo
+
+INFO_TIMEOUT_S = 5.0
+
+
+class RemoteEncoder:
+    """Asks until the time is over: Ray starts a text encoder that died again, perhaps on another machine.
+
+    Args:
+        handle: of the deployment of ``EncoderReplica``.
+        settings: the generator's.
+    """
+
+    def __init__(self, handle: Any, settings: GeneratorSettings) -> None:
+        self._handle = handle
+        self._embedder = Embedder(
+            self._ask,
+            timeout_s=settings.text_encoder_timeout_s,
+            cache_bytes=settings.embedding_cache_bytes,
+            max_attempts=None,
+        )
+
+    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
+        """The prompt's embedding ``[1, L, D]``, and whether it was cached; as ``Embedder.embed``."""
+        return await self._embedder.embed(prompt)
+
+    async def info(self) -> EncoderInfo:
+        """What the encoder says of itself.
+
+        Raises:
+            EncoderTimeout: it says nothing in time.
+            EncoderUnavailable: it died meanwhile.
+        """
+        try:
+            async with asyncio.timeout(INFO_TIMEOUT_S):
+                info: EncoderInfo = await self._handle.info.remote()
+        except TimeoutError as error:
+            raise EncoderTimeout("no text encoder answers") from error
+        except (RayError, RayServeException) as error:
+            raise EncoderUnavailable("the text encoder was lost") from error
+        self._embedder.answered()
+        return info
+
+    async def _ask(self, prompt: str) -> torch.Tensor:
+        try:
+            # Outside of the caller's context: who cancels is this task's business, not Serve's.
+            stored = await Context().run(self._handle.embed.remote, prompt)
+            if isinstance(stored, Flux2Error):
+                raise EncoderUnavailable(str(stored), retry_after_s=stored.retry_after_s) from stored
+            tensor: torch.Tensor = await stored.reference  # from the encoder's machine to this one, past all others
+        except RayTaskError:
+            raise  # not the machines but the code
+        except (RayError, RayServeException) as error:  # the encoder, or the machine that kept the embedding, is gone
+            raise EncoderUnavailable("the text encoder was lost", retry_after_s=5) from error
+        return tensor

@@ -1,0 +1,217 @@
+"""The manifests under ``deploy/``: they fit Kubernetes' schemas, and what they allow is as little as in Compose."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from generator_service.settings import GeneratorSettings
+from tests.test_docs import variables
+from text_encoder_service.settings import TextEncoderSettings
+
+ROOT = Path(__file__).parents[1]
+PLAIN = ROOT / "deploy/kubernetes"
+KUBERNETES_VERSION = "1.33"
+SERVICES = ("text-encoder", "generator")
+
+
+def manifests() -> Iterator[dict[str, Any]]:
+    """Every object that Kubernetes itself knows."""
+    yield load(ROOT / "deploy/ray/network.yaml")
+    for name in load(PLAIN / "kustomization.yaml")["resources"]:
+        yield from yaml.safe_load_all((PLAIN / name).read_text(encoding="utf-8"))
+
+
+def load(file: Path) -> dict[str, Any]:
+    """A file with one document."""
+    loaded: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return loaded
+
+
+def named(kind: str, name: str) -> dict[str, Any]:
+    """The one object of a kind and name."""
+    (found,) = [m for m in manifests() if (m["kind"], m["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def ray_service() -> dict[str, Any]:
+    """What the RayService wants."""
+    spec: dict[str, Any] = load(ROOT / "deploy/ray/rayservice.yaml")["spec"]
+    return spec
+
+
+def ray_templates() -> list[dict[str, Any]]:
+    """The pods of the Ray cluster."""
+    cluster = ray_service()["rayClusterConfig"]
+    return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    """Every pod there will be, by where it is said."""
+    templates = {
+        m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests() if "template" in m.get("spec", {})
+    }
+    return templates | {f"ray-{k}": spec for k, spec in enumerate(ray_templates())}
+
+
+@pytest.fixture(params=["weights", "text-encoder", "generator", "ray-0", "ray-1"])
+def pod(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each pod there will be."""
+    return pods()[request.param]
+
+
+def container_of(pod: dict[str, Any]) -> dict[str, Any]:
+    """Its one container."""
+    (found,) = pod["containers"]
+    return dict(found)
+
+
+def variables_of(pod: dict[str, Any]) -> dict[str, str]:
+    """Its environment."""
+    return {variable["name"]: variable["value"] for variable in container_of(pod)["env"]}
+
+
+def test_no_pod_is_left_out() -> None:
+    """The pods that the tests look at are all there are."""
+    assert set(pods()) == {"weights", "text-encoder", "generator", "ray-0", "ray-1"}
+
+
+@pytest.mark.parametrize("manifest", [pytest.param(m, id=f"{m['kind']}-{m['metadata']['name']}") for m in manifests()])
+def test_manifests_fit_the_schema(manifest: dict[str, Any]) -> None:
+    """Every object has the fields that Kubernetes knows, and no other."""
+    kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+
+
+def test_the_schema_finds_mistakes() -> None:
+    """A field that Kubernetes does not know is refused."""
+    manifest = named("Deployment", "generator")
+    manifest["spec"]["template"]["spec"]["containers"][0]["livenessProbes"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_ray_pods_fit_the_schema(number: int) -> None:
+    """The pods of the RayService are pods as Kubernetes knows them."""
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": ray_templates()[number]}
+    kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
+
+
+def test_pods_may_do_little(pod: dict[str, Any]) -> None:
+    """User 1000, a read-only root, no capabilities and no way to new ones; memory and temporary files are bounded."""
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 1000
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    container = container_of(pod)
+    may = {"readOnlyRootFilesystem": True, "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert container["securityContext"] == may
+    assert "memory" in container["resources"]["limits"]
+    assert all(volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume)
+
+
+@pytest.mark.parametrize("name", ["weights", *SERVICES, "ray-1"])
+def test_pods_know_nothing_of_the_cluster(name: str) -> None:
+    """They have no token of a service account."""
+    assert pods()[name]["automountServiceAccountToken"] is False
+
+
+def test_service_links_set_nothing(pod: dict[str, Any]) -> None:
+    """Kubernetes' own variables, such as ``GENERATOR_PORT=tcp://...``, are not put beside ours of the same name."""
+    assert pod["enableServiceLinks"] is False
+
+
+def test_variables_are_settings(pod: dict[str, Any]) -> None:
+    """Every variable is a setting of ours, or of a library that reads it."""
+    known = variables(TextEncoderSettings) | variables(GeneratorSettings)
+    of_libraries = {"HF_HUB_OFFLINE", "HF_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"}
+    ours = {n for n in variables_of(pod) if n not in of_libraries and not n.startswith("RAY_health_check_")}
+    assert ours <= set(known)
+
+
+def test_one_model_everywhere() -> None:
+    """Every pod names the same model at the same fixed commit, which is that of Compose."""
+    compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    found = {(variables_of(p)["FLUX2_MODEL"], variables_of(p)["FLUX2_REVISION"]) for p in pods().values()}
+    ((model, revision),) = found
+    assert f"FLUX2_REVISION:-{revision}}}" in compose
+    assert f"FLUX2_MODEL:-{model}}}" in compose
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_are_probed(name: str) -> None:
+    """Loading may take half an hour; after that readiness decides about traffic and liveness about restarts."""
+    container = container_of(pods()[name])
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 1800
+    assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
+    assert container["readinessProbe"]["httpGet"]["path"] == "/health/ready"
+    assert container["readinessProbe"]["timeoutSeconds"] > 5  # the generator asks the encoder for 5 s at most
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_have_a_gpu_and_time_to_end(name: str) -> None:
+    """One GPU each, read-only weights, keys from a secret, and more time to end than the service takes."""
+    pod = pods()[name]
+    settings: type[Any] = {"text-encoder": TextEncoderSettings, "generator": GeneratorSettings}[name]
+    assert pod["terminationGracePeriodSeconds"] > settings.model_fields["drain_s"].default
+    container = container_of(pod)
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert {"name": "weights", "mountPath": "/weights", "readOnly": True} in container["volumeMounts"]
+    keys = f"{name.replace('-', '_').upper()}_KEYS_FILE"
+    assert variables_of(pod)[keys].startswith("/run/secrets/flux2/")
+
+
+def test_the_autoscaler_reads_our_queue() -> None:
+    """Generators follow the depth of their queue, and only the autoscaler says how many there are."""
+    scaler = named("HorizontalPodAutoscaler", "generator")["spec"]
+    (metric,) = scaler["metrics"]
+    assert metric["pods"]["metric"]["name"] == "flux2_queue_depth"
+    assert scaler["scaleTargetRef"]["name"] == "generator"
+    assert "replicas" not in named("Deployment", "generator")["spec"]
+
+
+def test_the_encoder_is_reached_by_generators_alone() -> None:
+    """Whatever no policy allows is refused; the text encoder's allows generators and Prometheus, and no way out."""
+    everything = named("NetworkPolicy", "nothing")["spec"]
+    assert everything == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    policy = named("NetworkPolicy", "text-encoder")["spec"]
+    assert "egress" not in policy
+    (rule,) = policy["ingress"]
+    assert {"podSelector": {"matchLabels": {"app": "generator"}}} in rule["from"]
+    assert all(named("Service", name)["spec"].get("type", "ClusterIP") == "ClusterIP" for name in SERVICES)
+
+
+def test_ray_is_among_itself() -> None:
+    """Whoever can speak to Ray can run code in it: strangers reach the API alone, and everybody needs a token."""
+    rules = named("NetworkPolicy", "ray")["spec"]["ingress"]
+    assert [rule["ports"] for rule in rules if "from" not in rule] == [[{"port": 8000}]]
+    assert ray_service()["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+
+
+def test_both_ray_configurations_are_one() -> None:
+    """The RayService serves what ``serve.yaml`` says, with the Ray that the tests run with."""
+    config = yaml.safe_load(ray_service()["serveConfigV2"])
+    assert config["applications"] == load(ROOT / "deploy/ray/serve.yaml")["applications"]
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
+    assert f"ray=={ray_service()['rayClusterConfig']['rayVersion']}" in pinned
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
+@pytest.mark.filterwarnings("ignore")  # Ray's own: deprecated calls of pydantic
+def test_ray_knows_the_configuration(name: str) -> None:
+    """Ray's own schema takes both configurations; where Ray is not installed this is not tested."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("the extra ray is not installed")
+    from ray.serve.schema import ServeDeploySchema  # noqa: PLC0415 - optional
+
+    text = ray_service()["serveConfigV2"] if name == "rayservice.yaml" else (ROOT / "deploy/ray" / name).read_text()
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    assert [deployment.name for deployment in schema.applications[0].deployments] == [
+        "api",
+        "text-encoder",
+        "generator",
+    ]
