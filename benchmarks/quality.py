@@ -269,7 +269,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[26, 20, 15, 10, 8])
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[26, 20, 15, 10, 8], help="those below --steps are taken"
+    )
     parser.add_argument("--no-peers", action="store_true", help="leave out diffusers' and cache-dit's caches")
     parser.add_argument("--plots", type=Path, help="a folder for the plots")
     args = parser.parse_args()
@@ -278,8 +280,9 @@ def main() -> None:
     ours = schedules_for(args.schedules, args.steps, args.side)
     studio = Studio(args.prompts, args.steps, args.side)
     found: list[Outcome] = []
-    ways = [own_outcomes(studio, ours, graphs, args.budgets)]
-    ways += [] if args.no_peers else [peer_outcomes(studio, args.budgets)]
+    budgets = [budget for budget in args.budgets if budget < args.steps]
+    ways = [own_outcomes(studio, ours, graphs, budgets)]
+    ways += [] if args.no_peers else [peer_outcomes(studio, budgets)]
     for outcome in itertools.chain.from_iterable(ways):
         found.append(outcome)
         print(f"{outcome.budget:>3} {outcome.name:<40} {outcome.computed:5.1f} {outcome.psnr:6.1f} dB", flush=True)
