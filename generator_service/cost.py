@@ -21,10 +21,13 @@ class Cost:
     reused_step_s: float
     decode_s: float
 
+    def denoise_s(self, num_computed: int, num_steps: int) -> float:
+        """A whole run."""
+        return num_computed * self.computed_step_s + (num_steps - num_computed) * self.reused_step_s
+
     def total_s(self, num_computed: int, num_steps: int) -> float:
         """A whole run and its decoding."""
-        reused = num_steps - num_computed
-        return num_computed * self.computed_step_s + reused * self.reused_step_s + self.decode_s
+        return self.denoise_s(num_computed, num_steps) + self.decode_s
 
     def scaled(self, factor: float) -> "Cost":
         """For a picture with ``factor`` times as many tokens: roughly in proportion."""

@@ -208,7 +208,7 @@ class Engine:
             request = GenerationRequest(nothing, side, side, 4.0, 0, schedule)
             picture = self.model.generate(request)
             if schedule.num_steps > 1:  # the first run also pays for what happens once
-                self._learn(request, self.card.num_image_tokens(side, side), picture)
+                self._learn(request, self.card.default_num_tokens, picture)
 
     def _learn(self, request: GenerationRequest, num_tokens: int, picture: GeneratedPicture) -> None:
         self.cost.observe(

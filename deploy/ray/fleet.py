@@ -86,7 +86,7 @@ class Fleet:
     def _place(self) -> Iterator[None]:
         devices = self._num_generators()
         if self._num_places_taken >= devices + self._max_waiting:
-            cost = self.cost.of(self.card.num_image_tokens(self.card.default_side, self.card.default_side))
+            cost = self.cost.of(self.card.default_num_tokens)
             picture_s = FIRST_GUESS_S if cost is None else cost.total_s(50, 50)
             rounds = self._num_places_taken / max(1, devices)
             raise Busy("the service is busy: the queue is full", retry_after_s=rounds * picture_s)

@@ -56,7 +56,7 @@ class GeneratorReplica:
     async def introduce(self) -> Introduction:
         """What the API needs to know before the first request."""
         card = self._engine.card
-        cost = self._engine.cost.of(card.num_image_tokens(card.default_side, card.default_side))
+        cost = self._engine.cost.of(card.default_num_tokens)
         return Introduction(card, self._shape, cost)
 
     async def deliver(self, orders: Sequence[Order]) -> AsyncIterator[Happening | Delivery | Flux2Error]:

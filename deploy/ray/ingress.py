@@ -12,7 +12,7 @@ from deploy.ray.fleet import Fleet
 from deploy.ray.generator import Introduction
 from deploy.ray.remote_encoder import RemoteEncoder
 from generator_service.app import Readiness, Studio, app_around
-from generator_service.cost import Cost, CostModel
+from generator_service.cost import CostModel
 from generator_service.settings import GeneratorSettings
 from shared.logs import set_up_logs
 
@@ -74,20 +74,12 @@ def cost_model(told: Introduction) -> CostModel:
     """What a generator's warm-up has shown."""
     model = CostModel()
     if told.cost is not None:
-        card = told.card
-        num_tokens = card.num_image_tokens(card.default_side, card.default_side)
         for num_computed, num_steps in ((3, 3), (1, 3)):
-            denoise_s = seconds(told.cost, num_computed, num_steps)
             model.observe(
-                num_tokens,
+                told.card.default_num_tokens,
                 num_computed=num_computed,
                 num_steps=num_steps,
-                denoise_s=denoise_s,
+                denoise_s=told.cost.denoise_s(num_computed, num_steps),
                 decode_s=told.cost.decode_s,
             )
     return model
-
-
-def seconds(cost: Cost, num_computed: int, num_steps: int) -> float:
-    """Denoising alone."""
-    return cost.total_s(num_computed, num_steps) - cost.decode_s

@@ -26,6 +26,11 @@ class ModelCard:
     adapters: tuple[str, ...] = ()
     """The LoRA adapters there are."""
 
+    @property
+    def default_num_tokens(self) -> int:
+        """Of a picture of the default size."""
+        return self.num_image_tokens(self.default_side, self.default_side)
+
     def num_image_tokens(self, width: int, height: int) -> int:
         """How many tokens a picture has in the transformer."""
         return width * height // self.pixels_per_token**2
