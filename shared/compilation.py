@@ -1,0 +1,65 @@
+"""Compiling parts of a model in place with ``torch.compile``, for shapes that are known ahead.
+
+Every shape is compiled by itself, while the service starts. Nothing is compiled while it serves, where it would stop
+everyone for seconds: ``compiling_nothing_new`` runs a shape that was not compiled with the parts as they are.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import counters
+
+MAX_SHAPES = 64
+"""How many shapes of one part are kept compiled; PyTorch's own limit, 8, is meant to find mistakes."""
+
+CompilationFailed = TorchDynamoException
+"""What running a compiled part raises where it cannot be compiled: no compiler, or none for this device."""
+
+
+def compile_parts(parts: Sequence[nn.Module], backend: str = "inductor") -> None:
+    """Have ``parts`` compiled when they first run with a shape; parts of the same class share the compiled code.
+
+    Args:
+        parts: their calls, not their parents', become compiled.
+        backend: as ``torch.compile``'s. ``eager`` captures graphs and compiles none, for tests.
+    """
+    for part in parts:
+        part.compile(backend=backend, dynamic=False, fullgraph=True)
+
+
+def restore_parts(parts: Sequence[nn.Module]) -> None:
+    """Undo ``compile_parts``."""
+    for part in parts:
+        part._compiled_call_impl = None  # noqa: SLF001 - there is no public way back
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Within the block every new shape of a compiled part is compiled: for the start of a service."""
+    with torch._dynamo.config.patch(  # noqa: SLF001 - where PyTorch documents these settings
+        recompile_limit=MAX_SHAPES, accumulated_recompile_limit=4 * MAX_SHAPES
+    ):
+        yield
+
+
+@contextmanager
+def compiling_nothing_new() -> Iterator[None]:
+    """Within the block a new shape of a compiled part runs uncompiled. Other threads are affected, too."""
+    with torch.compiler.set_stance("eager_on_recompile"):
+        yield
+
+
+def num_compilations() -> int:
+    """How many graphs this process has compiled so far."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def log_failure(what: str, error: Exception) -> str:
+    """A line for people about a failed compilation; the details go to the log at level debug."""
+    logging.getLogger("flux2").debug("%s could not be compiled", what, exc_info=error)
+    first = str(error).strip().splitlines() or [""]
+    return f"{what} could not be compiled ({type(error).__name__}: {first[0][:200]})"
