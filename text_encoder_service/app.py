@@ -64,6 +64,8 @@ def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, Encoder
     folder = find_model(settings.model, settings.revision, PARTS)
     prompt_format = read_prompt_format(folder)
     encoder = MistralEncoder(folder, prompt_format, settings.torch_device(), settings.torch_dtype())
+    if settings.profile() == "fast":
+        encoder.speed_up(settings.max_batch)
     info = EncoderInfo(
         model=folder.name,
         revision=folder.revision,

@@ -1,5 +1,8 @@
 """Settings of the text encoder, from ``TEXT_ENCODER_...``."""
 
+from typing import Literal
+
+import torch
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -20,3 +23,13 @@ class TextEncoderSettings(ServiceSettings):
     """Prompts that share one forward pass."""
     max_wait_ms: float = Field(3.0, ge=0)
     """How long a prompt waits for others to share a forward pass with."""
+    performance: Literal["auto", "exact", "fast"] = "auto"
+    """``exact`` is bit-equal to diffusers, ``fast`` is compiled, ``auto`` is fast on a GPU from Ampere on."""
+
+    def profile(self) -> Literal["exact", "fast"]:
+        """The performance profile, ``auto`` resolved."""
+        if self.performance != "auto":
+            return self.performance
+        device = self.torch_device()
+        is_fast_there = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "fast" if is_fast_there else "exact"

@@ -1,0 +1,20 @@
+"""The shapes that are known ahead."""
+
+import pytest
+
+from text_encoder_service.shapes import Shapes
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "batches"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8)), (9, (1, 2, 4, 8, 9))]
+)
+def test_batches_are_powers_of_two_and_the_largest(max_batch: int, batches: tuple[int, ...]) -> None:
+    """There are few sizes of batches, and none is larger than the largest that is asked for."""
+    assert Shapes.up_to(max_batch, 512).batches == batches
+
+
+def test_the_smallest_that_fits_is_taken() -> None:
+    """A batch grows to the next size; one that is larger than all of them stays as it is."""
+    shapes = Shapes.up_to(6, 512)
+    assert [shapes.fitting(batch, 512)[0] for batch in (1, 2, 3, 4, 5, 6, 7)] == [1, 2, 4, 4, 6, 6, 7]
+    assert len(list(shapes)) == len(shapes)
