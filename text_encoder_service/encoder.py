@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
-from text_encoder_service.fast_layers import FastLayers, Forward, Tokens, fast_forward
+from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
 from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
@@ -65,11 +65,11 @@ class MistralEncoder:
 
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: str = "inductor") -> None:
-        """Compile the layers for batches of up to ``max_batch`` prompts. Takes minutes; see ``fast_forward``."""
-        length = self.prompt_format.max_sequence_length
-        layers = FastLayers(self._model, self.prompt_format.hidden_layers, Shapes.up_to(max_batch, length))
+        """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``."""
+        wanted, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
         probes = [self._tokenize(["circle " * (length * share // 8)]) for share in (0, 1, 3, 5, 8)]
-        self._forward = fast_forward(layers, self._run_library, probes, backend)
+        shapes = Shapes.up_to(max_batch, length)
+        self._forward = fast_forward(self._model, wanted, shapes, self._run_library, probes, backend)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:

@@ -1,4 +1,9 @@
-"""The decoder layers as the profile ``fast`` runs them: compiled, for shapes that are known ahead.
+"""The decoder layers as the profile ``fast`` runs them: compiled, and without most of the padding.
+
+FLUX.2 pads prompts on the left to 512 tokens. Nothing attends to padding, and padding attends to nothing: attention
+(PyTorch's SDPA; not so transformers' eager one) gives 0 for it, so its hidden states depend on its own embedding alone
+and are the same in every place of every prompt. Computing the prompt's tokens, at the positions that they have in the
+padded prompt, and copying the hidden states of one padding token into the rest is the same as computing it all.
 
 What comes out equals the library's forward pass up to rounding; ``fast_forward`` sees to it on the checkpoint that is
 served, before it is served. Knows nothing of prompts.
@@ -41,31 +46,42 @@ class Tokens:
     mask: torch.Tensor
     """``[B, L]``, on the CPU: 1 where a token is the prompt's, 0 where it is padding."""
 
+    @property
+    def longest(self) -> int:
+        """How many tokens the longest prompt has, without padding."""
+        return int(self.mask.sum(dim=1).max())
+
 
 Forward = Callable[[Tokens], torch.Tensor]
 """Tokens to the wanted hidden states, ``[B, L, layers, H]`` on the model's device."""
 
 
 class FastLayers:
-    """A ``Forward`` through batches of few sizes.
+    """A ``Forward`` through batches of few sizes, all of them as long as the longest prompt needs.
 
     Args:
         model: the language model whose layers run.
         hidden_layers: the hidden states that are wanted, counted from 0 = the token embeddings.
-        shapes: with what shapes they run.
+        shapes: with what shapes they run; the longest of their lengths is L.
+        padding: the hidden states of any padding token ``[1, 1, layers, H]``, or None: those that come out are kept.
     """
 
-    def __init__(self, model: Any, hidden_layers: Sequence[int], shapes: Shapes) -> None:
+    def __init__(
+        self, model: Any, hidden_layers: Sequence[int], shapes: Shapes, padding: torch.Tensor | None = None
+    ) -> None:
         self._model = model
         self._hidden_layers = hidden_layers
-        self.shapes = shapes
+        self.shapes = shapes if padding is not None else shapes.untrimmed()
+        self._padding = padding
 
     def __call__(self, tokens: Tokens) -> torch.Tensor:
         """Run one batch; what was not compiled runs uncompiled."""
-        num_prompts, num_tokens = tokens.ids.shape
-        batch, _ = self.shapes.fitting(num_prompts, num_tokens)
+        num_prompts = len(tokens.ids)
+        batch, length = self.shapes.fitting(num_prompts, tokens.longest)
+        ids, mask = (_grown(rows[:, -length:], batch) for rows in (tokens.ids, tokens.mask))
         with compiling_nothing_new():
-            return self._run(_grown(tokens.ids, batch), _grown(tokens.mask, batch))[:num_prompts]
+            states = self._run(ids, mask)[:num_prompts]
+        return states if self._padding is None else self._padded(states, tokens.mask[:, -length:])
 
     def compile(self, backend: str) -> None:
         """Compile the layers, in place, for all shapes.
@@ -91,8 +107,8 @@ class FastLayers:
         """``[B, T]`` to ``[B, T, layers, H]``. The model's own loop would record states by hooks in compiled code."""
         device = self._model.device
         hidden = self._model.embed_tokens(ids.to(device))
-        length = ids.shape[1]
-        rotary = self._model.rotary_emb(hidden, position_ids=torch.arange(length, device=device)[None])
+        length, whole = ids.shape[1], self.shapes.lengths[-1]
+        rotary = self._model.rotary_emb(hidden, position_ids=torch.arange(whole - length, whole, device=device)[None])
         # Always a mask, also where nothing is padded: without one the layers would be compiled once more.
         is_earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         is_seen = is_earlier & mask.to(device).bool()[:, None, None, :]  # [B, 1, T, T]
@@ -101,17 +117,40 @@ class FastLayers:
             states.append(layer(states[-1], attention_mask=is_seen, position_embeddings=rotary))
         return torch.stack([states[number] for number in self._hidden_layers], dim=2)
 
+    def _padded(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """``[B, T, layers, H]`` to ``[B, L, layers, H]``, with the same states in all places of padding."""
+        assert self._padding is not None
+        num_prompts, length = mask.shape
+        is_prompt = mask.to(states.device).bool()[:, :, None, None]
+        rest = self._padding.expand(num_prompts, self.shapes.lengths[-1] - length, -1, -1)
+        return torch.cat([rest, torch.where(is_prompt, states, self._padding)], dim=1)
 
-def fast_forward(layers: FastLayers, exact: Forward, probes: Sequence[Tokens], backend: str = "inductor") -> Forward:
-    """``layers``, compiled, or ``exact`` where they cannot be compiled or give something else.
+
+def fast_forward(
+    model: Any,
+    hidden_layers: Sequence[int],
+    shapes: Shapes,
+    exact: Forward,
+    probes: Sequence[Tokens],
+    backend: str = "inductor",
+) -> Forward:
+    """Fast layers that give what ``exact`` gives: trimmed and compiled, else compiled, else ``exact`` itself.
 
     Args:
-        layers: not compiled yet.
+        model: as ``FastLayers``' are the next two.
+        hidden_layers: see there.
+        shapes: see there.
         exact: the library's forward pass.
-        probes: prompts to compare the two by.
+        probes: prompts to compare by; the first has padding.
         backend: as ``torch.compile``'s.
     """
     expected = [exact(tokens) for tokens in probes]
+    tolerance = TOLERANCES[expected[0].dtype]
+    layers = FastLayers(model, hidden_layers, shapes, padding=expected[0][:1, :1])
+    worst = worst_difference(layers, probes, expected)
+    if not worst <= tolerance:  # also NaN
+        logger.warning("the text encoder trimmed is off by %.2g, more than rounding: prompts are padded", worst)
+        layers = FastLayers(model, hidden_layers, shapes)
     began = time.monotonic()
     try:
         layers.compile(backend)
@@ -120,7 +159,7 @@ def fast_forward(layers: FastLayers, exact: Forward, probes: Sequence[Tokens], b
         return exact
     logger.info("the text encoder is compiled for %d shapes, in %.0f s", len(layers.shapes), time.monotonic() - began)
     worst = worst_difference(layers, probes, expected)
-    if not worst <= TOLERANCES[expected[0].dtype]:  # also NaN
+    if not worst <= tolerance:
         layers.restore()
         logger.warning("the compiled text encoder is off by %.2g, more than rounding: performance is exact", worst)
         return exact

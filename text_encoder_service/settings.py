@@ -24,7 +24,7 @@ class TextEncoderSettings(ServiceSettings):
     max_wait_ms: float = Field(3.0, ge=0)
     """How long a prompt waits for others to share a forward pass with."""
     performance: Literal["auto", "exact", "fast"] = "auto"
-    """``exact`` is bit-equal to diffusers, ``fast`` is compiled, ``auto`` is fast on a GPU from Ampere on."""
+    """``exact`` is bit-equal to diffusers, ``fast`` trimmed and compiled; ``auto`` is fast on GPUs from Ampere on."""
 
     def profile(self) -> Literal["exact", "fast"]:
         """The performance profile, ``auto`` resolved."""
