@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
+from text_encoder_service.quantization import Weights, quantize
 from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
@@ -46,11 +47,16 @@ class _FirstLayers(MistralModel):
 class MistralEncoder:
     """Encodes batches of prompts as ``Flux2Pipeline.encode_prompt`` does with the whole text encoder.
 
-    Bit for bit, or after ``speed_up`` up to rounding.
+    Bit for bit; after ``speed_up`` up to rounding, with quantised ``weights`` nearly.
     """
 
     def __init__(
-        self, folder: ModelFolder, prompt_format: PromptFormat, device: torch.device, dtype: torch.dtype
+        self,
+        folder: ModelFolder,
+        prompt_format: PromptFormat,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: Weights = "full",
     ) -> None:
         self.prompt_format = prompt_format
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
@@ -58,6 +64,8 @@ class MistralEncoder:
             raise ModelRefused("the tokenizer has no chat template: not FLUX.2's")
         num_layers = max(prompt_format.hidden_layers)
         self._model: Any = load_language_model(folder.path / "text_encoder", num_layers, dtype).eval()
+        if weights != "full":
+            quantize(self._model.layers, weights, device)
         self._model.to(device)
         self.hidden_size = int(self._model.config.hidden_size)
         self.dtype = dtype

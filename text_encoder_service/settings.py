@@ -7,6 +7,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from shared.settings import ServiceSettings
+from text_encoder_service.quantization import Weights
 
 
 class TextEncoderSettings(ServiceSettings):
@@ -25,6 +26,8 @@ class TextEncoderSettings(ServiceSettings):
     """How long a prompt waits for others to share a forward pass with."""
     performance: Literal["auto", "exact", "fast"] = "auto"
     """``exact`` is bit-equal to diffusers, ``fast`` trimmed and compiled; ``auto`` is fast on GPUs from Ampere on."""
+    weights: Weights = "full"
+    """How the decoder layers' weights are stored; ``int8`` and ``int4`` need the extra ``quantization``."""
 
     def profile(self) -> Literal["exact", "fast"]:
         """The performance profile, ``auto`` resolved."""
