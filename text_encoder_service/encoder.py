@@ -88,13 +88,13 @@ class MistralEncoder:
         """
         tokens = self._tokenize(prompts)
         try:
-            embeddings = self._forward(tokens).flatten(2).cpu()  # [B, L, layers, H] -> [B, L, layers * H]
+            rows = on_cpu(self._forward(tokens).flatten(2))  # [B, L, layers, H] -> [B, L, layers * H]
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{len(prompts)} prompts do not fit into the memory of the GPU now") from error
         return [
-            Embedding(row.clone(), self._is_truncated(prompt, mask))
-            for row, prompt, mask in zip(embeddings.split(1), prompts, tokens.mask, strict=True)
+            Embedding(row, self._is_truncated(prompt, mask))
+            for row, prompt, mask in zip(rows, prompts, tokens.mask, strict=True)
         ]
 
     def _run_library(self, tokens: Tokens) -> torch.Tensor:
@@ -133,6 +133,21 @@ class MistralEncoder:
             return False
         whole: Any = self._tokenizer.apply_chat_template(self._conversation(prompt), tokenize=True, return_dict=True)
         return len(whole["input_ids"]) > self.prompt_format.max_sequence_length
+
+
+def on_cpu(batch: torch.Tensor) -> list[torch.Tensor]:
+    """Each row of ``batch`` ``[B, L, D]`` as ``[1, L, D]`` in memory of its own.
+
+    Pinned memory lets a GPU copy at the speed of its bus. All rows are under way before the one wait; making the next
+    batch start meanwhile would gain less than a millisecond of the tens that a forward pass takes.
+    """
+    if batch.device.type != "cuda":
+        return [row.clone() for row in batch.cpu().split(1)]
+    rows = [
+        torch.empty_like(row, device="cpu", pin_memory=True).copy_(row, non_blocking=True) for row in batch.split(1)
+    ]
+    torch.cuda.current_stream(batch.device).synchronize()
+    return rows
 
 
 @contextmanager
