@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
-from text_encoder_service.quantization import Weights, quantize
+from text_encoder_service.quantisation import Weights, quantize
 from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}

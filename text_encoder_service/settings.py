@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from shared.settings import ServiceSettings
-from text_encoder_service.quantization import Weights
+from text_encoder_service.quantisation import Weights
 
 
 class TextEncoderSettings(ServiceSettings):
