@@ -30,10 +30,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} torch
 # The user of most hosts' first account, so that its secret files can be read. A new volume takes the folder's owner.
 RUN useradd --uid 1000 --no-create-home flux2 && install --directory --owner flux2 --group flux2 /weights /compiled
-# The root is read-only: /weights holds the hub's cache, /compiled compiled code, /tmp whatever else a library writes.
+# The root is read-only: /weights holds the hub's cache, /tmp whatever a library wants to write.
 ENV HF_HOME=/weights \
-    TORCHINDUCTOR_CACHE_DIR=/compiled/inductor \
-    TRITON_CACHE_DIR=/compiled/triton \
     HOME=/tmp
 
 # Both services and Ray, for deploy/ray/rayservice.yaml. KubeRay brings the command, and asks how it is with wget.
