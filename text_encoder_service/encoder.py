@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, MistralModel
 from transformers.utils import logging as transformers_logging
 
+from shared.compilation import Backend
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
@@ -72,7 +73,7 @@ class MistralEncoder:
         self._forward: Forward = self._run_library
 
     @torch.inference_mode()
-    def speed_up(self, max_batch: int, backend: str = "inductor") -> None:
+    def speed_up(self, max_batch: int, backend: Backend = "inductor") -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``."""
         wanted, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
         probes = [self._tokenize(["circle " * (length * share // 8)]) for share in (0, 1, 3, 5, 8)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from shared.compilation import (
+    Backend,
     CompilationFailed,
     compile_parts,
     compiling,
@@ -83,7 +84,7 @@ class FastLayers:
             states = self._run(ids, mask)[:num_prompts]
         return states if self._padding is None else self._padded(states, tokens.mask[:, -length:])
 
-    def compile(self, backend: str) -> None:
+    def compile(self, backend: Backend) -> None:
         """Compile the layers, in place, for all shapes.
 
         Raises:
@@ -132,7 +133,7 @@ def fast_forward(
     shapes: Shapes,
     exact: Forward,
     probes: Sequence[Tokens],
-    backend: str = "inductor",
+    backend: Backend = "inductor",
 ) -> Forward:
     """Fast layers that give what ``exact`` gives: trimmed and compiled, else compiled, else ``exact`` itself.
 

@@ -352,6 +352,27 @@ def test_gpus_are_asked_for(engine: docker.DockerClient, tmp_path: Path) -> None
             project.container("generator").start()
 
 
+@pytest.mark.parametrize("image", ["flux2-text-encoder", "flux2-generator"])
+def test_compiled_code_has_a_place(engine: docker.DockerClient, image: str) -> None:
+    """A new volume at ``/compiled`` belongs to the service's user, and there is a C compiler to fill it."""
+    compile_and_run = (
+        "echo 'int main() { return 7; }' > /tmp/x.c && gcc -o /compiled/x /tmp/x.c && /compiled/x || echo $?"
+    )
+    volume = engine.volumes.create()
+    try:
+        told = engine.containers.run(
+            image,
+            ["sh", "-c", compile_and_run],
+            read_only=True,
+            tmpfs={"/tmp": "size=16m"},  # noqa: S108 - the container's own
+            volumes={volume.name: {"bind": "/compiled"}},
+            remove=True,
+        )
+    finally:
+        volume.remove()
+    assert told.strip() == b"7"
+
+
 def test_weights_are_read_only_and_offline(engine: docker.DockerClient, tmp_path: Path) -> None:
     """What the ``weights`` service wrote into the volume both sides load from it, without a hub to ask.
 
@@ -369,7 +390,7 @@ def test_weights_are_read_only_and_offline(engine: docker.DockerClient, tmp_path
             "run", "--rm", "--no-TTY", "--env", "HF_HUB_OFFLINE=1", "weights", "flux2", "weights", **given
         )
         assert f"someone/demo is here at revision {REVISION}" in " ".join(told.split())
-        (volume,) = project.left()["volumes"]
+        (volume,) = [volume for volume in project.left()["volumes"] if volume.name.endswith("weights")]
         draw_there = ["flux2", "generate", "a red square", "--local", "--steps", "2", "-o", "/tmp/drawn.png"]  # noqa: S108
         output = engine.containers.run(
             "flux2-generator",
