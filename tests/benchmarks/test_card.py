@@ -1,0 +1,45 @@
+"""The card of a measurement."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import card
+from benchmarks.card import PowerMeter, drawn, machine_card, show, told_machine
+
+
+def test_a_card_says_where_and_with_what(capsys: pytest.CaptureFixture[str]) -> None:
+    """A card has machine, versions, commit and date, goes into JSON, and can be shown."""
+    made = machine_card()
+    assert json.loads(json.dumps(made)) == made
+    assert {"machine", "versions", "commit", "date"} == made.keys()
+    assert {"python", "torch", "diffusers"} <= made["versions"].keys()
+    assert made["date"].endswith("+00:00")
+    show(made)
+    assert made["versions"]["torch"] in capsys.readouterr().out
+    assert told_machine(made)
+
+
+def test_outside_a_git_tree_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A bare copy of the tree has no commit, and the card says so."""
+    monkeypatch.setattr(card, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert card.commit() == {"commit": "unknown"}
+
+
+def test_without_a_sensor_nothing_is_told() -> None:
+    """Where there is no GPU or no NVML, the meter gives None."""
+    with PowerMeter() as meter:
+        pass
+    assert meter.drawn is None or meter.drawn.energy_j >= 0
+
+
+def test_energy_is_the_area_under_the_power() -> None:
+    """100 W, then a rise to 300 W: energy by trapezoids, the mean power is energy over time."""
+    found = drawn([(0.0, 100.0, 1000.0), (1.0, 100.0, 1000.0), (3.0, 300.0, 1600.0)])
+    assert found is not None
+    assert found.energy_j == 100 + 400
+    assert found.mean_w == pytest.approx(500 / 3)
+    assert found.mean_sm_mhz == 1200
+    assert drawn([(0.0, 100.0, 1000.0)]) is None
