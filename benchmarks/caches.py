@@ -4,8 +4,8 @@ import contextlib
 import copy
 import io
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -150,6 +150,48 @@ def step_masks(num_steps: int, *, has_taylor_seer: bool) -> Peer:
 
     name = "step masks + TaylorSeer (cache-dit)" if has_taylor_seer else "step masks (cache-dit)"
     return Peer(name, install, tuple(range(len(policies))))
+
+
+def fixed_mask(computed: Collection[int], num_steps: int, *, has_taylor_seer: bool) -> Peer:
+    """cache-dit at steps of our choice, for speed at equal computed steps. It has no knob."""
+
+    def install(pipeline: Flux2Pipeline, _knob: float) -> Count:
+        return enable_cache_dit(
+            pipeline,
+            has_taylor_seer,
+            max_warmup_steps=1,
+            num_inference_steps=num_steps,
+            steps_computation_mask=[int(step in computed) for step in range(num_steps)],
+            steps_computation_policy="static",
+        )
+
+    name = "DBCache + TaylorSeer (cache-dit)" if has_taylor_seer else "DBCache (cache-dit)"
+    return Peer(name, install, (0.0,))
+
+
+def eager_mag_cache(num_computed: int, num_steps: int) -> Peer:
+    """Diffusers' MagCache, made to skip as often as its limit allows, whatever the model: for speed alone."""
+    first = max(1, num_steps // 10)  # steps that are always computed
+
+    def install(pipeline: Flux2Pipeline, _knob: float) -> Count:
+        config = MagCacheConfig(
+            threshold=1e9,
+            max_skip_steps=max(1, round((num_steps - first) / max(1, num_computed - first)) - 1),
+            retention_ratio=first / num_steps,
+            num_inference_steps=num_steps,
+            mag_ratios=torch.ones(num_steps),
+        )
+        pipeline.transformer.enable_cache(config)
+        return counted(pipeline.transformer.single_transformer_blocks[-1].attn)
+
+    return Peer("MagCache (diffusers)", install, (0.0,))
+
+
+def even_taylor_seer(num_computed: int, num_steps: int) -> Peer:
+    """Diffusers' TaylorSeer with the interval that computes about ``num_computed`` steps."""
+    first = TaylorSeerCacheConfig().disable_cache_before_step
+    interval = round((num_steps - first) / max(1, num_computed - first))
+    return replace(taylor_seer(num_steps), knobs=(float(max(1, interval)),))
 
 
 def enable_cache_dit(pipeline: Flux2Pipeline, has_taylor_seer: bool, **config: Any) -> Count:

@@ -40,11 +40,10 @@ def gpu() -> dict[str, Any]:
     found: dict[str, Any] = {"gpu": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
     pynvml = nvml()
     if pynvml is not None:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        found["driver"] = driver.decode() if isinstance(driver, bytes) else driver
-        handle = device_handle(pynvml)
-        with suppress(pynvml.NVMLError):
-            found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
+        with suppress(pynvml.NVMLError):  # some machines have a GPU without its sensors
+            driver = pynvml.nvmlSystemGetDriverVersion()
+            found["driver"] = driver.decode() if isinstance(driver, bytes) else driver
+            found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(device_handle(pynvml)) / 1000
     return found
 
 
@@ -63,7 +62,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
-        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]  # of torch
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
@@ -112,12 +111,6 @@ def show(card: dict[str, Any]) -> None:
     Console(width=110, file=sys.stdout).print(table)
 
 
-def told_machine(card: dict[str, Any]) -> str:
-    """The machine of a card in a few words."""
-    machine = card["machine"]
-    return str(machine["gpu"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads")
-
-
 @dataclass(frozen=True)
 class Draw:
     """What the GPU drew over a while."""
@@ -153,11 +146,12 @@ class PowerMeter:
             self.drawn = drawn(self._samples)
 
     def _sample(self) -> None:
-        with suppress(self._nvml.NVMLError):  # some machines lend a GPU without its sensors
-            handle = device_handle(self._nvml)
+        pynvml: Any = self._nvml
+        with suppress(pynvml.NVMLError):
+            handle = device_handle(pynvml)
             while True:
-                watts = self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-                clock = self._nvml.nvmlDeviceGetClockInfo(handle, self._nvml.NVML_CLOCK_SM)
+                watts = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+                clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
                 self._samples.append((time.perf_counter(), watts, clock))
                 if self._stop.wait(SAMPLE_EVERY_S):
                     return

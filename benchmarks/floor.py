@@ -6,8 +6,24 @@ Nothing is measured here. The counts are of the matrix products alone, two opera
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+FLUX2_DEV: Mapping[str, Any] = MappingProxyType(
+    {
+        "num_layers": 8,
+        "num_single_layers": 48,
+        "num_attention_heads": 48,
+        "attention_head_dim": 128,
+        "mlp_ratio": 3.0,
+        "in_channels": 128,
+        "out_channels": None,
+        "joint_attention_dim": 15360,
+        "timestep_guidance_channels": 256,
+        "guidance_embeds": True,
+    }
+)
+"""The transformer's configuration, as far as it is counted."""
 NUM_TEXT_TOKENS = 512
 BF16_FLOP_PER_S = 790e12
 """What a large bf16 matrix product reached on one H200, on random data."""

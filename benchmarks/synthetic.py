@@ -5,9 +5,12 @@ nothing of its pictures, nor of how much fp8 or a cache changes them. The weight
 finite: each layer keeps the variance of what it is given, and 56 blocks add to the residual stream what a block adds.
 """
 
+import argparse
 import gc
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +18,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 from torch import nn
+
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.parts import PARTS, Parts, load_parts
+from generator_service.pipelines.performance import Machine, choose
+from generator_service.settings import ProfileName
+from shared.model_folder import ModelFolder, find_model, read_prompt_format
 
 SEED = 20260101
 SCHEDULER: Mapping[str, Any] = MappingProxyType(
@@ -67,52 +76,80 @@ SIZES = MappingProxyType({size.name: size for size in (FULL, TINY)})
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a FLUX.2 generator is made of, on its device."""
-
-    transformer: Any
-    vae: Any
-    scheduler: Any
-    source: str
-    """Where the weights come from."""
-    num_text_tokens: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return next(self.transformer.parameters()).device
-
-    def embedding(self, seed: int) -> torch.Tensor:
-        """A ready embedding ``[1, L, D]`` on the CPU, of random numbers."""
-        noise = torch.Generator("cpu").manual_seed(seed)
-        shape = (1, self.num_text_tokens, self.transformer.config.joint_attention_dim)
-        return torch.randn(shape, generator=noise).to(self.transformer.dtype)
-
-    def pipeline(self) -> Flux2Pipeline:
-        """The library's own pipeline around them, without a text encoder."""
-        made = Flux2Pipeline(
-            scheduler=self.scheduler, vae=self.vae, text_encoder=None, tokenizer=None, transformer=self.transformer
-        )
-        made.set_progress_bar_config(disable=True)
-        return made
-
-
-@dataclass(frozen=True)
 class Source:
     """Makes the same parts again and again; none of what was done to the last ones stays."""
 
     size: Size
     device: torch.device
     dtype: torch.dtype
-    folder: Path | None = None
+    folder: ModelFolder | None = None
     """Of a checkpoint, instead of random weights."""
 
-    def parts(self) -> Parts:
-        """Fresh parts. Those made before must be given up first where the device has room for one model only."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return loaded_parts(self) if self.folder else random_parts(self.size, self.device, self.dtype)
+    @property
+    def name(self) -> str:
+        """Where the weights come from."""
+        return self.folder.name if self.folder else f"random weights, {self.size.name} size"
+
+    @property
+    def default_side(self) -> int:
+        """Of a picture whose size nobody says."""
+        if self.folder is not None:
+            config = json.loads((self.folder.path / "vae" / "config.json").read_text(encoding="utf-8"))
+            return int(config["sample_size"])
+        return int(self.size.vae.get("sample_size", 1024))
+
+    @contextmanager
+    def parts(self) -> Iterator[Parts]:
+        """Fresh parts, whose weights are freed after the block: a GPU has room for one model at full size."""
+        parts = load_parts(self.folder, self.device, self.dtype) if self.folder else self._random_parts()
+        try:
+            yield parts
+        finally:
+            discard(parts)
+
+    def _random_parts(self) -> Parts:
+        return random_parts(self.size, self.device, self.dtype)
+
+    def embedding(self, parts: Parts, seed: int = 0) -> torch.Tensor:
+        """A ready embedding ``[1, L, D]`` on the CPU, of random numbers."""
+        noise = torch.Generator("cpu").manual_seed(seed)
+        shape = (1, self.size.num_text_tokens, parts.transformer.config.joint_attention_dim)
+        return torch.randn(shape, generator=noise).to(self.dtype)
+
+    def model(self, parts: Parts, profile: ProfileName) -> Flux2Model:
+        """The generator's model around ``parts``, which are changed in place as ``profile`` says."""
+        performance = choose(profile, Machine.of(self.device))
+        if self.device.type != "cuda":  # there, compiled code is only to be seen to run
+            performance = replace(performance, backend="eager")
+        folder = self.folder or ModelFolder(self.name, "local", Path("random weights"))
+        return Flux2Model(folder, parts, performance=performance)
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ``source_of`` reads."""
+    parser.add_argument("--smoke", action="store_true", help="the tiny size and few repeats: only to see that it runs")
+    parser.add_argument("--model", type=Path, help="a checkpoint's folder, instead of random weights")
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """What the options ask for: full size on a GPU, tiny on a CPU, where full size would take hours."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = TINY if args.smoke or device.type == "cpu" else FULL
+    if args.model is None:
+        return Source(size, device, dtype)
+    folder = find_model(str(args.model), "local", PARTS)
+    size = replace(size, num_text_tokens=read_prompt_format(folder).max_sequence_length)
+    return Source(size, device, dtype, folder)
+
+
+def pipeline_of(parts: Parts) -> Flux2Pipeline:
+    """The library's own pipeline around ``parts``, without a text encoder."""
+    made = Flux2Pipeline(
+        scheduler=parts.scheduler, vae=parts.vae, text_encoder=None, tokenizer=None, transformer=parts.transformer
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def random_parts(size: Size, device: torch.device, dtype: torch.dtype) -> Parts:
@@ -122,25 +159,23 @@ def random_parts(size: Size, device: torch.device, dtype: torch.dtype) -> Parts:
         vae = AutoencoderKLFlux2(**size.vae)
     noise = torch.Generator(device).manual_seed(SEED)
     for module in (transformer, vae):
-        nn.Module.to(
-            module, dtype
-        )  # diffusers' own would warn of layers that must stay float32, of which there are none
+        nn.Module.to(module, dtype)  # diffusers' own would warn of layers that must stay float32: there are none
         module.to_empty(device=device)
         fill(module, noise)
         module.eval().requires_grad_(requires_grad=False)
-    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
-    return Parts(transformer, vae, scheduler, f"random weights, {size.name} size", size.num_text_tokens)
+    return Parts(transformer, vae, FlowMatchEulerDiscreteScheduler(**SCHEDULER))
 
 
-def loaded_parts(source: Source) -> Parts:
-    """The parts of a checkpoint."""
-    assert source.folder is not None
-    loaded = Flux2Pipeline.from_pretrained(
-        source.folder, text_encoder=None, tokenizer=None, dtype=source.dtype, use_safetensors=True
-    ).to(source.device)
-    return Parts(
-        loaded.transformer.eval(), loaded.vae.eval(), loaded.scheduler, source.folder.name, source.size.num_text_tokens
-    )
+def discard(parts: Parts) -> None:
+    """Free the weights, even if a cache or compiled code still holds the modules."""
+    for part in (parts.transformer, parts.vae):
+        for module in part.modules():
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                delattr(module, name)
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()

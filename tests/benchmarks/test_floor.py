@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.floor import step_work
-from benchmarks.synthetic import FULL, TINY, random_parts
+from benchmarks.floor import FLUX2_DEV, step_work
+from benchmarks.synthetic import FULL, TINY, Source
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,7 @@ def full_transformer() -> Flux2Transformer2DModel:
 def test_full_size_is_flux2_dev(full_transformer: Flux2Transformer2DModel) -> None:
     """The full size has FLUX.2 [dev]'s 8 double and 48 single blocks of 48 heads x 128, 32.22 billion parameters."""
     config = full_transformer.config
+    assert {name: config[name] for name in FLUX2_DEV} == FLUX2_DEV
     assert (config.num_layers, config.num_single_layers) == (8, 48)
     assert (config.num_attention_heads, config.attention_head_dim) == (48, 128)
     assert config.joint_attention_dim == 15360
@@ -54,17 +55,18 @@ def test_fp8_halves_the_blocks_linears_alone(full_transformer: Flux2Transformer2
 
 def test_work_is_what_torch_counts() -> None:
     """On another configuration the matrix products outside of attention are those that torch counts while it runs."""
-    parts = random_parts(TINY, torch.device("cpu"), torch.float32)
-    arguments = {
-        "hidden_states": torch.randn(1, 64, 32),
-        "encoder_hidden_states": parts.embedding(0),
-        "timestep": torch.full([1], 0.5),
-        "guidance": torch.full([1], 4.0),
-        "img_ids": torch.zeros(1, 64, 4),
-        "txt_ids": torch.zeros(1, TINY.num_text_tokens, 4),
-    }
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        parts.transformer(**arguments)
+    source = Source(TINY, torch.device("cpu"), torch.float32)
+    with source.parts() as parts:
+        arguments = {
+            "hidden_states": torch.randn(1, 64, 32),
+            "encoder_hidden_states": source.embedding(parts),
+            "timestep": torch.full([1], 0.5),
+            "guidance": torch.full([1], 4.0),
+            "img_ids": torch.zeros(1, 64, 4),
+            "txt_ids": torch.zeros(1, TINY.num_text_tokens, 4),
+        }
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            parts.transformer(**arguments)
+        work = step_work(parts.transformer.config, 64, TINY.num_text_tokens)
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    work = step_work(parts.transformer.config, 64, TINY.num_text_tokens)
     assert sum(count for name, count in counts.items() if "attention" not in name) == work.linear + work.rest

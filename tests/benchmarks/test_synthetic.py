@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.synthetic import TINY, Source, fill, random_parts
+from benchmarks.synthetic import TINY, Size, Source, fill, pipeline_of
 
 CPU = torch.device("cpu")
 
@@ -12,21 +12,24 @@ CPU = torch.device("cpu")
 def test_activations_stay_finite_over_all_blocks() -> None:
     """In bfloat16, through as many blocks as FLUX.2 [dev] has, random weights give a velocity of ordinary size."""
     deep = TINY.transformer | {"num_layers": 8, "num_single_layers": 48}
-    parts = random_parts(type(TINY)("deep", deep, TINY.vae, TINY.num_text_tokens), CPU, torch.bfloat16)
-    picture = parts.pipeline()(
-        prompt_embeds=parts.embedding(0), width=64, height=64, num_inference_steps=3, output_type="latent"
-    ).images
+    source = Source(Size("deep", deep, TINY.vae, TINY.num_text_tokens), CPU, torch.bfloat16)
+    with source.parts() as parts:
+        picture = pipeline_of(parts)(
+            prompt_embeds=source.embedding(parts), width=64, height=64, num_inference_steps=3, output_type="latent"
+        ).images
     assert picture.isfinite().all()
     assert 0.1 < picture.float().std() < 10
 
 
 def test_the_same_parts_again() -> None:
-    """A source makes the same weights each time, on new parts."""
+    """A source makes the same weights each time, and those before are gone although somebody still holds the parts."""
     source = Source(TINY, CPU, torch.float32)
-    first, second = source.parts(), source.parts()
-    assert first.transformer is not second.transformer
-    for one, other in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True):
-        assert torch.equal(one, other)
+    with source.parts() as first:
+        kept = [parameter.clone() for parameter in first.transformer.parameters()]
+    assert list(first.transformer.parameters()) == []
+    with source.parts() as second:
+        for one, other in zip(kept, second.transformer.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_an_unknown_buffer_is_refused() -> None:
