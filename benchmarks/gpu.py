@@ -74,7 +74,7 @@ PARTS = (
     Part("peers", ("--budget-s", "120"), ("--steps", "10", "--computed", "4", "--repeats", "1"), 160),
     Part("trace", (), (), 60),
     Part("encoder", (), (), 60),
-    Part("reuse", (), ("--steps", "8"), 60),
+    Part("reuse", (), ("--steps", "20"), 60),
 )
 
 

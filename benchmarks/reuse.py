@@ -1,7 +1,7 @@
 """What a reused step costs beside a computed one, and what must never change: ``python -m benchmarks.reuse``.
 
 By default the demo model at 512x512. Steps are timed one by one, from the beginning of a step to that of the next, so
-with the scheduler's part, over many runs in which both kinds alternate; the device is waited for at each. Beside that:
+with the scheduler's part, over many runs of the schedule ``--mode``; the device is waited for at each. Beside that:
 whether the profile ``exact`` equals diffusers' pipeline bit for bit, and how many graphs the profile ``fast`` compiles
 once it is warm. Prints a card and, last, one JSON line.
 """
@@ -21,19 +21,13 @@ from benchmarks.drawing import GUIDANCE
 from benchmarks.stopwatch import Spread
 from benchmarks.synthetic import Source, add_source_options, pipeline_of, source_of
 from demo_model.services import WEIGHTS
-from generator_service.lemica import Reuse, Schedule, Signature, schedule_for
+from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
 from generator_service.pipelines.parts import Parts
 from shared.compilation import num_compilations
 
 AFTER_WARM_UP = (("none", 4), (2, 4), ("medium", 9), ("fast", 12))
 """Modes and lengths of the runs that must compile nothing."""
-
-
-def alternating(num_steps: int) -> Schedule:
-    """Every other step is computed."""
-    steps = tuple(range(0, num_steps, 2))
-    return Schedule("alternating", num_steps, steps, "benchmark", Signature("any", num_steps), Reuse())
 
 
 def step_seconds(model: Flux2Model, request: GenerationRequest) -> dict[bool, list[float]]:
@@ -52,16 +46,17 @@ def step_seconds(model: Flux2Model, request: GenerationRequest) -> dict[bool, li
     return taken
 
 
-def measure_reuse(source: Source, side: int, num_runs: int, num_steps: int) -> dict[str, Any]:
+def measure_reuse(source: Source, side: int, schedule: Schedule, num_runs: int) -> dict[str, Any]:
     """Both kinds of step under ``exact``, after a run that does not count."""
     with source.parts() as parts:
         model, embedding = source.model(parts, "exact"), source.embedding(parts)
-        request = GenerationRequest(embedding, side, side, GUIDANCE, 0, alternating(num_steps))
+        request = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule)
         step_seconds(model, request)
         runs = [step_seconds(model, request) for _ in range(num_runs)]
         computed, reused = (Spread.of([s for run in runs for s in run[kind]]) for kind in (True, False))
         is_equal = equals_diffusers(parts, model, GenerationRequest(embedding, side, side, GUIDANCE, 7, few_steps()))
     return {
+        "mode": schedule.name,
         "computed_s": vars(computed),
         "reused_s": vars(reused),
         "reused_over_computed": reused.median / computed.median,
@@ -123,17 +118,17 @@ def main() -> None:
     parser.set_defaults(model=WEIGHTS)
     parser.add_argument("--side", type=int, help="of the picture; 512, or 64 with --smoke")
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20, help="of each run")
+    parser.add_argument("--steps", type=int, default=50, help="of each run")
+    parser.add_argument("--mode", default="ultra", help="a published schedule")
     args = parser.parse_args()
     source = source_of(args)
     side = args.side or (64 if args.smoke else 512)
     card = machine_card()
     show(card)
-    told = measure_reuse(source, side, 2 if args.smoke else args.runs, args.steps)
+    told = measure_reuse(source, side, schedule_for(args.mode, args.steps), 2 if args.smoke else args.runs)
     told["compilations_after_warm_up"] = compilations_after_warm_up(source, side)
     Console(width=110, file=sys.stdout).print(table_of(told))
-    weights = "the demo model" if args.model == WEIGHTS else source.name
-    print(json.dumps({"benchmark": "reuse", "card": card, "weights": weights, "side": side} | told))
+    print(json.dumps({"benchmark": "reuse", "card": card, "weights": source.name, "side": side} | told))
 
 
 if __name__ == "__main__":

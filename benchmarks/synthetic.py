@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 from torch import nn
 
+from demo_model.services import WEIGHTS
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.parts import PARTS, Parts, load_parts
 from generator_service.pipelines.performance import Machine, choose
@@ -88,7 +89,9 @@ class Source:
     @property
     def name(self) -> str:
         """Where the weights come from."""
-        return self.folder.name if self.folder else f"random weights, {self.size.name} size"
+        if self.folder is None:
+            return f"random weights, {self.size.name} size"
+        return "the demo model" if self.folder.path == WEIGHTS else self.folder.name
 
     @property
     def default_side(self) -> int:

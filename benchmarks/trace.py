@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE
-from benchmarks.reuse import alternating
 from benchmarks.synthetic import add_source_options, source_of
+from generator_service.lemica import Reuse, Schedule, Signature
 from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
 
 MARK = "flux2 step "
@@ -56,6 +56,12 @@ class Kernels:
     num_kernels: int
     top: list[tuple[str, int, float]]
     """Name, how often, milliseconds in all; the longest first."""
+
+
+def alternating(num_steps: int) -> Schedule:
+    """Every other step is computed."""
+    steps = tuple(range(0, num_steps, 2))
+    return Schedule("alternating", num_steps, steps, "benchmark", Signature("any", num_steps), Reuse())
 
 
 def recorded(model: Flux2Model, request: GenerationRequest, before_step: Callable[[], None]) -> list[Event]:

@@ -32,8 +32,8 @@ def test_a_picture_ends_as_a_png_file() -> None:
     with SOURCE.parts() as parts, opened_bench(SOURCE.model(parts, "exact"), SOURCE.embedding(parts)) as bench:
         bench.prepare(Shape(64, 1))
         taken = bench.draw(Shape(64, 1), schedule_for(2, 4), seed=1)
-    assert 0 < taken.denoise_s
-    assert 0 < taken.decode_s
+    assert taken.denoise_s > 0
+    assert taken.decode_s > 0
     assert taken.rest_s >= 0
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.report import PAGE, RESULTS, read_results, render, write
 
 CARD = {
@@ -105,7 +107,13 @@ def test_other_results_have_their_sections(tmp_path: Path) -> None:
     step = {"is_computed": True, "wall_ms": 2.0, "busy_ms": 1.5, "num_kernels": 3, "top": [["gemm|x", 2, 1.25]]}
     trace = {"performance": "profile fast", "side": 64, "num_steps": 12, "waits": {"cudaStreamSynchronize": 1}}
     spread = {"median": 0.1, "min": 0.1, "max": 0.2, "count": 2}
-    reuse = {"computed_s": spread, "reused_s": spread, "reused_over_computed": 0.011, "exact_equals_diffusers": True}
+    reuse = {
+        "mode": "ultra",
+        "computed_s": spread,
+        "reused_s": spread,
+        "reused_over_computed": 0.011,
+        "exact_equals_diffusers": True,
+    }
     told(tmp_path, "trace.json", {"benchmark": "trace", "card": CARD, **trace, "steps": [step]})
     told(
         tmp_path,
@@ -121,6 +129,7 @@ def test_other_results_have_their_sections(tmp_path: Path) -> None:
 
 def test_a_plot_for_every_latency_of_a_gpu(tmp_path: Path) -> None:
     """The page's plot is drawn where the page says it is."""
+    pytest.importorskip("matplotlib")  # of the extra bench
     (tmp_path / "results").mkdir()
     told(tmp_path / "results", "latency.json", LATENCY)
     write(tmp_path / "results", tmp_path / "page.md", tmp_path / "images")
