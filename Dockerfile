@@ -15,6 +15,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip wheel --no-deps --wheel-dir /dist .
 
 FROM ${PYTHON_IMAGE} AS runtime
+# Triton, with which PyTorch compiles for GPUs, asks a C compiler to build its launcher.
+# hadolint ignore=DL3008 # Debian keeps one version of it for each release
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 # An index with another build of torch than PyPI's, which is for CUDA 13: CUDA 12's, or the CPU's.
 ARG TORCH_INDEX_URL=
 ENV PIP_ROOT_USER_ACTION=ignore \
@@ -26,7 +29,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip install -c /constraints.txt --find-links /wheels \
         ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} torch
 # The user of most hosts' first account, so that its secret files can be read. A new volume takes the folder's owner.
-RUN useradd --uid 1000 --no-create-home flux2 && install --directory --owner flux2 --group flux2 /weights
+RUN useradd --uid 1000 --no-create-home flux2 && install --directory --owner flux2 --group flux2 /weights /compiled
 # The root is read-only: /weights holds the hub's cache, /tmp whatever a library wants to write.
 ENV HF_HOME=/weights \
     HOME=/tmp
@@ -43,13 +46,13 @@ USER 1000:1000
 FROM runtime AS text-encoder
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,from=project,source=/dist,target=/dist \
-    python -m pip install -c /constraints.txt "$(echo /dist/*.whl)[text-encoder]"
+    python -m pip install -c /constraints.txt "$(echo /dist/*.whl)[text-encoder,quantization]"
 USER 1000:1000
 CMD ["python", "-m", "text_encoder_service"]
 
 FROM runtime AS generator
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,from=project,source=/dist,target=/dist \
-    python -m pip install -c /constraints.txt "$(echo /dist/*.whl)[generator]"
+    python -m pip install -c /constraints.txt "$(echo /dist/*.whl)[generator,quantization]"
 USER 1000:1000
 CMD ["python", "-m", "generator_service"]

@@ -7,14 +7,10 @@ import torch
 from PIL import Image
 
 from deploy.ray.generator import GeneratorReplica
-from generator_service.pipelines.flux2 import (
-    PARTS,
-    Flux2Model,
-    GeneratedPicture,
-    GenerationRequest,
-    Previews,
-    StepListener,
-)
+from generator_service.pipelines.compiled_blocks import Kind
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest, StepListener
+from generator_service.pipelines.parts import PARTS, load_parts
+from generator_service.pipelines.step_clock import Previews
 from generator_service.settings import GeneratorSettings
 from shared.model_folder import find_model, read_prompt_format
 
@@ -37,6 +33,11 @@ class PacedModel(Flux2Model):
         image = Image.effect_noise((request.width, request.height), 64).convert("RGB")
         return GeneratedPicture(image, time.perf_counter() - began, 0.0, torch.empty(0), 0.0, request.schedule)
 
+    def prepare(self, request: GenerationRequest, kind: Kind = "this") -> GeneratedPicture:
+        """There is nothing to compile."""
+        del kind
+        return self.generate(request)
+
 
 class PacedGenerator(GeneratorReplica):
     """A generator replica, real but for its model.
@@ -53,6 +54,6 @@ class PacedGenerator(GeneratorReplica):
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
         """The demo model, paced."""
         folder = find_model(settings.model, settings.revision, PARTS)
-        model = PacedModel(folder, settings.torch_device(), settings.torch_dtype())
+        model = PacedModel(folder, load_parts(folder, settings.torch_device(), settings.torch_dtype()))
         model.step_s = self._step_s
         return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)

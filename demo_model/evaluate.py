@@ -31,7 +31,7 @@ class Painter:
     def __init__(self, weights: Path = WEIGHTS) -> None:
         folder = ModelFolder(weights.name, "local", weights)
         self._encoder = MistralEncoder(folder, read_prompt_format(folder), CPU, torch.float32)
-        self._model = Flux2Model(folder, CPU, torch.float32)
+        self._model = Flux2Model.load(folder, CPU, torch.float32)
 
     def paint(self, prompt: str, seed: int, *, cache: str | int = "none", side: int = 128) -> Image.Image:
         """One picture in 50 steps."""

@@ -19,10 +19,12 @@ from generator_service.engine import Engine, PictureMaker, PromptEncoder
 from generator_service.jobs import JobStore
 from generator_service.order import open_shelf
 from generator_service.pipelines.card import ModelCard
-from generator_service.pipelines.flux2 import PARTS, Flux2Model
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.parts import PARTS
+from generator_service.pipelines.performance import Machine, choose
 from generator_service.settings import GeneratorSettings
 from generator_service.upsampler import Upsampler
-from shared.errors import Flux2Error
+from shared.errors import Flux2Error, ModelRefused
 from shared.metrics import Metrics
 from shared.model_folder import find_model, read_prompt_format
 from shared.schemas import EncoderInfo
@@ -102,7 +104,7 @@ async def running_engine(
     """An engine that is warm and whose device thread runs, for as long as the block does."""
     engine = Engine(model, encoder, metrics, settings.max_waiting, settings.quality_sampling, tracing, upsampler)
     metrics.watch_memory(model.device)
-    await asyncio.to_thread(engine.warm_up, embedding_shape)
+    await asyncio.to_thread(engine.warm_up, embedding_shape, settings.warm_up_sizes)
     async with engine.queue, upsampler or nullcontext():
         yield engine
         await engine.close()
@@ -132,8 +134,30 @@ def warn_of_strangers(settings: GeneratorSettings) -> None:
 def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
     """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
     folder = find_model(settings.model, settings.revision, PARTS)
-    model = Flux2Model(folder, settings.torch_device(), settings.torch_dtype(), settings.lora_dir, settings.max_loras)
+    device, dtype = settings.torch_device(), settings.torch_dtype()
+    performance = choose(
+        settings.performance,
+        Machine.of(device),
+        without=settings.performance_without,
+        has_adapters=settings.lora_dir is not None,
+    )
+    model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance)
+    check_warm_up_sizes(settings, model.card)
     return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)
+
+
+def check_warm_up_sizes(settings: GeneratorSettings, card: ModelCard) -> None:
+    """Raise ``ModelRefused`` if the model could not draw one of the sizes that are to be warmed up."""
+    for width, height in settings.warm_up_sizes:
+        if (
+            width % card.pixels_per_token
+            or height % card.pixels_per_token
+            or not 0 < width * height <= settings.max_pixels
+        ):
+            told = (
+                f"sides must be multiples of {card.pixels_per_token}, with at most {settings.max_pixels} pixels in all"
+            )
+            raise ModelRefused(f"GENERATOR_WARM_UP_SIZES: {width}x{height} cannot be drawn: {told}")
 
 
 class DescribedEncoder(Protocol):

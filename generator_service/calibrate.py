@@ -25,7 +25,7 @@ from generator_service.lemica import (
     with_step_added,
     with_step_removed,
 )
-from generator_service.pipelines import flux2, prompt
+from generator_service.pipelines import flux2, parts, prompt
 from generator_service.settings import GeneratorSettings
 from shared.errors import InvalidRequest
 from shared.model_folder import find_model
@@ -104,9 +104,9 @@ class Recording:
         self._predictor = predictor
         self._keep = None if keep is None else device_or_folder(keep)
         device, dtype = settings.torch_device(), settings.torch_dtype()
-        folder = find_model(settings.model, settings.revision, (*flux2.PARTS, *prompt.PARTS))
+        folder = find_model(settings.model, settings.revision, (*parts.PARTS, *prompt.PARTS))
         self._embeddings = prompt.embed_prompts(folder, samples.prompts, device, dtype)
-        self._model = flux2.Flux2Model(folder, device, dtype)
+        self._model = flux2.Flux2Model.load(folder, device, dtype)
 
     @property
     def signature(self) -> Signature:

@@ -32,13 +32,12 @@ from generator_service.pipelines.flux2 import (
     GeneratedPicture,
     GenerationCancelled,
     GenerationRequest,
-    Previews,
 )
+from generator_service.pipelines.step_clock import Previews
 from generator_service.upsampler import Upsampler
 from shared.device_queue import Answer, DeviceQueue
 from shared.errors import Busy
 from shared.metrics import Metrics
-from shared.model_folder import ModelFolder
 from shared.tracing import Tracing
 
 WARM_UP_STEPS = 3
@@ -200,15 +199,25 @@ class Engine:
                 for index, order in enumerate(orders)
             ]
 
-    def warm_up(self, embedding_shape: tuple[int, int]) -> None:
-        """Draw a few steps of both kinds, before the queue runs: the first picture's cost is known then."""
+    def warm_up(self, embedding_shape: tuple[int, int], sizes: Sequence[tuple[int, int]] = ()) -> None:
+        """Draw a few steps of both kinds, before the queue runs: the first picture's cost is known then.
+
+        Args:
+            embedding_shape: tokens and width of a prompt's embedding.
+            sizes: widths and heights of pictures that are compiled by themselves; none: the model's default.
+        """
         side = self.card.default_side
         nothing = torch.zeros(1, *embedding_shape)
-        for schedule in (schedule_for("none", 1), schedule_for("none", WARM_UP_STEPS), schedule_for(1, WARM_UP_STEPS)):
-            request = GenerationRequest(nothing, side, side, 4.0, 0, schedule)
-            picture = self.model.generate(request)
-            if schedule.num_steps > 1:  # the first run also pays for what happens once
-                self._learn(request, self.card.default_num_tokens, picture)
+        schedules = (schedule_for("none", 1), schedule_for("none", WARM_UP_STEPS), schedule_for(1, WARM_UP_STEPS))
+        for width, height in sizes or [(side, side)]:
+            for schedule in schedules:
+                request = GenerationRequest(nothing, width, height, 4.0, 0, schedule)
+                picture = self.model.prepare(request)
+                if schedule.num_steps > 1:  # the first run also pays for what happens once
+                    self._learn(request, self.card.num_image_tokens(width, height), picture)
+        if "compile" in self.model.performance.optimisations:
+            self.model.prepare(request, "any")
+        logger.info("%s", self.model.performance)
 
     def _learn(self, request: GenerationRequest, num_tokens: int, picture: GeneratedPicture) -> None:
         self.cost.observe(
@@ -226,7 +235,7 @@ class Engine:
             answer = await self._draw(job, within_s)
         picture = answer.value
         order = replace(job.order, schedule=picture.schedule)
-        record = provenance(order, self.model.folder, embeddings)
+        record = provenance(order, self.model, embeddings)
         with self._tracing.span("write"):
             data = await asyncio.to_thread(encode_image, picture.image, order.output_format, record, order.quality)
         comparison, side_by_side = None, b""
@@ -365,7 +374,7 @@ def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequ
     )
 
 
-def provenance(order: Order, model: ModelFolder, embeddings: torch.Tensor) -> Provenance:
+def provenance(order: Order, model: Flux2Model, embeddings: torch.Tensor) -> Provenance:
     """The record that goes into the file."""
     digest = None
     if order.prompt is None:
@@ -380,8 +389,9 @@ def provenance(order: Order, model: ModelFolder, embeddings: torch.Tensor) -> Pr
         cache=order.cache,
         schedule=str(order.schedule),
         computed_steps=list(order.schedule.computed_steps),
-        model=model.name,
-        revision=model.revision,
+        model=model.card.name,
+        revision=model.card.revision,
+        performance=model.performance.profile,
         prompt_embeds_sha256=digest,
         lora=[asdict(adapter) for adapter in order.adapters],
         references_sha256=[reference.sha256 for reference in order.references],

@@ -43,6 +43,8 @@ class Provenance:
     """Of the reference images' files, in order."""
     lora: list[dict[str, Any]] = field(default_factory=list)
     """Names and scales of LoRA adapters."""
+    performance: str = "exact"
+    """The profile: two of them draw pictures that differ by rounding."""
 
 
 class NoProvenance(ValueError):

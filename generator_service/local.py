@@ -8,7 +8,7 @@ from generator_service.api.schemas import GenerateRequest
 from generator_service.engine import generation_request, provenance
 from generator_service.imaging import encode_image
 from generator_service.order import Order, make_order, open_shelf
-from generator_service.pipelines import flux2, prompt
+from generator_service.pipelines import flux2, parts, prompt
 from generator_service.settings import GeneratorSettings
 from shared.errors import InvalidRequest
 from shared.model_folder import find_model
@@ -29,12 +29,12 @@ def draw(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepL
     except ValidationError as error:
         raise InvalidRequest("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
     device, dtype = settings.torch_device(), settings.torch_dtype()
-    folder = find_model(settings.model, settings.revision, (*flux2.PARTS, *prompt.PARTS))
+    folder = find_model(settings.model, settings.revision, (*parts.PARTS, *prompt.PARTS))
     assert request.prompt is not None  # the command line gives no embeddings
     (embeddings,) = prompt.embed_prompts(folder, [request.prompt], device, dtype)
-    model = flux2.Flux2Model(folder, device, dtype, settings.lora_dir, settings.max_loras)
+    model = flux2.Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras)
     shape = (embeddings.shape[1], embeddings.shape[2])
     order = make_order(request, settings, model.card, open_shelf(settings, model.card), shape)
     picture = model.generate(generation_request(order, embeddings), on_step)
-    record = provenance(order, model.folder, embeddings)
+    record = provenance(order, model, embeddings)
     return encode_image(picture.image, order.output_format, record), order, picture.denoise_s

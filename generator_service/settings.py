@@ -1,14 +1,32 @@
 """Settings of the generator, from ``GENERATOR_...`` and, for the encoder it asks, ``TEXT_ENCODER_...``."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import AnyHttpUrl, DirectoryPath, Field, FilePath, SecretStr
-from pydantic_settings import SettingsConfigDict
+from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, FilePath, SecretStr
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from shared.settings import ServiceSettings, read_keys
 
 CacheName = str
 """``none``, or the name of a schedule."""
+ProfileName = Literal["auto", "exact", "fast", "fastest"]
+Optimisation = Literal["attention", "compile", "fp8", "fused_qkv", "vae"]
+
+
+def read_names(text: Any) -> Any:
+    """``a,b`` as a list; what is no text is left as it is."""
+    return [name.strip() for name in text.split(",") if name.strip()] if isinstance(text, str) else text
+
+
+def read_sizes(text: Any) -> Any:
+    """``1024x1024,768x1344`` as pairs of width and height; what is no text is left as it is."""
+    if not isinstance(text, str):
+        return text
+    found = [re.fullmatch(r"(\d+)x(\d+)", name) for name in read_names(text)]
+    if not all(found):
+        raise ValueError("give sizes as WIDTHxHEIGHT, separated by commas, like 1024x1024,768x1344")
+    return [(int(size[1]), int(size[2])) for size in found if size]
 
 
 class GeneratorSettings(ServiceSettings):
@@ -48,6 +66,13 @@ class GeneratorSettings(ServiceSettings):
     """The schedule of requests that do not choose one."""
     schedules_dir: DirectoryPath | None = Field(None, validation_alias="SCHEDULES_DIR")
     """A folder of calibrated schedules, beside those that come with the product."""
+
+    performance: ProfileName = "auto"
+    """How the model is made fast; ``auto`` is ``fast`` on a GPU and ``exact`` on a CPU."""
+    performance_without: Annotated[frozenset[Optimisation], NoDecode, BeforeValidator(read_names)] = frozenset()
+    """What of the profile is left out."""
+    warm_up_sizes: Annotated[tuple[tuple[int, int], ...], NoDecode, BeforeValidator(read_sizes)] = ()
+    """Widths and heights of pictures that are compiled by themselves at start; none: the model's default size."""
 
     upsampler_url: AnyHttpUrl | None = None
     """The base of an API with OpenAI's chat completions, that rewrites prompts where a request asks for it."""

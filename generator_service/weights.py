@@ -23,12 +23,12 @@ def weights(
 ) -> None:
     """Fetch the model (FLUX2_MODEL at FLUX2_REVISION) from the hub. What is there is not fetched again."""
     with one_line_errors():
-        from generator_service.pipelines import flux2, prompt  # noqa: PLC0415 - torch takes seconds to import
+        from generator_service.pipelines import parts, prompt  # noqa: PLC0415 - torch takes seconds to import
         from generator_service.settings import GeneratorSettings  # noqa: PLC0415
         from shared.model_folder import find_model  # noqa: PLC0415
 
         settings = GeneratorSettings()
-        parts = {Service.TEXT_ENCODER: prompt.PARTS, Service.GENERATOR: flux2.PARTS}
-        wanted = parts[service] if service else tuple(part for each in parts.values() for part in each)
+        of_service = {Service.TEXT_ENCODER: prompt.PARTS, Service.GENERATOR: parts.PARTS}
+        wanted = of_service[service] if service else tuple(part for each in of_service.values() for part in each)
         folder = find_model(settings.model, settings.revision, wanted)
         out.print(f"{folder.name} is here at revision {folder.revision}: {', '.join(wanted)}", highlight=False)

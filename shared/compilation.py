@@ -5,8 +5,9 @@ everyone for seconds: ``compiling_nothing_new`` runs a shape that was not compil
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +17,13 @@ from torch._dynamo.utils import counters
 MAX_SHAPES = 64
 """How many shapes of one part are kept compiled; PyTorch's own limit, 8, is meant to find mistakes."""
 
+Backend = str | Callable[..., Any]
+"""As ``torch.compile``'s ``backend``."""
 CompilationFailed = TorchDynamoException
 """What running a compiled part raises where it cannot be compiled: no compiler, or none for this device."""
 
 
-def compile_parts(parts: Sequence[nn.Module], backend: str = "inductor") -> None:
+def compile_parts(parts: Sequence[nn.Module], backend: Backend = "inductor") -> None:
     """Have ``parts`` compiled when they first run with a shape; parts of the same class share the compiled code.
 
     Args:
@@ -61,5 +64,6 @@ def num_compilations() -> int:
 def log_failure(what: str, error: Exception) -> str:
     """A line for people about a failed compilation; the details go to the log at level debug."""
     logging.getLogger("flux2").debug("%s could not be compiled", what, exc_info=error)
-    first = str(error).strip().splitlines() or [""]
-    return f"{what} could not be compiled ({type(error).__name__}: {first[0][:200]})"
+    cause = getattr(error, "inner_exception", error)
+    first = (str(cause).strip().splitlines() or [""])[0]
+    return f"{what} could not be compiled ({type(cause).__name__}: {first[:200]})"

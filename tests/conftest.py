@@ -76,7 +76,7 @@ def weights(request: pytest.FixtureRequest, random_weights: Path) -> Path:
 
 def local_model(folder: Path) -> Flux2Model:
     """The generator's part of the model in ``folder``, on the CPU in float32."""
-    return Flux2Model(ModelFolder(folder.name, "local", folder), CPU, torch.float32)
+    return Flux2Model.load(ModelFolder(folder.name, "local", folder), CPU, torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,15 @@ PROFILES = {
 ENCODERS = ("text-encoder", "demo-text-encoder")
 GENERATORS = ("generator", "demo")
 ON_GPUS = ("text-encoder", "generator")
-OF_LIBRARIES = {"HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH", "OMP_WAIT_POLICY"}
+OF_LIBRARIES = {
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+    "HF_TOKEN_PATH",
+    "OMP_WAIT_POLICY",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+}
 DEFAULT = re.compile(r"\$\{\w+:-([^}]*)\}")
 
 
@@ -124,8 +132,9 @@ def test_nothing_has_more_rights_than_it_needs(name: str) -> None:
     assert any(mount.startswith("/tmp:size=") for mount in service["tmpfs"])  # noqa: S108 - the container's own
     loosening = {"privileged", "cap_add", "devices", "network_mode", "pid", "ipc", "userns_mode", "volumes_from"}
     assert loosening.isdisjoint(service)
+    writable = {("weights", "weights"), ("prometheus", "metrics"), *((on_gpu, "compiled") for on_gpu in ON_GPUS)}
     for source, (_, is_read_only) in volumes(service).items():
-        assert is_read_only or (name, source) in {("weights", "weights"), ("prometheus", "metrics")}
+        assert is_read_only or (name, source) in writable
         assert "docker.sock" not in source
 
 
@@ -194,6 +203,15 @@ def test_the_weights_are_fetched_once() -> None:
     assert SERVICES["weights"]["restart"] == "no"
 
 
+def test_what_is_compiled_stays() -> None:
+    """Both services keep compiled code in a volume: a replaced container starts with it."""
+    for name in ON_GPUS:
+        assert volumes(SERVICES[name])["compiled"] == ("/compiled", False)
+        environment = SERVICES[name]["environment"]
+        for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            assert Path(environment[variable]).is_relative_to("/compiled")
+
+
 def test_secrets_are_files() -> None:
     """Tokens and keys stand in files that only those who need them see, and in no environment."""
     assert {name: service["secrets"] for name, service in SERVICES.items() if "secrets" in service} == {
@@ -248,9 +266,9 @@ def test_our_images_are_built_here() -> None:
     ("target", "module"), [("text-encoder", "text_encoder_service"), ("generator", "generator_service")]
 )
 def test_an_image_holds_what_its_service_needs(target: str, module: str) -> None:
-    """Only its own extra, installed from a wheel that another stage built, and not as root."""
+    """Its own extra and torchao, installed from a wheel that another stage built, and not as root."""
     stage = stages()[target]
-    assert re.findall(r"\[([\w,-]+)\]\"", stage) == [target]
+    assert re.findall(r"\[([\w,-]+)\]\"", stage) == [f"{target},quantization"]
     assert "from=project" in stage
     assert "COPY" not in stage
     assert re.findall(r"^USER (\d+):", stage, re.MULTILINE) == ["1000"]

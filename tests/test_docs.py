@@ -95,6 +95,9 @@ def test_documented_defaults_of_compose_hold(name: str) -> None:
     assert {k: documented[k] for k in alone} == alone
 
 
+NOTHING = (None, (), frozenset())
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
 def test_documented_defaults_hold(
@@ -107,7 +110,7 @@ def test_documented_defaults_hold(
     Path(".env").write_text("\n".join(f"{k}={v}" for k, v in documented if v), encoding="utf-8")
     assert settings() == defaults
     unset = {variable for variable, default in documented if not default}
-    assert {v for v, field in variables(settings).items() if getattr(defaults, field) is None} == unset & set(
+    assert {v for v, field in variables(settings).items() if getattr(defaults, field) in NOTHING} == unset & set(
         variables(settings)
     )
 

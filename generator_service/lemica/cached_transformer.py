@@ -71,7 +71,7 @@ class CachedTransformer:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The transformer's dtype. Diffusers looks through all modules for it, which takes longer than a reused step."""
+        """The transformer's dtype, asked for once: diffusers looks through all of its modules each time."""
         dtype: torch.dtype = self._transformer.dtype
         return dtype
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from diffusers import Flux2Pipeline
 from diffusers import __version__ as diffusers_version
-from diffusers.utils import logging as diffusers_logging
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from generator_service.lemica import (
     CachedTransformer,
@@ -32,12 +31,19 @@ from generator_service.lemica import (
     schedule_for,
 )
 from generator_service.pipelines.card import ModelCard
+from generator_service.pipelines.compiled_blocks import Kind
 from generator_service.pipelines.lora import Adapter, Adapters
+from generator_service.pipelines.optimised import Optimised
+from generator_service.pipelines.parts import Parts, load_parts
+from generator_service.pipelines.performance import EXACT, Performance
+from generator_service.pipelines.step_clock import Previews, PreviewTaker, StepClock
 from shared.byte_cache import ByteBoundedCache
+from shared.compilation import CompilationFailed
 from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
 
-PARTS = ("scheduler", "transformer", "vae")
+TEXT_TOKENS = 512
+"""Of the picture that attention is measured for; how many there are is known only with the first prompt."""
 logger = logging.getLogger("flux2")
 
 REFERENCE_CACHE_BYTES = 256 * 2**20
@@ -64,19 +70,6 @@ class GenerationRequest:
     adapters: tuple[Adapter, ...] = ()
 
 
-PreviewListener = Callable[[Image], None]
-
-
-@dataclass(frozen=True)
-class Previews:
-    """Wants to see, after some steps, what the picture will be as far as it is known."""
-
-    steps: frozenset[int]
-    """After which; 0 gives none, since one step has no direction yet."""
-    listener: PreviewListener
-    """Called on the thread that draws."""
-
-
 @dataclass(frozen=True)
 class GeneratedPicture:
     """A picture and what it took."""
@@ -93,49 +86,87 @@ class GeneratedPicture:
 
 
 class Flux2Model:
-    """The weights of a FLUX.2 model on one device. Use it from one thread at a time."""
+    """The weights of a FLUX.2 model on one device. Use it from one thread at a time.
+
+    Args:
+        folder: where ``parts`` come from: their name, revision and fingerprint.
+        parts: on their device. They are changed in place as ``performance`` says.
+        lora_dir: where LoRA adapters lie.
+        max_loras: how many of them are kept on the device.
+        performance: how it is made fast.
+
+    Raises:
+        ModelRefused: a reused step would not mean on this transformer what it must.
+    """
 
     def __init__(
         self,
+        folder: ModelFolder,
+        parts: Parts,
+        lora_dir: Path | None = None,
+        max_loras: int = 1,
+        performance: Performance = EXACT,
+    ) -> None:
+        self.folder = folder
+        self._parts = parts
+        self.device: torch.device = parts.transformer.device
+        self.dtype: torch.dtype = parts.transformer.dtype
+        self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
+        pipeline = self._pipeline(parts.transformer, parts.scheduler)
+        self.card = ModelCard(
+            name=folder.name,
+            revision=folder.revision,
+            fingerprint=f"transformer {folder.fingerprint('transformer')}",
+            dtype=str(self.dtype).removeprefix("torch."),
+            libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
+            embedding_width=int(parts.transformer.config.joint_attention_dim),
+            default_side=int(parts.vae.config.sample_size),
+            pixels_per_token=2 * int(pipeline.vae_scale_factor),
+        )
+        self._optimised = Optimised(parts, performance, self.card.default_num_tokens + TEXT_TOKENS)
+        self.adapters = Adapters(parts.transformer, lora_dir, max_loras, keeps=not self._optimised.is_compiled)
+        self.card = replace(self.card, adapters=tuple(self.adapters.names))
+        try:
+            with self._optimised.serving():
+                check_transformer(parts.transformer, self._small_example())
+        except TransformerMismatch as error:
+            raise ModelRefused(str(error)) from error
+
+    @classmethod
+    def load(
+        cls,
         folder: ModelFolder,
         device: torch.device,
         dtype: torch.dtype,
         lora_dir: Path | None = None,
         max_loras: int = 1,
-    ) -> None:
-        self.folder = folder
-        diffusers_logging.disable_progress_bar()
+        performance: Performance = EXACT,
+    ) -> "Flux2Model":
+        """The model in a checked folder.
+
+        Raises:
+            ModelRefused: it is no FLUX.2 pipeline that can be used.
+        """
+        return cls(folder, load_parts(folder, device, dtype), lora_dir, max_loras, performance)
+
+    @property
+    def performance(self) -> Performance:
+        """What was done to make it fast."""
+        return self._optimised.performance
+
+    def prepare(self, request: GenerationRequest, kind: Kind = "this") -> GeneratedPicture:
+        """Draw before anyone waits, and have what it runs compiled.
+
+        Args:
+            request: what to draw.
+            kind: compiled for pictures of ``this`` size, or of ``any`` that was not prepared.
+        """
         try:
-            pipeline = Flux2Pipeline.from_pretrained(
-                folder.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise ModelRefused(f"{folder.name} cannot be loaded as a FLUX.2 pipeline") from error
-        pipeline.to(device)
-        self.device = device
-        self.dtype = dtype
-        self._components = {
-            "vae": pipeline.vae.eval(),
-            "scheduler": pipeline.scheduler,
-            "transformer": pipeline.transformer.eval(),
-        }
-        self.adapters = Adapters(self._components["transformer"], lora_dir, max_loras)
-        self.card = ModelCard(
-            name=folder.name,
-            revision=folder.revision,
-            fingerprint=f"transformer {folder.fingerprint('transformer')}",
-            dtype=str(dtype).removeprefix("torch."),
-            libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
-            embedding_width=int(pipeline.transformer.config.joint_attention_dim),
-            default_side=int(pipeline.vae.config.sample_size),
-            pixels_per_token=2 * int(pipeline.vae_scale_factor),
-            adapters=tuple(self.adapters.names),
-        )
-        self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
-        try:
-            check_transformer(self._components["transformer"], self._small_example())
-        except TransformerMismatch as error:
-            raise ModelRefused(str(error)) from error
+            with self._optimised.preparing(kind):
+                return self._generate(request, None, None)
+        except CompilationFailed as error:
+            self._optimised.give_up_compiling(error)
+        return self._generate(request, None, None)
 
     def generate(
         self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
@@ -154,7 +185,7 @@ class Flux2Model:
             InvalidRequest: a LoRA adapter is none of this model.
         """
         try:
-            with self.adapters.applied(request.adapters):
+            with self._optimised.serving(), self.adapters.applied(request.adapters):
                 return self._finite(request, on_step, previews)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
@@ -177,16 +208,17 @@ class Flux2Model:
     ) -> GeneratedPicture:
         scheduler = self._scheduler()
         transformer = CachedTransformer(
-            self._components["transformer"],
+            self._parts.transformer,
             request.schedule,
             self.card.num_image_tokens(request.width, request.height),
             on_step,
             scheduler,
         )
-        clock = _LastStepClock(request.schedule.num_steps, self.device)
-        clock.preview = _PreviewTaker(previews, request.width // self.card.pixels_per_token) if previews else None
+        taker = PreviewTaker(previews, request.width // self.card.pixels_per_token) if previews else None
+        clock = StepClock(request.schedule.num_steps, self.device, taker)
         began = time.perf_counter()
-        image = self._run(request, self._pipeline(transformer, scheduler), clock)
+        pixels = self._run(request, self._pipeline(transformer, scheduler), clock)
+        image = picture_of(pixels)
         ended = time.perf_counter()
         return GeneratedPicture(
             image, clock.ended - began, ended - clock.ended, clock.latents, clock.previews_s, request.schedule
@@ -203,8 +235,8 @@ class Flux2Model:
             keep: the device, or the folder, that keeps it; None for the model's own device.
         """
         scheduler = self._scheduler()
-        recorder = TrajectoryRecorder(self._components["transformer"], trace, keep or self.device)
-        clock = _LastStepClock(request.schedule.num_steps, self.device)
+        recorder = TrajectoryRecorder(self._parts.transformer, trace, keep or self.device)
+        clock = StepClock(request.schedule.num_steps, self.device)
         self._run(request, self._pipeline(recorder, scheduler), clock, output_type="latent")
         return recorder.trajectory(clock.latents, scheduler.sigmas)
 
@@ -212,13 +244,13 @@ class Flux2Model:
         self, trajectories: Sequence[Trajectory], predictor: Predictor, batch_size: int = 64
     ) -> Calibration:
         """The calibration of this model's transformer on recorded runs."""
-        return Calibration(self._components["transformer"], trajectories, predictor, batch_size)
+        return Calibration(self._parts.transformer, trajectories, predictor, batch_size)
 
     def _run(
-        self, request: GenerationRequest, pipeline: Flux2Pipeline, clock: "_LastStepClock", output_type: str = "pil"
-    ) -> Any:
-        """What the library's pipeline makes of a request."""
-        return pipeline(
+        self, request: GenerationRequest, pipeline: Flux2Pipeline, clock: StepClock, output_type: str = "pt"
+    ) -> torch.Tensor:
+        """What the library's pipeline makes of a request: pixels ``[3, H, W]`` from 0 to 1, on the device."""
+        made: torch.Tensor = pipeline(
             prompt_embeds=request.prompt_embeds.to(self.device, self.dtype),
             image=list(request.references) or None,
             width=request.width,
@@ -230,16 +262,17 @@ class Flux2Model:
             callback_on_step_end=clock,
             output_type=output_type,
         ).images[0]
+        return made
 
     def _scheduler(self) -> Any:
         """A scheduler for one generation: it counts steps."""
-        scheduler = self._components["scheduler"]
+        scheduler = self._parts.scheduler
         return type(scheduler).from_config(scheduler.config)
 
-    def _pipeline(self, transformer: CachedTransformer | TrajectoryRecorder, scheduler: Any) -> Flux2Pipeline:
+    def _pipeline(self, transformer: Any, scheduler: Any) -> Flux2Pipeline:
         pipeline = _RememberingPipeline(
             scheduler=scheduler,
-            vae=self._components["vae"],
+            vae=self._parts.vae,
             text_encoder=None,
             tokenizer=None,
             transformer=transformer,
@@ -251,7 +284,7 @@ class Flux2Model:
     def _small_example(self) -> dict[str, Any]:
         """Arguments of one forward pass over 2 x 2 image tokens and 8 text tokens."""
         noise = torch.Generator("cpu").manual_seed(0)
-        channels = self._components["transformer"].config.in_channels
+        channels = self._parts.transformer.config.in_channels
         image_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 2, 2, 1)))
         text = torch.randn(1, 8, self.card.embedding_width, generator=noise)
         text_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, 8)))
@@ -280,66 +313,7 @@ class _RememberingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers sh
         return found
 
 
-class _LastStepClock:
-    """A pipeline callback that notes when the last step ended, on the device too, and checks what it left."""
-
-    def __init__(self, num_steps: int, device: torch.device) -> None:
-        self._last = num_steps - 1
-        self._device = device
-        self.ended = 0.0
-        self.latents = torch.empty(0)
-        self.preview: _PreviewTaker | None = None
-        self.previews_s = 0.0
-
-    def __call__(
-        self, pipeline: Any, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        if self.preview is not None:
-            self._show(self.preview, pipeline, step, tensors["latents"])
-        if step == self._last:
-            self.latents = tensors["latents"].cpu()  # waits for the device
-            self.ended = time.perf_counter()
-            if not self.latents.isfinite().all():
-                raise NonFiniteOutput("the model drew no picture: not every value is a finite number")
-        return tensors
-
-    def _show(self, preview: "_PreviewTaker", pipeline: Any, step: int, latents: torch.Tensor) -> None:
-        if self._device.type == "cuda" and preview.is_due(step):
-            torch.cuda.synchronize(self._device)  # the steps' own time is not the preview's
-        began = time.perf_counter()
-        preview(pipeline, step, latents)
-        self.previews_s += time.perf_counter() - began
-
-
-class _PreviewTaker:
-    """Shows where the latents would end if they went on as in the last step, which they nearly do: flows are straight.
-
-    Args:
-        previews: after which steps, and who wants to see it.
-        width: the picture's, in tokens.
-    """
-
-    def __init__(self, previews: Previews, width: int) -> None:
-        self._previews = previews
-        self._width = width
-        self._before = torch.empty(0)
-
-    def is_due(self, step: int) -> bool:
-        """Whether there is a preview after this step."""
-        return step in self._previews.steps and step > 0
-
-    def __call__(self, pipeline: Any, step: int, latents: torch.Tensor) -> None:
-        if self.is_due(step):
-            sigmas = pipeline.scheduler.sigmas
-            velocity = (latents.float() - self._before) / (sigmas[step + 1] - sigmas[step])
-            self._previews.listener(self._decoded(pipeline, latents.float() - sigmas[step + 1] * velocity))
-        self._before = latents.float()
-
-    def _decoded(self, pipeline: Any, latents: torch.Tensor) -> Image:
-        vae = pipeline.vae
-        maps = latents.to(vae.dtype).transpose(1, 2).reshape(1, latents.shape[2], -1, self._width)
-        mean, variance = (moment.view(1, -1, 1, 1) for moment in (vae.bn.running_mean, vae.bn.running_var))
-        maps = maps * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        decoded = vae.decode(torch.nn.functional.pixel_shuffle(maps, 2), return_dict=False)[0]
-        picture: Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
-        return picture
+def picture_of(pixels: torch.Tensor) -> Image:
+    """``[3, H, W]`` from 0 to 1, rounded on their device as the library rounds them on the host: a quarter to copy."""
+    rounded = (pixels.float() * 255).round().to(torch.uint8)
+    return fromarray(rounded.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -37,12 +37,14 @@ class Adapters:
         transformer: diffusers' ``Flux2Transformer2DModel``.
         folder: where ``NAME.safetensors`` files lie; None has none.
         max_loaded: how many are kept on the device; the one that was not used for longest goes first.
+        keeps: whether they stay while a picture is drawn without any. Compiled code fits only the layers as they were.
     """
 
-    def __init__(self, transformer: Any, folder: Path | None, max_loaded: int) -> None:
+    def __init__(self, transformer: Any, folder: Path | None, max_loaded: int, *, keeps: bool = True) -> None:
         self._transformer = transformer
         self._files = {file.stem: file for file in sorted(folder.glob("*.safetensors"))} if folder else {}
         self._max_loaded = max_loaded
+        self._keeps = keeps
         self._loaded: list[str] = []
         """By their last use."""
 
@@ -59,6 +61,9 @@ class Adapters:
             InvalidRequest: one of the files holds no adapter of this transformer.
         """
         if not adapters:
+            if self._loaded and not self._keeps:
+                self._transformer.unload_lora()
+                self._loaded.clear()
             yield
             return
         for adapter in adapters:
@@ -75,15 +80,19 @@ class Adapters:
             self._loaded.remove(name)
         else:
             weights = self._weights(name)
-            for other in [other for other in self._loaded if other not in needed]:
-                if len(self._loaded) >= self._max_loaded:
-                    self._transformer.delete_adapters(other)
-                    self._loaded.remove(other)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what we want
+                warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")  # it was not needed
+                self._make_room(needed)
                 self._transformer.load_lora_adapter(weights, adapter_name=name)
             self._transformer.disable_adapters()
         self._loaded.append(name)
+
+    def _make_room(self, needed: set[str]) -> None:
+        for other in [other for other in self._loaded if other not in needed]:
+            if len(self._loaded) >= self._max_loaded:
+                self._transformer.delete_adapters(other)
+                self._loaded.remove(other)
 
     def _weights(self, name: str) -> dict[str, Any]:
         """The file's tensors by the library's names, all of them of modules that this transformer has."""

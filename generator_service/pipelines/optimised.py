@@ -1,0 +1,85 @@
+"""Applies a ``Performance`` to the parts of a model, once, after they are loaded."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from generator_service.pipelines.attention import fastest_attention, use_attention
+from generator_service.pipelines.compiled_blocks import CompiledBlocks, Kind
+from generator_service.pipelines.parts import Parts
+from generator_service.pipelines.performance import Performance
+from generator_service.pipelines.quantisation import quantise_blocks
+from shared.compilation import compile_parts, compiling_nothing_new, log_failure, restore_parts
+
+logger = logging.getLogger("flux2")
+SEPARATE_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+class Optimised:
+    """Parts, changed in place as ``performance`` says.
+
+    Args:
+        parts: of one model, on its device.
+        performance: what to do. What turns out to be impossible is left out, and ``performance`` then says so.
+        num_tokens: of the picture that attention is measured for, with its text.
+    """
+
+    def __init__(self, parts: Parts, performance: Performance, num_tokens: int) -> None:
+        self.performance = performance
+        self._blocks: CompiledBlocks | None = None
+        self._decoder: nn.Module | None = None
+        transformer = parts.transformer
+        if "attention" in performance.optimisations:
+            use_attention(transformer, fastest_attention(transformer, num_tokens, transformer.device))
+        if "fused_qkv" in performance.optimisations:
+            fuse_projections(transformer)
+        if "fp8" in performance.optimisations:
+            self._quantise(transformer)
+        if "vae" in performance.optimisations:
+            parts.vae.decoder.to(memory_format=torch.channels_last)
+        if "compile" in performance.optimisations:
+            self._blocks = CompiledBlocks(transformer, performance.backend)
+            if "vae" in performance.optimisations:
+                self._decoder = parts.vae.decoder
+                compile_parts([parts.vae.decoder], performance.backend)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether there is anything to prepare."""
+        return self._blocks is not None
+
+    def preparing(self, kind: Kind) -> AbstractContextManager[None]:
+        """Within the block what is drawn is compiled."""
+        return nullcontext() if self._blocks is None else self._blocks.preparing(kind)
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Within the block nothing is compiled."""
+        return nullcontext() if self._blocks is None else compiling_nothing_new()
+
+    def give_up_compiling(self, error: Exception) -> None:
+        """Go on without: the compiler has failed."""
+        assert self._blocks is not None
+        self._blocks.restore()
+        self._blocks = None
+        if self._decoder is not None:
+            restore_parts([self._decoder])
+        self.performance = self.performance.without("compile", log_failure("the model", error))
+        logger.warning("%s", self.performance)
+
+    def _quantise(self, transformer: Any) -> None:
+        try:
+            quantise_blocks(transformer)
+        except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+            logger.debug("torchao cannot do it here", exc_info=True)
+            self.performance = self.performance.without("fp8", f"torchao cannot do it here ({type(error).__name__})")
+
+
+def fuse_projections(transformer: Any) -> None:
+    """Join queries, keys and values of the double-stream blocks into one product each, and free the separate ones."""
+    transformer.fuse_qkv_projections()
+    for block in transformer.transformer_blocks:
+        for name in SEPARATE_PROJECTIONS:
+            delattr(block.attn, name)

@@ -1,0 +1,56 @@
+"""The parts of a FLUX.2 pipeline that draw, loaded from a checked folder straight to their device."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers.utils import logging as diffusers_logging
+
+from shared.errors import ModelRefused
+from shared.model_folder import ModelFolder
+
+PARTS = ("scheduler", "transformer", "vae")
+logger = logging.getLogger("flux2")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Diffusers' own classes, which ship no types."""
+
+    transformer: Any
+    vae: Any
+    scheduler: Any
+    """For its configuration: every generation makes one of its own."""
+
+
+def load_parts(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Parts:
+    """Read the weights of ``folder``, shard by shard, to ``device``: host memory never holds the whole model.
+
+    Raises:
+        ModelRefused: it is no FLUX.2 pipeline, or a file is missing or broken.
+    """
+    diffusers_logging.disable_progress_bar()
+    try:
+        return Parts(
+            transformer=_load(Flux2Transformer2DModel, folder, "transformer", device, dtype),
+            vae=_load(AutoencoderKLFlux2, folder, "vae", device, dtype),
+            scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path, subfolder="scheduler"),
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelRefused(f"{folder.name} cannot be loaded as a FLUX.2 pipeline") from error
+
+
+def _load(kind: Any, folder: ModelFolder, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """One part, and a line in the log about how fast it came from the disk."""
+    num_bytes = sum(file.stat().st_size for file in (folder.path / part).glob("*.safetensors"))
+    logger.info("loading %s: %.1f GB", part, num_bytes / 1e9)
+    began = time.perf_counter()
+    model = kind.from_pretrained(
+        folder.path, subfolder=part, dtype=dtype, use_safetensors=True, device_map={"": str(device)}
+    )
+    seconds = time.perf_counter() - began
+    logger.info("loaded %s in %.1f s, %.2f GB/s", part, seconds, num_bytes / 1e9 / seconds)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,133 @@
+"""Optimisations on the demo model: what they compile and when, and that pictures stay what they are."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from demo_model.services import WEIGHTS
+from generator_service.lemica import schedule_for
+from generator_service.pipelines import optimised
+from generator_service.pipelines.attention import fastest_attention
+from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.performance import PROFILES, Performance
+from generator_service.settings import Optimisation
+from shared.model_folder import ModelFolder
+from tests.conftest import CPU
+
+SIDE = 64
+OTHER_SIDE = 96
+TOLERANCE = 1e-4
+"""Of final latents, whose values are around 1: float32 rounding over a few steps."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_compiler() -> None:
+    """Models of other tests, whose blocks have the same code, leave nothing compiled."""
+    torch.compiler.reset()
+
+
+def loaded(*optimisations: Optimisation, backend: Any = "inductor", **more: Any) -> Flux2Model:
+    """The demo model with some optimisations."""
+    performance = Performance("fast", frozenset(optimisations), backend=backend)
+    return Flux2Model.load(
+        ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, performance=performance, **more
+    )
+
+
+def wanted(
+    cache: str | int = "none",
+    *,
+    side: int = SIDE,
+    seed: int = 0,
+    num_steps: int = 4,
+    adapters: tuple[Adapter, ...] = (),
+) -> GenerationRequest:
+    """A small picture."""
+    noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
+    return GenerationRequest(noise, side, side, 4.0, seed, schedule_for(cache, num_steps), adapters=adapters)
+
+
+@pytest.mark.parametrize("optimisation", ["attention", "fused_qkv", "vae"])
+def test_pictures_stay_the_same_but_for_rounding(optimisation: Optimisation, demo: Flux2Model) -> None:
+    """With one optimisation alone, latents and pixels equal those without up to rounding."""
+    ours, plain = loaded(optimisation).generate(wanted(2)), demo.generate(wanted(2))
+    torch.testing.assert_close(ours.latents, plain.latents, atol=TOLERANCE, rtol=0)
+    pixels = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8).int() for p in (ours, plain)]
+    assert (pixels[0] - pixels[1]).abs().max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, in its compiler
+def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
+    """All of ``fast`` together, compiled by PyTorch's own compiler, equals ``exact`` up to rounding."""
+    model = loaded(*PROFILES["fast"])
+    prepared = model.prepare(wanted(2))
+    assert "compile" in model.performance.optimisations
+    torch.testing.assert_close(prepared.latents, demo.generate(wanted(2)).latents, atol=TOLERANCE, rtol=0)
+    assert torch.equal(prepared.latents, model.generate(wanted(2)).latents)
+
+
+def test_joined_projections_replace_the_separate_ones() -> None:
+    """After joining, no separate projection keeps its memory."""
+    before = sum(weight.numel() for weight in loaded()._parts.transformer.parameters())
+    assert sum(weight.numel() for weight in loaded("fused_qkv")._parts.transformer.parameters()) == before
+
+
+def test_the_fastest_attention_is_measured(demo: Flux2Model, caplog: pytest.LogCaptureFixture) -> None:
+    """A candidate that does not run here is passed over; the times of the others are told."""
+    with caplog.at_level("INFO", "flux2"):
+        name = fastest_attention(demo._parts.transformer, 64, CPU, ("native", "_native_math", "_native_cudnn"))
+    assert name in {"native", "_native_math"}
+    assert "native" in caplog.text
+    assert "cudnn" not in caplog.text
+
+
+def test_a_library_that_refuses_is_done_without(monkeypatch: pytest.MonkeyPatch, demo: Flux2Model) -> None:
+    """Where torchao cannot quantise, the profile is fast, and nothing was changed."""
+
+    def refuse(_transformer: object) -> None:
+        raise AssertionError("wrong GPU")
+
+    monkeypatch.setattr(optimised, "quantise_blocks", refuse)
+    model = Flux2Model.load(
+        ModelFolder("weights", "local", WEIGHTS),
+        CPU,
+        torch.float32,
+        performance=Performance("fastest", frozenset({"fp8"})),
+    )
+    assert (
+        str(model.performance)
+        == "profile fast: nothing changed; fp8 is left out: torchao cannot do it here (AssertionError)"
+    )
+    assert torch.equal(model.generate(wanted(2)).latents, demo.generate(wanted(2)).latents)
+
+
+def test_weights_are_read_at_once_to_their_device(caplog: pytest.LogCaptureFixture) -> None:
+    """How much is read, and how fast, is told."""
+    with caplog.at_level("INFO", "flux2"):
+        loaded()
+    assert "loading transformer: 0.0 GB" in caplog.text
+    assert "GB/s" in caplog.text
+
+
+def test_torchao_rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fp8 the blocks' weights take a byte each, and a step's velocity is off by a few per cent."""
+    pytest.importorskip("torchao", reason="the extra quantization is not installed")
+    import torchao.float8.inference as support  # noqa: PLC0415 - an extra
+
+    monkeypatch.setattr(support, "is_MI300", lambda: True)  # the CPU can do it, too, if slowly
+    fp8 = Flux2Model.load(
+        ModelFolder("weights", "local", WEIGHTS),
+        CPU,
+        torch.bfloat16,
+        performance=Performance("fastest", frozenset({"fp8", "fused_qkv"})),
+    )
+    plain = Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.bfloat16)
+    assert "fp8" in fp8.performance.optimisations
+    weight = fp8._parts.transformer.single_transformer_blocks[0].attn.to_out.weight
+    assert weight.qdata.dtype == torch.float8_e4m3fn
+    example = plain._small_example() | {"return_dict": False}
+    with torch.no_grad():
+        ours, theirs = (model._parts.transformer(**example)[0].float() for model in (fp8, plain))
+    assert 0 < (ours - theirs).norm() / theirs.norm() < 0.1
