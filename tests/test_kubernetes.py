@@ -127,7 +127,8 @@ def test_service_links_set_nothing(pod: dict[str, Any]) -> None:
 def test_variables_are_settings(pod: dict[str, Any]) -> None:
     """Every variable is a setting of ours, or of a library that reads it."""
     known = variables(TextEncoderSettings) | variables(GeneratorSettings)
-    of_libraries = {"HF_HUB_OFFLINE", "HF_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"}
+    of_compilers = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    of_libraries = {"HF_HUB_OFFLINE", "HF_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED", *of_compilers}
     ours = {n for n in variables_of(pod) if n not in of_libraries and not n.startswith("RAY_health_check_")}
     assert ours <= set(known)
 

@@ -95,22 +95,23 @@ class CachedTransformer:
         if self._num_image_tokens is None:
             self._num_image_tokens = count_noisy_tokens(rest["img_ids"])
         arguments = {**rest, "hidden_states": hidden_states, "timestep": timestep}
-        output = self._compute(arguments) if is_computed else self._predict(arguments)
+        sigma = self._sigma(arguments)  # before the device has work: the first reading waits for it
+        output = self._compute(arguments, sigma) if is_computed else self._predict(arguments, sigma)
         self._run.step += 1
         return (output,)
 
-    def _compute(self, arguments: dict[str, Any]) -> Tensor:
+    def _compute(self, arguments: dict[str, Any], sigma: float) -> Tensor:
         assert self._num_image_tokens is not None
         output, residual = compute(self._transformer, self._num_image_tokens, arguments)
         is_velocity = self._schedule.predictor.trace == "velocity"
         trace = output[:, : self._num_image_tokens] if is_velocity else residual
-        self._run.past.append(Snapshot(self._sigma(arguments), trace))
+        self._run.past.append(Snapshot(sigma, trace))
         return output
 
-    def _predict(self, arguments: dict[str, Any]) -> Tensor:
+    def _predict(self, arguments: dict[str, Any], sigma: float) -> Tensor:
         assert self._num_image_tokens is not None
         predictor = self._schedule.predictor
-        trace = predictor.predict(self._run.past, self._run.step, self._sigma(arguments))
+        trace = predictor.predict(self._run.past, self._run.step, sigma)
         return trace if predictor.trace == "velocity" else project(self._transformer, trace, arguments)
 
     def _sigma(self, arguments: dict[str, Any]) -> float:
