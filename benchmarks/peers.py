@@ -32,7 +32,7 @@ from generator_service.settings import ProfileName
 
 PLAIN = "diffusers"
 COMPILED = "diffusers, blocks compiled"
-NOT_COMPILED = " (captured, not compiled)"
+NOT_COMPILED = "diffusers, blocks captured, not compiled"
 """Compiled code is for a GPU; on a CPU it is only to be seen to run."""
 CELL_S = 8.0
 Draw = Callable[[int], int]
@@ -62,14 +62,13 @@ class Race:
         self._source = source
         self._args = args
         self._until = time.perf_counter() + args.budget_s
-        self._suffix = "" if source.device.type == "cuda" else NOT_COMPILED
         self.rows: list[Row] = []
         self.left_out: list[str] = []
 
     def run(self) -> None:
         """First diffusers, then the caches, then ours at each number of steps that they computed."""
         self._try(PLAIN, partial(self._library, PLAIN, lambda _pipeline: None))
-        compiled = COMPILED + self._suffix
+        compiled = COMPILED if self._source.device.type == "cuda" else NOT_COMPILED
         self._try(compiled, partial(self._library, compiled, self._compile))
         steps, computed = self._args.steps, self._args.computed
         mask = schedule_for(computed, steps).computed_steps
@@ -129,8 +128,7 @@ class Race:
                     model.generate(self._request(embedding, min(count, num_steps), num_steps))
                     return count
 
-                name = f"ours, {profile}" + (self._suffix if profile != "exact" else "")
-                self._time(name, draw, warm_up_steps=2, profile=profile)
+                self._time(f"ours, {profile}", draw, warm_up_steps=2, profile=profile)
 
     def _request(self, embedding: torch.Tensor, num_computed: int, num_steps: int) -> GenerationRequest:
         side, schedule = self._args.side, schedule_for(num_computed, num_steps)

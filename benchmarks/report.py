@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.floor import BF16_FLOP_PER_S, FLUX2_DEV, step_work
@@ -26,6 +27,7 @@ TITLES = {
     "reuse": "A reused step",
 }
 """In the order of the page."""
+WIDTH = 120
 FLOOR_SIDES = ((512, 0), (1024, 0), (1024, 1), (2048, 0), (1024, 4))
 PUBLISHED = (
     ("LeMiCa's authors, one H100, 1024x1024, 50 steps", "32.70 s", "13.41 s", "10.20 s", "6.99 s"),
@@ -105,11 +107,11 @@ def about(result: Result) -> str:
     commit = card["commit"]["commit"] + (" with changes" if card["commit"].get("is_dirty") else "")
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in card["machine"].items())
     weights = f"Weights: {result.told['weights']}. Machine: " if "weights" in result.told else ""
-    lines = [
-        f"Measured {card['date']}, commit {commit}. {weights}{machine}.",
-        f"Versions: {versions}. [The result](../benchmarks/results/{result.name}).",
-    ]
-    return "\n".join(lines) + "\n"
+    told = (
+        f"Measured {card['date']}, commit {commit}. {weights}{machine}. Versions: {versions}."
+        f" [The result](../benchmarks/results/{result.name})."
+    )
+    return fill(told, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def machine_of(card: Mapping[str, Any]) -> str:

@@ -145,9 +145,8 @@ def reuse(told: Told) -> Iterator[str]:
         ("`exact` equals diffusers bit for bit", "yes" if told["exact_equals_diffusers"] else "no"),
         ("graphs that `fast` compiled after it was warm", str(told["compilations_after_warm_up"])),
     ]
-    yield f"\n{told['side']}x{told['side']}; a step with the scheduler's part.\n\n" + markdown(
-        ("figure", "value"), rows
-    )
+    yield f"\n{told['side']}x{told['side']}, schedule {told['mode']}; a step with the scheduler's part.\n\n"
+    yield markdown(("figure", "value"), rows)
 
 
 def figures(told: Told) -> Iterator[str]:
