@@ -4,7 +4,8 @@ The same weights, the same embedding, from the embedding to a PIL image: diffuse
 compiled, with its own caches, with cache-dit's, and ours in each profile. Every cache is set to compute about as many
 steps as ``--computed`` says; how many it really computed is counted, and ours is run with just as many. With random
 weights this says nothing about pictures; ``benchmarks.quality`` does. Seconds are told on a GPU alone, ratios
-everywhere; on a CPU they are of the processor's time, which others on the machine disturb less. Prints a card and, last, one JSON line.
+everywhere; on a CPU they are of the processor's time, which others on the machine disturb less. Prints a card and,
+last, one JSON line.
 """
 
 import argparse

@@ -102,9 +102,10 @@ def peers(told: Told) -> Iterator[str]:
     """Ratios, and seconds where there are any."""
     yield (
         f"\nOne run, the same weights and embedding, {told['side']}x{told['side']}, {told['num_steps']} steps, from the"
-        "\nembedding to the picture. Ratios of times, above 1 is faster; ours computed as many steps as the other.\n\n"
+        "\nembedding to the picture. Ratios of times, above 1 is faster; ours computed as many steps as the other."
     )
     has_seconds = any("seconds" in row for row in told["rows"])
+    yield "\n\n" if has_seconds else " Times\nare of the processor.\n\n"
     rows = []
     for row in told["rows"]:
         ratio = row["speedup_over_diffusers"]
