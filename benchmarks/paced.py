@@ -47,7 +47,7 @@ class PacedGenerator(GeneratorReplica):
         step_s: what a step takes.
     """
 
-    async def __init__(self, encoder: Any, step_s: float) -> None:
+    async def __init__(self, encoder: Any, step_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
         self._step_s = step_s
         await super().__init__(encoder)
 

@@ -122,3 +122,23 @@ def plot_waiting(simulation: dict[str, Any], file: Path) -> None:
     for axes in (line, encoders):
         axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=DPI)
+
+
+def plot_latency(pictures: Sequence[dict[str, Any]], file: Path) -> None:
+    """Seconds against computed steps: each profile at its first shape, and the floor under it."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    first = pictures[0]["shape"]
+    for number, profile in enumerate(sorted({row["profile"] for row in pictures})):
+        of_one = [row for row in pictures if row["profile"] == profile and row["shape"] == first]
+        rows = sorted(of_one, key=lambda row: row["num_computed"])
+        counts, colour = [row["num_computed"] for row in rows], COLOURS(2 * number)
+        axes.plot(counts, [row["seconds"]["median"] for row in rows], marker="o", color=colour, label=profile)
+        if rows and rows[0]["floor_s"] is not None:
+            axes.plot(counts, [row["floor_s"] for row in rows], linestyle=":", color=colour, label=f"{profile}, floor")
+    axes.set_xlabel("computed steps")
+    axes.set_ylabel(f"s, end to end, {first}")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=DPI)

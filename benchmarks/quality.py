@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.peers import (
+from benchmarks.caches import (
     Peer,
     db_cache,
     fresh,

@@ -4,7 +4,7 @@ import io
 import json
 import warnings
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,19 +60,26 @@ def encode_image(
     """
     buffer = io.BytesIO()
     parameters = json.dumps(asdict(provenance))
-    software = f"flux2-services {version('flux2-services')}"
     if image_format == "png":
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_text("Software", software)
+        chunks.add_text("Software", software())
         chunks.add_text("Comment", NOTE)
         chunks.add_text(PARAMETERS, parameters)
         image.save(buffer, "PNG", pnginfo=chunks, compress_level=PNG_LEVEL)
     else:
         exif = Image.Exif()
-        exif[ExifTags.Base.Software] = software
+        exif[ExifTags.Base.Software] = software()
         exif[ExifTags.Base.ImageDescription] = json.dumps({"note": NOTE, PARAMETERS: asdict(provenance)})
         image.save(buffer, image_format.upper(), exif=exif, quality=quality)
     return buffer.getvalue()
+
+
+def software() -> str:
+    """What wrote the file; without its version where it runs from a bare copy of its source."""
+    try:
+        return f"flux2-services {version('flux2-services')}"
+    except PackageNotFoundError:
+        return "flux2-services"
 
 
 def preview_file(image: Image.Image) -> bytes:

@@ -11,6 +11,7 @@ Only four parts of diffusers' transformer are relied upon (``PARTS``); its ``for
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,9 +69,9 @@ class CachedTransformer:
         """The transformer's configuration."""
         return self._transformer.config
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The transformer's dtype."""
+        """The transformer's dtype, asked for once: diffusers looks through all of its modules each time."""
         dtype: torch.dtype = self._transformer.dtype
         return dtype
 

@@ -67,6 +67,30 @@ def schedule(num_steps: int, *computed: int) -> Schedule:
     return Schedule("test", num_steps, computed, "test", Signature("test", num_steps))
 
 
+class Searching(Tiny):
+    """Counts how often its dtype is asked for, as diffusers searches for it."""
+
+    num_searches = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Searched for."""
+        self.num_searches += 1
+        return torch.float32
+
+    @dtype.setter
+    def dtype(self, _value: torch.dtype) -> None:
+        """Has no say."""
+
+
+def test_the_dtype_is_asked_for_once() -> None:
+    """The pipeline reads the dtype at each step; the transformer is asked only for the first."""
+    transformer = Searching()
+    cached = CachedTransformer(transformer, schedule(5, 0), 6)
+    assert [cached.dtype for _ in range(5)] == 5 * [torch.float32]
+    assert transformer.num_searches == 1
+
+
 @torch.no_grad()
 def test_the_transformer_runs_at_computed_steps_only() -> None:
     """At a reused step no block runs; every step is told, with what it is."""

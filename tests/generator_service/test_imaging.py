@@ -6,12 +6,14 @@ import random
 import struct
 import zlib
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
+from generator_service import imaging
 from generator_service.imaging import (
     MAX_JPEG_PROMPT_BYTES,
     ImageFormat,
@@ -46,6 +48,17 @@ def test_a_png_says_everything() -> None:
     assert image.info["Software"].startswith("flux2-services ")
     assert json.loads(image.info["flux2"]) == asdict(RECORD)
     assert np.array_equal(np.asarray(image), np.asarray(PICTURE))
+
+
+def test_an_uninstalled_copy_writes_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a bare copy of the source, which has no version, a file names the program alone."""
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(imaging, "version", version)
+    image = Image.open(io.BytesIO(encode_image(PICTURE, "png", RECORD)))
+    assert image.info["Software"] == "flux2-services"
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])

@@ -1,0 +1,136 @@
+"""Pictures end to end, from a request to the bytes of a PNG file, through the engine that the service runs.
+
+The text encoder is left out: an embedding is ready. Times are wall times of the caller; the device is waited for, since
+the file is there at the end.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from generator_service.engine import Engine, generation_request
+from generator_service.lemica import Schedule, schedule_for
+from generator_service.order import Order
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.references import Reference
+from shared.metrics import Metrics
+
+GUIDANCE = 4.0
+LARGEST_REFERENCE = 1024
+"""Pixels along a side: what the pipeline scales larger ones down to."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a picture decides how long its steps take."""
+
+    side: int
+    num_references: int = 0
+
+    def num_image_tokens(self, pixels_per_token: int) -> int:
+        """Of the picture and its reference images, which are as large as it is, but at most 1024x1024."""
+        reference_side = min(self.side, LARGEST_REFERENCE)
+        return (self.side**2 + self.num_references * reference_side**2) // pixels_per_token**2
+
+    def __str__(self) -> str:
+        references = f" + {self.num_references} reference{'s' if self.num_references > 1 else ''}"
+        return f"{self.side}x{self.side}" + (references if self.num_references else "")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Where one picture's time went, in seconds."""
+
+    total_s: float
+    denoise_s: float
+    decode_s: float
+
+    @property
+    def rest_s(self) -> float:
+        """Waiting between threads, and writing the PNG file."""
+        return self.total_s - self.denoise_s - self.decode_s
+
+
+class ReadyEncoder:
+    """Has the one embedding that is asked for."""
+
+    def __init__(self, embedding: torch.Tensor) -> None:
+        self._embedding = embedding
+
+    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
+        """The embedding, whatever the prompt is; and that it was not cached."""
+        del prompt
+        return self._embedding, False
+
+
+class Bench:
+    """Draws one picture after the other. Made by ``opened_bench``."""
+
+    def __init__(self, runner: asyncio.Runner, engine: Engine, embedding: torch.Tensor) -> None:
+        self._runner = runner
+        self._embedding = embedding
+        self.engine = engine
+
+    def prepare(self, shape: Shape) -> float:
+        """Compile for pictures of this shape, where the model is compiled, and run both kinds of step; the seconds."""
+        began = time.perf_counter()
+        for schedule in (schedule_for("none", 1), schedule_for(1, 2)):
+            self.engine.model.prepare(generation_request(self._order(shape, schedule, 0), self._embedding))
+        return time.perf_counter() - began
+
+    def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Taken:
+        """One picture; another seed has other reference images, so that none is found encoded.
+
+        Raises:
+            Flux2Error: it cannot be drawn, for want of memory for instance.
+        """
+        order = self._order(shape, schedule, seed)
+        began = time.perf_counter()
+        (delivery,) = self._runner.run(self.engine.deliver([order]))
+        total_s = time.perf_counter() - began
+        return Taken(total_s, delivery.timings.denoise_s, delivery.timings.decode_s)
+
+    def _order(self, shape: Shape, schedule: Schedule, seed: int) -> Order:
+        return Order(
+            prompt="a benchmark",
+            prompt_embeds=None,
+            width=shape.side,
+            height=shape.side,
+            guidance_scale=GUIDANCE,
+            seed=seed,
+            cache=schedule.name,
+            schedule=schedule,
+            references=tuple(noise_reference(shape, 1000 * seed + k) for k in range(shape.num_references)),
+            num_tokens=shape.num_image_tokens(self.engine.card.pixels_per_token),
+        )
+
+
+@contextmanager
+def opened_bench(model: Flux2Model, embedding: torch.Tensor) -> Iterator[Bench]:
+    """An engine around ``model`` whose device thread runs as long as the block does."""
+    with asyncio.Runner() as runner:
+        engine = Engine(model, ReadyEncoder(embedding), Metrics(), max_waiting=1)
+        runner.run(entered(engine))
+        try:
+            yield Bench(runner, engine, embedding)
+        finally:
+            runner.run(engine.queue.__aexit__())
+
+
+async def entered(engine: Engine) -> None:
+    """Start the engine's device thread."""
+    await engine.queue.__aenter__()
+
+
+def noise_reference(shape: Shape, seed: int) -> Reference:
+    """A reference image that no other seed has."""
+    side = min(shape.side, LARGEST_REFERENCE)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Reference(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())

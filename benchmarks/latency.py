@@ -1,0 +1,86 @@
+"""How long a picture takes, from a request to the bytes of its PNG file: ``python -m benchmarks.latency``.
+
+FLUX.2 [dev]'s transformer and VAE at full size with random weights, or a checkpoint (``--model``), through the engine
+of the service, with an embedding that is ready. For every profile and shape it measures what a computed and a reused
+step cost, as the difference of runs of different length; then whole pictures in every mode, as many as fit into the
+time (``--budget-s``). Whole pictures that did not fit are listed with what they would take by the cost of their steps,
+and called estimated; shapes that did not fit are listed, too. Prints a card and, last, one JSON line.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.card import machine_card, show
+from benchmarks.drawing import Shape, opened_bench
+from benchmarks.latency_tables import show_latency
+from benchmarks.profile_run import ProfileRun, Told
+from benchmarks.synthetic import Source, add_source_options, source_of
+from generator_service.settings import ProfileName
+
+MODES = ("none", "medium", "fast", "ultra", "slow")
+"""50, 20, 15, 10 and 26 computed steps of 50."""
+SHAPES = (Shape(1024), Shape(512), Shape(1024, 1), Shape(2048), Shape(1024, 4))
+"""What is worth most first."""
+SMOKE_SHAPES = (Shape(128), Shape(64, 1))
+
+
+def measure(source: Source, args: argparse.Namespace) -> Told:
+    """All profiles, each with its share of the time that is left."""
+    told = Told()
+    until = time.perf_counter() + args.budget_s
+    for number, profile in enumerate(args.profiles):
+        share_s = (until - time.perf_counter()) / (len(args.profiles) - number)
+        measure_profile(source, profile, args, told, time.perf_counter() + share_s)
+    return told
+
+
+def measure_profile(source: Source, profile: ProfileName, args: argparse.Namespace, told: Told, until: float) -> None:
+    """One profile, on parts of its own."""
+    with source.parts() as parts, opened_bench(source.model(parts, profile), source.embedding(parts)) as bench:
+        done = bench.engine.model.performance
+        told.performance[profile] = str(done)
+        if done.profile == profile:
+            ProfileRun(bench, parts.transformer.config, args, told, until).run(shapes_of(args))
+        else:
+            told.left_out.append({"profile": profile, "reason": str(done)})
+
+
+def shapes_of(args: argparse.Namespace) -> list[Shape]:
+    """The shapes that were asked for; the default ones if none were."""
+    if args.sides or args.references:
+        return [Shape(side, count) for side in args.sides or [1024] for count in args.references or [0]]
+    return list(SMOKE_SHAPES if args.smoke or not torch.cuda.is_available() else SHAPES)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
+    add_source_options(parser)
+    parser.add_argument("--sides", type=int, nargs="+", help="of square pictures, in pixels")
+    parser.add_argument("--references", type=int, nargs="+", help="numbers of reference images")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), help="names of schedules, or numbers of steps")
+    parser.add_argument("--profiles", nargs="+", default=["exact", "fast", "fastest"])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=5, help="at most")
+    parser.add_argument("--budget-s", type=float, default=200.0, help="for all; what does not fit is listed")
+    return parser
+
+
+def main() -> None:
+    """Measure, and print."""
+    args = arguments().parse_args()
+    source = source_of(args)
+    card = machine_card()
+    show(card)
+    told = measure(source, args)
+    show_latency(asdict(told))
+    about = {"benchmark": "latency", "card": card, "weights": source.name, "dtype": str(source.dtype)}
+    print(json.dumps(about | asdict(told)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What one profile of the generator takes: its steps, and whole pictures as long as there is time."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.card import Draw, PowerMeter
+from benchmarks.drawing import Bench, Shape, Taken
+from benchmarks.floor import step_work
+from benchmarks.stopwatch import Spread, Stopwatch
+from generator_service.lemica import Schedule, schedule_for
+from shared.errors import Flux2Error
+
+CELL_S = 8.0
+"""A picture is drawn again until this much time has gone."""
+NUM_LONG_STEPS = 4
+"""By how many computed steps the longer run is longer."""
+NUM_REUSED_STEPS = 49
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What steps of one shape cost under one profile."""
+
+    profile: str
+    shape: str
+    prepare_s: float
+    """What compiling and the first runs took."""
+    computed_s: Spread
+    reused_s: Spread
+    fixed_s: float
+    """What is neither a step nor decoding: noise, references, between threads, the PNG file."""
+    decode_s: Spread
+    floor_s: float | None
+    """Of a computed step, on one H200."""
+    peak_memory_gb: float | None
+
+    def estimate_s(self, schedule: Schedule) -> float:
+        """What a whole picture would take."""
+        num_reused = schedule.num_steps - schedule.num_computed
+        steps_s = schedule.num_computed * self.computed_s.median + num_reused * self.reused_s.median
+        return steps_s + self.fixed_s + self.decode_s.median
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What whole pictures of one shape took in one mode."""
+
+    profile: str
+    shape: str
+    mode: str
+    num_computed: int
+    num_steps: int
+    seconds: Spread
+    floor_s: float | None
+    """Of its computed steps."""
+    decode_s: float
+    drawn: Draw | None
+    """What the GPU drew, in all the runs together."""
+
+
+@dataclass
+class Told:
+    """Everything that was measured, and what was not."""
+
+    performance: dict[str, str] = field(default_factory=dict)
+    """By profile: what was really done."""
+    steps: list[Steps] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+
+
+class ProfileRun:
+    """Measures one profile: all its shapes, one after the other.
+
+    Args:
+        bench: around a model with that profile.
+        config: the transformer's.
+        args: of the command line.
+        told: where results go.
+        until: when to stop, of ``time.perf_counter``.
+    """
+
+    def __init__(self, bench: Bench, config: Any, args: argparse.Namespace, told: Told, until: float) -> None:
+        self._bench = bench
+        self._config = config
+        self._args = args
+        self._told = told
+        self._until = until
+        self._profile = bench.engine.model.performance.profile
+        self._is_gpu = bench.engine.model.device.type == "cuda"
+        self._step_s_per_token = 0.0
+        self._prepare_s = 0.0
+
+    def run(self, shapes: Sequence[Shape]) -> None:
+        """The first shape's steps and pictures, then the steps of all others, then their pictures."""
+        costs: dict[Shape, Steps] = {}
+        for shape in shapes:
+            if self._told_left_out_for_time(shape):
+                continue
+            try:
+                costs[shape] = self._steps(shape)
+            except Flux2Error as error:  # of memory
+                self._leave_out(shape, str(error))
+                continue
+            if shape == shapes[0]:
+                self._pictures(shape, costs[shape])
+        for shape in list(costs)[1:]:
+            self._pictures(shape, costs[shape])
+
+    def _told_left_out_for_time(self, shape: Shape) -> bool:
+        """Whether a shape's steps, by those of the shape before it, would not fit any more."""
+        num_steps = 2 + 2 * (1 + NUM_LONG_STEPS)
+        expected = self._prepare_s + num_steps * self._step_s_per_token * self._num_tokens(shape)
+        if time.perf_counter() + expected <= self._until:
+            return False
+        self._leave_out(shape, f"no time: it would have taken some {expected:.0f} s")
+        return True
+
+    def _steps(self, shape: Shape) -> Steps:
+        if self._is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        prepare_s = self._bench.prepare(shape)
+        short = schedule_for("none", 1)
+        long = schedule_for("none", 1 + NUM_LONG_STEPS)
+        reused = schedule_for(1, 1 + NUM_REUSED_STEPS)
+        watch = Stopwatch(CELL_S, self._args.repeats)
+        runs = [
+            [self._bench.draw(shape, schedule, seed) for schedule in (short, long, reused)] for seed in watch.rounds()
+        ]
+        found = Steps(
+            self._profile,
+            str(shape),
+            prepare_s,
+            Spread.of([(b.denoise_s - a.denoise_s) / NUM_LONG_STEPS for a, b, _ in runs]),
+            Spread.of([(c.denoise_s - a.denoise_s) / NUM_REUSED_STEPS for a, _, c in runs]),
+            self._fixed_s([(a, b) for a, b, _ in runs]),
+            Spread.of([taken.decode_s for run in runs for taken in run]),
+            self._floor_s(shape),
+            torch.cuda.max_memory_allocated() / 1e9 if self._is_gpu else None,
+        )
+        self._step_s_per_token = found.computed_s.median / self._num_tokens(shape)
+        self._prepare_s = prepare_s
+        print(found, flush=True)  # what is stopped has told this much
+        self._told.steps.append(found)
+        return found
+
+    def _fixed_s(self, runs: Sequence[tuple[Taken, Taken]]) -> float:
+        """Of a run of one step and one that is longer: what neither a step nor decoding takes."""
+        return statistics.median(
+            max(0.0, a.total_s - a.decode_s - (b.denoise_s - a.denoise_s) / NUM_LONG_STEPS) for a, b in runs
+        )
+
+    def _pictures(self, shape: Shape, cost: Steps) -> None:
+        for mode in self._args.modes:
+            schedule = schedule_for(int(mode) if mode.isdigit() else mode, self._args.steps)
+            estimate_s = cost.estimate_s(schedule)
+            if time.perf_counter() + estimate_s > self._until:
+                self._leave_out(shape, "no time", mode=mode, estimated_from_steps_s=estimate_s)
+                continue
+            self._told.pictures.append(self._picture(shape, mode, schedule))
+            print(self._told.pictures[-1], flush=True)
+
+    def _picture(self, shape: Shape, mode: str, schedule: Schedule) -> Picture:
+        watch = Stopwatch(CELL_S, self._args.repeats)
+        with PowerMeter() as meter:
+            runs = [self._bench.draw(shape, schedule, 100 + seed) for seed in watch.rounds()]
+        floor_s = self._floor_s(shape)
+        return Picture(
+            self._profile,
+            str(shape),
+            mode,
+            schedule.num_computed,
+            schedule.num_steps,
+            Spread.of([taken.total_s for taken in runs]),
+            None if floor_s is None else floor_s * schedule.num_computed,
+            statistics.median(taken.decode_s for taken in runs),
+            meter.drawn,
+        )
+
+    def _floor_s(self, shape: Shape) -> float | None:
+        """Of one step; a CPU has another."""
+        if not self._is_gpu:
+            return None
+        return step_work(self._config, self._num_tokens(shape)).floor_s(self._profile)
+
+    def _num_tokens(self, shape: Shape) -> int:
+        return shape.num_image_tokens(self._bench.engine.card.pixels_per_token)
+
+    def _leave_out(self, shape: Shape, reason: str, **more: Any) -> None:
+        self._told.left_out.append({"profile": self._profile, "shape": str(shape), "reason": reason, **more})

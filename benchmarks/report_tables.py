@@ -1,0 +1,174 @@
+"""What each benchmark's result says, as Markdown: for ``benchmarks.report``."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+Told = Mapping[str, Any]
+PICTURES = ("profile", "picture", "mode", "computed", "seconds", "floor", "of the floor", "energy", "power, clock")
+STEPS = (
+    "profile",
+    "picture",
+    "a computed step",
+    "floor",
+    "of the floor",
+    "a reused step",
+    "decoding",
+    "rest",
+    "memory",
+)
+LEFT_OUT = ("profile", "picture", "mode", "why", "estimated from per-step")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
+
+
+def spread(value: Mapping[str, float], *, in_ms: bool = False) -> str:
+    """A median, and the range if there is one."""
+    scale, digits, unit = (1000, 2, "ms") if in_ms else (1, 2, "s")
+    told = f"{scale * value['median']:.{digits}f} {unit}"
+    if value["count"] == 1:
+        return told
+    return f"{told} ({scale * value['min']:.{digits}f} to {scale * value['max']:.{digits}f}; {value['count']})"
+
+
+def of_floor(floor_s: float | None, taken_s: float) -> tuple[str, str]:
+    """The floor, and the share of its speed that was reached."""
+    return ("", "") if floor_s is None else (f"{floor_s:.2f} s", f"{100 * floor_s / taken_s:.0f} %")
+
+
+def latency(told: Told) -> Iterator[str]:
+    """Pictures, steps, and what was left out."""
+    done = (f"- asked for `{profile}`: {performance}\n" for profile, performance in told["performance"].items())
+    yield f"\nIn {told['dtype'].removeprefix('torch.')}, but for what a profile changes:\n\n" + "".join(done)
+    if told["pictures"]:
+        yield "\nWhole pictures, end to end; the floor is of their computed steps alone.\n\n"
+        header = (
+            "profile",
+            "picture",
+            "mode",
+            "computed",
+            "seconds",
+            "floor",
+            "of the floor",
+            "energy",
+            "power, clock",
+        )
+        yield markdown(header, [picture_row(row) for row in told["pictures"]])
+    if told["steps"]:
+        yield "\nWhat steps cost, from runs of different length, and what a picture takes beside them.\n\n"
+        yield markdown(STEPS, [steps_row(row) for row in told["steps"]])
+    if told["left_out"]:
+        yield "\nNot measured in this run; estimates are from the cost of steps above.\n\n"
+        yield markdown(LEFT_OUT, [left_out_row(row) for row in told["left_out"]])
+
+
+def picture_row(row: Told) -> tuple[str, ...]:
+    """Of one mode."""
+    drawn = row["drawn"]
+    energy, power = "", ""
+    if drawn is not None:
+        energy = f"{drawn['energy_j'] / row['seconds']['count']:.0f} J"
+        power = f"{drawn['mean_w']:.0f} W, {drawn['mean_sm_mhz']:.0f} MHz"
+    steps = f"{row['num_computed']} of {row['num_steps']}"
+    floor = of_floor(row["floor_s"], row["seconds"]["median"])
+    return (row["profile"], row["shape"], row["mode"], steps, spread(row["seconds"]), *floor, energy, power)
+
+
+def steps_row(row: Told) -> tuple[str, ...]:
+    """Of one shape."""
+    return (
+        row["profile"],
+        row["shape"],
+        spread(row["computed_s"], in_ms=True),
+        *of_floor(row["floor_s"], row["computed_s"]["median"]),
+        spread(row["reused_s"], in_ms=True),
+        spread(row["decode_s"], in_ms=True),
+        f"{1000 * row['fixed_s']:.0f} ms",
+        "" if row["peak_memory_gb"] is None else f"{row['peak_memory_gb']:.1f} GB",
+    )
+
+
+def left_out_row(row: Told) -> tuple[str, ...]:
+    """What was left out."""
+    estimate_s = row.get("estimated_from_steps_s")
+    told = "" if estimate_s is None else f"{estimate_s:.2f} s"
+    return (row["profile"], row.get("shape", "all"), row.get("mode", "all"), row["reason"], told)
+
+
+def peers(told: Told) -> Iterator[str]:
+    """Ratios, and seconds where there are any."""
+    yield (
+        f"\nOne run, the same weights and embedding, {told['side']}x{told['side']}, {told['num_steps']} steps, from the"
+        "\nembedding to the picture. Ratios of times, above 1 is faster; ours computed as many steps as the other."
+    )
+    has_seconds = any("seconds" in row for row in told["rows"])
+    yield "\n\n" if has_seconds else " Times\nare of the processor.\n\n"
+    rows = []
+    for row in told["rows"]:
+        ratio = row["speedup_over_diffusers"]
+        ours = ", ".join(f"{name} {value:.2f}" for name, value in row.get("ours_is_faster_by", {}).items())
+        seconds = [spread(row["seconds"])] if has_seconds else []
+        rows.append([row["way"], str(row["num_computed"]), *seconds, f"{ratio:.2f}" if ratio else "", ours])
+    header = ["way", "computed steps", *(["seconds"] if has_seconds else []), "over diffusers", "ours over it"]
+    yield markdown(header, rows)
+    yield from left_out_lines(told["left_out"])
+
+
+def left_out_lines(lines: Sequence[str]) -> Iterator[str]:
+    """What a run could not do."""
+    if lines:
+        yield "\nLeft out:\n\n" + "".join(f"- {line}\n" for line in lines)
+
+
+def trace(told: Told) -> Iterator[str]:
+    """Waits, and the longest kernels."""
+    waits = ", ".join(f"{count} x {name}" for name, count in told["waits"].items()) or "none"
+    yield f"\n{told['performance']}. Waits for the device inside a loop of {told['num_steps']} steps: {waits}.\n"
+    for step in told["steps"]:
+        kind = "computed" if step["is_computed"] else "reused"
+        yield (
+            f"\nA {kind} step, {told['side']}x{told['side']}: {step['wall_ms']:.2f} ms, of which the device is busy for"
+            f" {step['busy_ms']:.2f} ms\nwith {step['num_kernels']} kernels. The longest:\n\n"
+        )
+        rows = [(f"`{name[:80]}`", str(count), f"{ms:.3f}") for name, count, ms in step["top"][:8]]
+        yield markdown(("kernel", "runs", "ms"), rows)
+
+
+def reuse(told: Told) -> Iterator[str]:
+    """What a reused step costs."""
+    rows = [
+        ("a computed step", spread(told["computed_s"], in_ms=True)),
+        ("a reused step", spread(told["reused_s"], in_ms=True)),
+        ("a reused step over a computed one", f"{100 * told['reused_over_computed']:.2f} %"),
+        ("`exact` equals diffusers bit for bit", "yes" if told["exact_equals_diffusers"] else "no"),
+        ("graphs that `fast` compiled after it was warm", str(told["compilations_after_warm_up"])),
+    ]
+    yield f"\n{told['side']}x{told['side']}, schedule {told['mode']}; a step with the scheduler's part.\n\n"
+    yield markdown(("figure", "value"), rows)
+
+
+def figures(told: Told) -> Iterator[str]:
+    """Whatever a result says, for benchmarks with no table of their own."""
+    rows = [(name.replace("_", " "), shown(value)) for name, value in told.items() if name not in {"benchmark", "card"}]
+    yield "\n" + markdown(("figure", "value"), [row for row in rows if row[0] != "weights"])
+
+
+def shown(value: Any) -> str:
+    """A value of a result on one line."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name.replace('_', ' ')} {shown(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return "<br>".join(shown(entry) for entry in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+SECTIONS: Mapping[str, Callable[[Told], Iterator[str]]] = {
+    "latency": latency,
+    "peers": peers,
+    "trace": trace,
+    "reuse": reuse,
+    "encoder": figures,
+}

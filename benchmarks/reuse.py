@@ -1,0 +1,135 @@
+"""What a reused step costs beside a computed one, and what must never change: ``python -m benchmarks.reuse``.
+
+By default the demo model at 512x512. Steps are timed one by one, from the beginning of a step to that of the next, so
+with the scheduler's part, over many runs of the schedule ``--mode``; the device is waited for at each. Beside that:
+whether the profile ``exact`` equals diffusers' pipeline bit for bit, and how many graphs the profile ``fast`` compiles
+once it is warm. Prints a card and, last, one JSON line.
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.card import machine_card, show
+from benchmarks.drawing import GUIDANCE
+from benchmarks.stopwatch import Spread
+from benchmarks.synthetic import Source, add_source_options, pipeline_of, source_of
+from demo_model.services import WEIGHTS
+from generator_service.lemica import Schedule, schedule_for
+from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.parts import Parts
+from shared.compilation import num_compilations
+
+AFTER_WARM_UP = (("none", 4), (2, 4), ("medium", 9), ("fast", 12))
+"""Modes and lengths of the runs that must compile nothing."""
+
+
+def step_seconds(model: Flux2Model, request: GenerationRequest) -> dict[bool, list[float]]:
+    """The seconds of each step of one run but the first and the last, by whether it was computed."""
+    began: list[float] = []
+
+    def on_step(_step: int, _is_computed: bool) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        began.append(time.perf_counter())
+
+    model.generate(request, on_step)
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for step in range(1, request.schedule.num_steps - 1):
+        taken[request.schedule.is_computed(step)].append(began[step + 1] - began[step])
+    return taken
+
+
+def measure_reuse(source: Source, side: int, schedule: Schedule, num_runs: int) -> dict[str, Any]:
+    """Both kinds of step under ``exact``, after a run that does not count."""
+    with source.parts() as parts:
+        model, embedding = source.model(parts, "exact"), source.embedding(parts)
+        request = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule)
+        step_seconds(model, request)
+        runs = [step_seconds(model, request) for _ in range(num_runs)]
+        computed, reused = (Spread.of([s for run in runs for s in run[kind]]) for kind in (True, False))
+        is_equal = equals_diffusers(parts, model, GenerationRequest(embedding, side, side, GUIDANCE, 7, few_steps()))
+    return {
+        "mode": schedule.name,
+        "computed_s": vars(computed),
+        "reused_s": vars(reused),
+        "reused_over_computed": reused.median / computed.median,
+        "exact_equals_diffusers": is_equal,
+    }
+
+
+def few_steps() -> Schedule:
+    """A short run without a cache."""
+    return schedule_for("none", 4)
+
+
+def equals_diffusers(parts: Parts, model: Flux2Model, request: GenerationRequest) -> bool:
+    """Whether the model's final latents are, bit for bit, those of the library's pipeline."""
+    expected = pipeline_of(parts)(
+        prompt_embeds=request.prompt_embeds.to(model.device),
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.schedule.num_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        output_type="latent",
+    ).images.cpu()
+    return torch.equal(model.generate(request).latents, expected)
+
+
+def compilations_after_warm_up(source: Source, side: int) -> int:
+    """Graphs that ``fast`` compiles while it draws, once it was prepared for a shape and for any other."""
+    with source.parts() as parts:
+        model, embedding = source.model(parts, "fast"), source.embedding(parts)
+        once = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
+        model.prepare(once)
+        model.prepare(once, "any")
+        before = num_compilations()
+        for mode, num_steps in AFTER_WARM_UP:
+            for width in (side, side // 2):
+                schedule = schedule_for(mode, num_steps)
+                model.generate(GenerationRequest(embedding, width, side, GUIDANCE, 0, schedule))
+        return num_compilations() - before
+
+
+def table_of(told: dict[str, Any]) -> Table:
+    """For people."""
+    table = Table("figure", "value")
+    for kind in ("computed", "reused"):
+        value = told[f"{kind}_s"]
+        range_ms = f"{1000 * value['min']:.3f} to {1000 * value['max']:.3f}"
+        table.add_row(f"a {kind} step", f"{1000 * value['median']:.3f} ms ({range_ms}; {value['count']} steps)")
+    table.add_row("reused over computed", f"{100 * told['reused_over_computed']:.2f} %")
+    table.add_row("exact equals diffusers", str(told["exact_equals_diffusers"]))
+    table.add_row("graphs compiled after warm-up", str(told["compilations_after_warm_up"]))
+    return table
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reuse", description=__doc__)
+    add_source_options(parser)
+    parser.set_defaults(model=WEIGHTS)
+    parser.add_argument("--side", type=int, help="of the picture; 512, or 64 with --smoke")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=50, help="of each run")
+    parser.add_argument("--mode", default="ultra", help="a published schedule")
+    args = parser.parse_args()
+    source = source_of(args)
+    side = args.side or (64 if args.smoke else 512)
+    card = machine_card()
+    show(card)
+    told = measure_reuse(source, side, schedule_for(args.mode, args.steps), 2 if args.smoke else args.runs)
+    told["compilations_after_warm_up"] = compilations_after_warm_up(source, side)
+    Console(width=110, file=sys.stdout).print(table_of(told))
+    print(json.dumps({"benchmark": "reuse", "card": card, "weights": source.name, "side": side} | told))
+
+
+if __name__ == "__main__":
+    main()

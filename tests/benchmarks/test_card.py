@@ -1,0 +1,85 @@
+"""The card of a measurement."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import card
+from benchmarks.card import PowerMeter, drawn, machine_card, show
+
+
+def test_a_card_says_where_and_with_what(capsys: pytest.CaptureFixture[str]) -> None:
+    """A card has machine, versions, commit and date, goes into JSON, and can be shown."""
+    made = machine_card()
+    assert json.loads(json.dumps(made)) == made
+    assert {"machine", "versions", "commit", "date"} == made.keys()
+    assert {"python", "torch", "diffusers"} <= made["versions"].keys()
+    assert made["date"].endswith("+00:00")
+    show(made)
+    assert made["versions"]["torch"] in capsys.readouterr().out
+
+
+def test_outside_a_git_tree_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A bare copy of the tree has no commit, and the card says so."""
+    monkeypatch.setattr(card, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert card.commit() == {"commit": "unknown"}
+
+
+def test_without_a_sensor_nothing_is_told() -> None:
+    """Where there is no GPU or no NVML, the meter gives None."""
+    with PowerMeter() as meter:
+        pass
+    assert meter.drawn is None or meter.drawn.energy_j >= 0
+
+
+def test_energy_is_the_area_under_the_power() -> None:
+    """100 W, then a rise to 300 W: energy by trapezoids, the mean power is energy over time."""
+    found = drawn([(0.0, 100.0, 1000.0), (1.0, 100.0, 1000.0), (3.0, 300.0, 1600.0)])
+    assert found is not None
+    assert found.energy_j == 100 + 400
+    assert found.mean_w == pytest.approx(500 / 3)
+    assert found.mean_sm_mhz == 1200
+    assert drawn([(0.0, 100.0, 1000.0)]) is None
+
+
+class FakeNvml:
+    """A GPU that draws 200 W at 1500 MHz; its clock cannot be read after some samples."""
+
+    NVML_CLOCK_SM = 1
+
+    class NVMLError(Exception):
+        """As pynvml's."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.left = num_samples
+
+    def nvmlDeviceGetPowerUsage(self, _handle: object) -> int:  # noqa: N802 - pynvml's name
+        """Milliwatts."""
+        return 200_000
+
+    def nvmlDeviceGetClockInfo(self, _handle: object, _kind: int) -> int:  # noqa: N802 - pynvml's name
+        """MHz."""
+        self.left -= 1
+        if self.left < 0:
+            raise self.NVMLError
+        return 1500
+
+
+@pytest.mark.parametrize(("num_samples", "is_told"), [(1000, True), (0, False)])
+def test_the_meter_samples_while_the_block_lasts(
+    monkeypatch: pytest.MonkeyPatch, num_samples: int, *, is_told: bool
+) -> None:
+    """Energy is power over the block's time; a sensor that fails ends the sampling, and nothing else."""
+    monkeypatch.setattr(card.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(card, "nvml", lambda: FakeNvml(num_samples))
+    monkeypatch.setattr(card, "device_handle", lambda _pynvml: None)
+    with PowerMeter() as meter:
+        time.sleep(0.2)
+    assert (meter.drawn is not None) == is_told
+    if meter.drawn is not None:
+        assert meter.drawn.mean_w == pytest.approx(200)
+        assert 5 < meter.drawn.energy_j < 200
+        assert meter.drawn.mean_sm_mhz == 1500

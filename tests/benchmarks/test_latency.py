@@ -1,0 +1,54 @@
+"""How long a picture takes."""
+
+import pytest
+import torch
+
+from benchmarks.drawing import Shape, noise_reference, opened_bench
+from benchmarks.latency import arguments, measure
+from benchmarks.synthetic import TINY, Source
+from generator_service.lemica import schedule_for
+
+SOURCE = Source(TINY, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_tokens", "name"),
+    [
+        (Shape(512), 1024, "512x512"),
+        (Shape(1024, 1), 8192, "1024x1024 + 1 reference"),
+        (Shape(2048, 4), 16384 + 4 * 4096, "2048x2048 + 4 references"),
+    ],
+)
+def test_tokens_of_a_shape(shape: Shape, num_tokens: int, name: str) -> None:
+    """A picture has a token for 16 x 16 pixels, and a reference image, 1024x1024 at most, as many of its own."""
+    assert shape.num_image_tokens(16) == num_tokens
+    assert str(shape) == name
+    sizes = {noise_reference(shape, seed).sha256 for seed in range(3)}
+    assert len(sizes) == 3, "each is new to the model's cache"
+
+
+def test_a_picture_ends_as_a_png_file() -> None:
+    """The time is of the whole way to the file, and holds denoising and decoding."""
+    with SOURCE.parts() as parts, opened_bench(SOURCE.model(parts, "exact"), SOURCE.embedding(parts)) as bench:
+        bench.prepare(Shape(64, 1))
+        taken = bench.draw(Shape(64, 1), schedule_for(2, 4), seed=1)
+    assert taken.denoise_s > 0
+    assert taken.decode_s > 0
+    assert taken.rest_s >= 0
+
+
+def test_what_does_not_fit_is_told() -> None:
+    """With no time left nothing is drawn, and every shape is listed as left out."""
+    args = arguments().parse_args(["--smoke", "--budget-s", "0", "--profiles", "exact"])
+    told = measure(SOURCE, args)
+    assert told.steps == told.pictures == []
+    assert [entry["shape"] for entry in told.left_out] == ["128x128", "64x64 + 1 reference"]
+
+
+def test_pictures_that_do_not_fit_are_estimated() -> None:
+    """A picture that would end too late is left out with an estimate from its steps, under that name."""
+    command = ["--smoke", "--profiles", "exact", "--sides", "64", "--repeats", "1", "--steps", "20000"]
+    told = measure(SOURCE, arguments().parse_args([*command, "--budget-s", "8", "--modes", "none"]))
+    assert [row.shape for row in told.steps] == ["64x64"]
+    assert told.pictures == []
+    assert told.left_out[0]["estimated_from_steps_s"] > 8

@@ -1,0 +1,78 @@
+"""Other ways to draw, at equal computed steps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.caches import Peer, eager_mag_cache, even_taylor_seer, fixed_mask
+from benchmarks.peers import Row, compared
+from benchmarks.stopwatch import Spread, Stopwatch
+from benchmarks.synthetic import TINY, Source, pipeline_of
+
+
+def row(way: str, num_computed: int, seconds: float, profile: str = "") -> Row:
+    """A way that was timed once."""
+    return Row(way, num_computed, Spread.of([seconds]), profile)
+
+
+def test_ours_is_compared_at_equal_computed_steps() -> None:
+    """A cache is compared with our run of as many computed steps; where there is none there is no ratio."""
+    rows = [
+        row("diffusers", 20, 10.0),
+        row("a cache", 8, 6.0),
+        row("another", 9, 7.0),
+        row("ours, fast", 8, 4.0, "fast"),
+        row("ours, fast", 20, 8.0, "fast"),
+    ]
+    told = {entry["way"]: entry for entry in compared(rows, has_seconds=False)[:3]}
+    assert told["a cache"]["ours_is_faster_by"] == {"fast": 1.5}
+    assert told["another"]["ours_is_faster_by"] == {}
+    assert told["diffusers"]["ours_is_faster_by"] == {"fast": 1.25}
+    assert told["a cache"]["speedup_over_diffusers"] == 10 / 6
+
+
+def test_seconds_are_told_where_they_mean_something() -> None:
+    """On a CPU the rows have ratios alone; on a GPU seconds, too."""
+    rows = [row("diffusers", 20, 10.0)]
+    assert "seconds" not in compared(rows, has_seconds=False)[0]
+    assert compared(rows, has_seconds=True)[0]["seconds"]["median"] == 10.0
+
+
+def test_without_diffusers_there_is_no_ratio_to_it() -> None:
+    """If the plain way failed, the others are still told."""
+    assert compared([row("a cache", 8, 6.0)], has_seconds=False)[0]["speedup_over_diffusers"] is None
+
+
+def test_a_stopwatch_measures_at_least_once() -> None:
+    """However little time there is, one round is made; however much, not more than asked for."""
+    assert list(Stopwatch(0.0, 5).rounds()) == [0]
+    assert list(Stopwatch(60.0, 3).rounds()) == [0, 1, 2]
+
+
+def computed_by(peer: Peer, num_steps: int) -> int:
+    """How many steps of a picture a cache computes on the tiny model, in its second picture."""
+    source = Source(TINY, torch.device("cpu"), torch.float32)
+    with source.parts() as parts:
+        pipeline = pipeline_of(parts)
+        count = peer.install(pipeline, peer.knobs[0])
+        for _ in range(2):
+            pipeline(
+                prompt_embeds=source.embedding(parts), width=64, height=64, num_inference_steps=num_steps,
+                output_type="latent",
+            )  # fmt: skip
+            computed = count()
+    return computed
+
+
+@pytest.mark.parametrize("make", [eager_mag_cache, even_taylor_seer])
+def test_diffusers_caches_compute_about_as_many_steps(make: Callable[[int, int], Peer]) -> None:
+    """Without a search diffusers' caches are set so that they compute the wanted number of steps, give or take one."""
+    assert computed_by(make(8, 20), 20) in {7, 8, 9}
+
+
+@pytest.mark.filterwarnings("default")
+def test_cache_dit_computes_the_steps_it_is_told() -> None:
+    """cache-dit computes exactly the steps of the mask."""
+    pytest.importorskip("cache_dit")  # of the extra bench
+    assert computed_by(fixed_mask({0, 1, 4, 7}, 10, has_taylor_seer=False), 10) == 4

@@ -1,0 +1,143 @@
+"""The page of figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.report import PAGE, RESULTS, read_results, render, write
+
+CARD = {
+    "machine": {"gpu": "NVIDIA H200", "memory_gb": 150.1, "driver": "1.2"},
+    "versions": {"torch": "9.9", "cuda": "99"},
+    "commit": {"commit": "abc", "is_dirty": True},
+    "date": "2099-01-02T03:04:05+00:00",
+}
+ONCE = {"median": 20.0, "min": 20.0, "max": 20.0, "count": 1}
+LATENCY = {
+    "benchmark": "latency",
+    "card": CARD,
+    "weights": "random weights, full size",
+    "dtype": "torch.bfloat16",
+    "performance": {"fast": "profile fast: compile"},
+    "steps": [
+        {
+            "profile": "fast",
+            "shape": "1024x1024",
+            "prepare_s": 12.0,
+            "computed_s": {"median": 0.4, "min": 0.39, "max": 0.41, "count": 3},
+            "reused_s": {"median": 0.001, "min": 0.001, "max": 0.001, "count": 1},
+            "fixed_s": 0.1,
+            "decode_s": {"median": 0.05, "min": 0.05, "max": 0.05, "count": 1},
+            "floor_s": 0.3,
+            "peak_memory_gb": 66.6,
+        }
+    ],
+    "pictures": [
+        {
+            "profile": "fast",
+            "shape": "1024x1024",
+            "mode": "none",
+            "num_computed": 50,
+            "num_steps": 50,
+            "seconds": ONCE,
+            "floor_s": 15.0,
+            "decode_s": 0.05,
+            "drawn": {"energy_j": 12000.0, "mean_w": 600.0, "mean_sm_mhz": 1800.0},
+        }
+    ],
+    "left_out": [
+        {"profile": "fast", "shape": "2048x2048", "mode": "none", "reason": "no time", "estimated_from_steps_s": 99.5}
+    ],
+}
+
+
+def told(folder: Path, name: str, result: dict[str, Any]) -> str:
+    """The page of one result."""
+    (folder / name).write_text(json.dumps(result), encoding="utf-8")
+    return render(read_results(folder))
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    """The committed page equals what the script makes of the committed results."""
+    assert PAGE.read_text(encoding="utf-8") == render(read_results(RESULTS))
+
+
+def test_without_a_gpu_result_the_page_says_so(tmp_path: Path) -> None:
+    """Where no GPU was measured the page says that plainly, and names the command."""
+    page = render(read_results(tmp_path))
+    assert "**No result of a GPU is here yet.**" in page
+    assert "python -m benchmarks.gpu" in page
+    assert "published, not measured by us | none" in page
+
+
+def test_a_result_is_told_with_its_floor_and_origin(tmp_path: Path) -> None:
+    """A picture's row has seconds, floor, share of it and energy; machine, versions, commit and date are beside."""
+    page = told(tmp_path, "latency.json", LATENCY)
+    assert "No result of a GPU" not in page
+    assert "| fast | 1024x1024 | none | 50 of 50 | 20.00 s | 15.00 s | 75 % | 12000 J | 600 W, 1800 MHz |" in page
+    assert "| fast | 1024x1024 | 400.00 ms (390.00 to 410.00; 3) | 0.30 s | 75 % | 1.00 ms |" in page
+    for origin in ("NVIDIA H200", "torch 9.9", "abc with changes", "2099-01-02T03:04:05", "random weights, full size"):
+        assert origin in page
+
+
+def test_what_was_not_measured_is_called_estimated(tmp_path: Path) -> None:
+    """A picture that was left out stands in a table of its own, whose column says that it is an estimate."""
+    page = told(tmp_path, "latency.json", LATENCY)
+    assert "| why | estimated from per-step |" in page
+    assert "| fast | 2048x2048 | none | no time | 99.50 s |" in page
+
+
+def test_peers_without_seconds_have_no_such_column(tmp_path: Path) -> None:
+    """On a CPU only ratios are told."""
+    rows = [
+        {"way": "diffusers", "num_computed": 20, "speedup_over_diffusers": 1.0, "ours_is_faster_by": {"fast": 1.2}},
+        {"way": "ours, fast", "num_computed": 20, "speedup_over_diffusers": 1.2},
+    ]
+    result = {"benchmark": "peers", "card": CARD, "side": 64, "num_steps": 20, "rows": rows, "left_out": ["x: no time"]}
+    page = told(tmp_path, "peers.json", result)
+    assert "| way | computed steps | over diffusers | ours over it |" in page
+    assert "| diffusers | 20 | 1.00 | fast 1.20 |" in page
+    assert "- x: no time" in page
+
+
+def test_other_results_have_their_sections(tmp_path: Path) -> None:
+    """The loop's waits and kernels, a reused step, and the text encoder's figures are told, too."""
+    step = {"is_computed": True, "wall_ms": 2.0, "busy_ms": 1.5, "num_kernels": 3, "top": [["gemm|x", 2, 1.25]]}
+    trace = {"performance": "profile fast", "side": 64, "num_steps": 12, "waits": {"cudaStreamSynchronize": 1}}
+    spread = {"median": 0.1, "min": 0.1, "max": 0.2, "count": 2}
+    reuse = {
+        "mode": "ultra",
+        "computed_s": spread,
+        "reused_s": spread,
+        "reused_over_computed": 0.011,
+        "exact_equals_diffusers": True,
+    }
+    told(tmp_path, "trace.json", {"benchmark": "trace", "card": CARD, **trace, "steps": [step]})
+    told(
+        tmp_path,
+        "reuse.json",
+        {"benchmark": "reuse", "card": CARD, "side": 64, **reuse, "compilations_after_warm_up": 0},
+    )
+    page = told(tmp_path, "encoder.json", {"benchmark": "encoder", "card": CARD, "prompts_per_s": 12.3456})
+    assert "1 x cudaStreamSynchronize" in page
+    assert "| `gemm/x` | 2 | 1.250 |" in page
+    assert "| a reused step over a computed one | 1.10 % |" in page
+    assert "| prompts per s | 12.35 |" in page
+
+
+def test_a_plot_for_every_latency_of_a_gpu(tmp_path: Path) -> None:
+    """The page's plot is drawn where the page says it is."""
+    pytest.importorskip("matplotlib")  # of the extra bench
+    (tmp_path / "results").mkdir()
+    told(tmp_path / "results", "latency.json", LATENCY)
+    write(tmp_path / "results", tmp_path / "page.md", tmp_path / "images")
+    assert "(images/performance/latency.png)" in (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert (tmp_path / "images" / "latency.png").stat().st_size > 1000
+
+
+def test_results_without_a_card_are_told_elsewhere(tmp_path: Path) -> None:
+    """Files of older benchmarks are passed over."""
+    (tmp_path / "load.json").write_text('{"machine": "x"}', encoding="utf-8")
+    assert read_results(tmp_path) == []

@@ -1,0 +1,22 @@
+"""A reused step, and what must never change."""
+
+import torch
+
+from benchmarks.reuse import compilations_after_warm_up, measure_reuse
+from benchmarks.synthetic import TINY, Source
+from generator_service.lemica import schedule_for
+
+SOURCE = Source(TINY, torch.device("cpu"), torch.float32)
+
+
+def test_both_kinds_of_step_are_timed() -> None:
+    """Every step but the first and the last is timed by its kind, and without a cache the picture is diffusers'."""
+    told = measure_reuse(SOURCE, 64, schedule_for("slow", 10), num_runs=2)
+    assert told["computed_s"]["count"] + told["reused_s"]["count"] == 2 * (10 - 2)
+    assert told["reused_over_computed"] > 0
+    assert told["exact_equals_diffusers"] is True
+
+
+def test_nothing_is_compiled_while_it_draws() -> None:
+    """Prepared for one size and for any other, ``fast`` compiles nothing for other lengths, modes and sizes."""
+    assert compilations_after_warm_up(SOURCE, 64) == 0
