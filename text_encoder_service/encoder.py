@@ -7,6 +7,7 @@ after the last of them, the norm, the head and the vision tower are never loaded
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,7 +71,8 @@ class MistralEncoder:
         self._model.to(device)
         self.hidden_size = int(self._model.config.hidden_size)
         self.dtype = dtype
-        self._forward: Forward = self._run_library
+        self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
+        self._forward: Forward = self._exact
 
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: Backend = "inductor") -> None:
@@ -78,7 +80,7 @@ class MistralEncoder:
         wanted, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
         probes = [self._tokenize(["circle " * (length * share // 8)]) for share in (0, 1, 3, 5, 8)]
         shapes = Shapes.up_to(max_batch, length)
-        self._forward = fast_forward(self._model, wanted, shapes, self._run_library, probes, backend)
+        self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:
@@ -97,14 +99,6 @@ class MistralEncoder:
             Embedding(row, self._is_truncated(prompt, mask))
             for row, prompt, mask in zip(rows, prompts, tokens.mask, strict=True)
         ]
-
-    def _run_library(self, tokens: Tokens) -> torch.Tensor:
-        """The library's forward pass, a ``Forward``."""
-        model, device = self._model, self._model.device
-        # Not by output_hidden_states: the hooks that it leaves on the layers could not be compiled later.
-        with recorded([model.embed_tokens, *model.layers]) as states:
-            model(input_ids=tokens.ids.to(device), attention_mask=tokens.mask.to(device), use_cache=False)
-        return torch.stack([states[number] for number in self.prompt_format.hidden_layers], dim=2)
 
     def _tokenize(self, prompts: Sequence[str]) -> Tokens:
         """The prompts in their template, cut or padded to the model's length."""
@@ -134,6 +128,14 @@ class MistralEncoder:
             return False
         whole: Any = self._tokenizer.apply_chat_template(self._conversation(prompt), tokenize=True, return_dict=True)
         return len(whole["input_ids"]) > self.prompt_format.max_sequence_length
+
+
+def run_library(model: Any, hidden_layers: Sequence[int], tokens: Tokens) -> torch.Tensor:
+    """The library's forward pass, whose hidden states are taken before its final norm; a ``Forward``."""
+    # Not by output_hidden_states: the hooks that it leaves on the layers could not be compiled later.
+    with recorded([model.embed_tokens, *model.layers]) as states:
+        model(input_ids=tokens.ids.to(model.device), attention_mask=tokens.mask.to(model.device), use_cache=False)
+    return torch.stack([states[number] for number in hidden_layers], dim=2)
 
 
 def on_cpu(batch: torch.Tensor) -> list[torch.Tensor]:

@@ -83,9 +83,9 @@ def test_compiled_code_equals_exact_up_to_rounding() -> None:
     ours = encoder(WEIGHTS)
     tokens = ours._tokenize(PROMPTS[:1])
     with torch.inference_mode():
-        fast = fast_forward(ours._model, (1, 2, 3), Shapes((1,), (24, 32)), ours._run_library, [tokens])
+        fast = fast_forward(ours._model, (1, 2, 3), Shapes((1,), (24, 32)), ours._exact, [tokens])
         assert isinstance(fast, FastLayers)
-        assert difference(fast(tokens), ours._run_library(tokens)) <= fast_layers.TOLERANCES[torch.float32]
+        assert difference(fast(tokens), ours._exact(tokens)) <= fast_layers.TOLERANCES[torch.float32]
 
 
 def test_what_cannot_be_compiled_is_exact(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
