@@ -9,7 +9,6 @@ the check is told to pass. Prints a card and, last, one JSON line.
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.card import machine_card
 from benchmarks.quality import GUIDANCE, Case, Studio
 from demo_model.checker import mistakes, read_picture
 from demo_model.services import WEIGHTS
@@ -148,8 +148,7 @@ def main() -> None:
     for each in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else v or "equal" for v in asdict(each).values()))
     Console(width=120).print(table)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    about = {"benchmark": "precision", "machine": machine, **vars(args)}
+    about = {"benchmark": "precision", "card": machine_card(), "weights": "the demo model", **vars(args)}
     print(json.dumps(about | {"rows": [asdict(each) for each in rows]}))
 
 

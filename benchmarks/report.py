@@ -24,6 +24,7 @@ TITLES = {
     "peers": "Beside other ways to draw it",
     "trace": "Inside the denoising loop",
     "encoder": "The text encoder",
+    "precision": "Fewer bits",
     "reuse": "A reused step",
 }
 """In the order of the page."""
