@@ -76,11 +76,19 @@ class MistralEncoder:
 
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: Backend = "inductor") -> None:
-        """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``."""
+        """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
+
+        Raises:
+            OutOfMemory: the device has too little memory for such batches.
+        """
         wanted, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
         probes = [self._tokenize(["circle " * (length * share // 8)]) for share in (0, 1, 3, 5, 8)]
         shapes = Shapes.up_to(max_batch, length)
-        self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
+        try:
+            self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
+        except torch.OutOfMemoryError as error:
+            told = f"batches of {max_batch} prompts do not fit into the GPU's memory: lower TEXT_ENCODER_MAX_BATCH"
+            raise OutOfMemory(told) from error
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:

@@ -12,6 +12,7 @@ import torch
 
 from demo_model.services import WEIGHTS
 from shared.compilation import compile_parts, num_compilations
+from shared.errors import OutOfMemory
 from tests.conftest import Serve
 from tests.text_encoder_service.test_encoder import PROMPTS, TOLERANCES, encoder
 from text_encoder_service import fast_layers
@@ -110,6 +111,17 @@ def test_what_is_compiled_wrongly_is_not_served(
         ours = fast_encoder(weights)
     assert "more than rounding: performance is exact" in caplog.text
     assert torch.equal(ours.encode(PROMPTS)[0].tensor, encoder(weights).encode(PROMPTS)[0].tensor)
+
+
+def test_batches_that_do_not_fit_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little memory for the largest batch is one line that names the setting, before anything is served."""
+
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(FastLayers, "_run", run_out)
+    with pytest.raises(OutOfMemory, match="TEXT_ENCODER_MAX_BATCH"):
+        fast_encoder(WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
