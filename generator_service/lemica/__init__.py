@@ -39,11 +39,12 @@ from generator_service.lemica.shelf import SHIPPED, Shelf, load_shelf
 from generator_service.lemica.signature import Signature
 
 if TYPE_CHECKING:
-    from generator_service.lemica.cached_transformer import CachedTransformer, check_transformer
+    from generator_service.lemica.cached_transformer import CachedTransformer, TimeEmbeddings, check_transformer
     from generator_service.lemica.calibration import Calibration, Trajectory, TrajectoryRecorder, num_forwards
 
 NEED_TORCH = {
     "CachedTransformer": "cached_transformer",
+    "TimeEmbeddings": "cached_transformer",
     "check_transformer": "cached_transformer",
     "Calibration": "calibration",
     "Trajectory": "calibration",
@@ -70,6 +71,7 @@ __all__ = [
     "ScheduleMismatch",
     "Shelf",
     "Signature",
+    "TimeEmbeddings",
     "Trace",
     "Trajectory",
     "TrajectoryRecorder",

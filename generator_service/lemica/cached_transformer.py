@@ -9,7 +9,7 @@ Only four parts of diffusers' transformer are relied upon (``PARTS``); its ``for
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,24 @@ from generator_service.lemica.signature import Signature
 
 PARTS = ("time_guidance_embed", "x_embedder", "norm_out", "proj_out")
 StepListener = Callable[[int, bool], None]
+
+
+@dataclass(frozen=True)
+class TimeEmbeddings:
+    """Embeddings of noise levels, which a reused step needs anew and which every run of the same length needs again."""
+
+    guidance_scale: float
+    """Of the run: it is embedded with them."""
+    known: MutableMapping[tuple[float, float, int], Tensor]
+    """By sigma, guidance scale and rows; of one transformer without adapters."""
+
+    def of(self, sigma: float, rows: int, compute: Callable[[], Tensor]) -> Tensor:
+        """The one that is known, else what ``compute`` gives: ``[rows, inner]``."""
+        key = (sigma, self.guidance_scale, rows)
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = compute()
+        return found
 
 
 @dataclass
@@ -47,6 +65,7 @@ class CachedTransformer:
             None: counted from ``img_ids``, where FLUX.2 gives noisy tokens time 0.
         on_step: called with the step's number and whether it was computed, before the step runs.
         scheduler: the run's, whose ``sigmas`` are exact. None: the timesteps, which are coarse in bfloat16.
+        embeddings: of noise levels, kept over runs. None: each is computed when it is needed.
     """
 
     def __init__(
@@ -56,7 +75,9 @@ class CachedTransformer:
         num_image_tokens: int | None = None,
         on_step: StepListener | None = None,
         scheduler: Any = None,
+        embeddings: TimeEmbeddings | None = None,
     ) -> None:
+        self._embeddings = embeddings
         self._transformer = transformer
         self._schedule = schedule
         self._num_image_tokens = num_image_tokens
@@ -112,7 +133,16 @@ class CachedTransformer:
         assert self._num_image_tokens is not None
         predictor = self._schedule.predictor
         trace = predictor.predict(self._run.past, self._run.step, sigma)
-        return trace if predictor.trace == "velocity" else project(self._transformer, trace, arguments)
+        if predictor.trace == "velocity":
+            return trace
+        return project(self._transformer, trace, arguments, self._time_embedding(sigma, arguments))
+
+    def _time_embedding(self, sigma: float, arguments: dict[str, Any]) -> Tensor:
+        def embed() -> Tensor:
+            return time_embedding(self._transformer, arguments)
+
+        rows = arguments["hidden_states"].shape[0]
+        return embed() if self._embeddings is None else self._embeddings.of(sigma, rows, embed)
 
     def _sigma(self, arguments: dict[str, Any]) -> float:
         if self._scheduler is None:
@@ -155,14 +185,23 @@ def compute(transformer: Any, num_image_tokens: int, arguments: dict[str, Any]) 
     return output, captured["h_out"][:, noisy] - captured["h_in"][:, noisy]
 
 
-def project(transformer: Any, residual: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The cheap step: embed the noisy tokens, add ``residual`` ``[B, noisy tokens, inner]``, project to a velocity."""
-    hidden_states, timestep, guidance = (arguments[name] for name in ("hidden_states", "timestep", "guidance"))
-    dtype = hidden_states.dtype
+def time_embedding(transformer: Any, arguments: dict[str, Any]) -> Tensor:
+    """What the transformer makes of noise level and guidance, ``[B, inner]``."""
+    timestep, guidance = arguments["timestep"], arguments["guidance"]
+    dtype = arguments["hidden_states"].dtype
     scaled_guidance = None if guidance is None else guidance.to(dtype) * 1000
-    temb = transformer.time_guidance_embed(timestep.to(dtype) * 1000, scaled_guidance)
-    h_in = transformer.x_embedder(hidden_states[:, : residual.shape[1]])
-    velocity: Tensor = transformer.proj_out(transformer.norm_out(h_in + residual, temb))
+    embedded: Tensor = transformer.time_guidance_embed(timestep.to(dtype) * 1000, scaled_guidance)
+    return embedded
+
+
+def project(transformer: Any, residual: Tensor, arguments: dict[str, Any], temb: Tensor | None = None) -> Tensor:
+    """The cheap step: embed the noisy tokens, add ``residual`` ``[B, noisy tokens, inner]``, project to a velocity.
+
+    ``temb`` is the ``time_embedding`` of ``arguments``; None: it is computed.
+    """
+    embedded = time_embedding(transformer, arguments) if temb is None else temb
+    h_in = transformer.x_embedder(arguments["hidden_states"][:, : residual.shape[1]])
+    velocity: Tensor = transformer.proj_out(transformer.norm_out(h_in + residual, embedded))
     return velocity
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from diffusers import Flux2Pipeline
 from diffusers import __version__ as diffusers_version
 from PIL.Image import Image, fromarray
@@ -23,6 +24,7 @@ from generator_service.lemica import (
     Calibration,
     Predictor,
     Schedule,
+    TimeEmbeddings,
     Trace,
     Trajectory,
     TrajectoryRecorder,
@@ -42,6 +44,8 @@ from shared.compilation import CompilationFailed
 from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
 
+TIME_EMBEDDINGS = 1024
+"""How many are kept, 12 KB each for FLUX.2 [dev]: a dozen lengths of runs."""
 TEXT_TOKENS = 512
 """Of the picture that attention is measured for; how many there are is known only with the first prompt."""
 logger = logging.getLogger("flux2")
@@ -111,6 +115,7 @@ class Flux2Model:
         self._parts = parts
         self.device: torch.device = parts.transformer.device
         self.dtype: torch.dtype = parts.transformer.dtype
+        self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
         self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
         pipeline = self._pipeline(parts.transformer, parts.scheduler)
         self.card = ModelCard(
@@ -213,6 +218,7 @@ class Flux2Model:
             self.card.num_image_tokens(request.width, request.height),
             on_step,
             scheduler,
+            None if request.adapters else TimeEmbeddings(request.guidance_scale, self._time_embeddings),
         )
         taker = PreviewTaker(previews, request.width // self.card.pixels_per_token) if previews else None
         clock = StepClock(request.schedule.num_steps, self.device, taker)

@@ -11,6 +11,7 @@ from generator_service.lemica import (
     Schedule,
     ScheduleMismatch,
     Signature,
+    TimeEmbeddings,
     TransformerMismatch,
     check_transformer,
 )
@@ -160,3 +161,31 @@ def test_hooks_are_gone_after_a_failure() -> None:
         cached(**{**inputs(), "hidden_states": torch.zeros(1, 6, 5)})
     assert not tiny.x_embedder._forward_hooks
     assert not tiny.norm_out._forward_pre_hooks
+
+
+def test_noise_levels_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that share what is known embed each noise level and guidance of a reused step once, with equal results."""
+    tiny, known = Tiny(), dict[tuple[float, float, int], torch.Tensor]()
+    schedule = Schedule("half", 4, (0, 2), "test", Signature("any", 4))
+    embedded: list[float] = []
+    embed = Tiny.time_guidance_embed
+
+    def counted(self: Tiny, timestep: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+        embedded.append(float(timestep[0]))
+        return embed(self, timestep, guidance)
+
+    def run(guidance: float, known: dict[tuple[float, float, int], torch.Tensor] | None) -> list[torch.Tensor]:
+        times = None if known is None else TimeEmbeddings(guidance, known)
+        cached = CachedTransformer(tiny, schedule, 6, embeddings=times)
+        scaled = torch.tensor([guidance])
+        levels = (torch.tensor([0.9 - 0.2 * step]) for step in range(4))
+        with torch.no_grad():
+            return [cached(**inputs() | {"timestep": level, "guidance": scaled})[0] for level in levels]
+
+    plain, plain_other = run(4.0, None), run(2.0, None)
+    monkeypatch.setattr(Tiny, "time_guidance_embed", counted)
+    assert all(map(torch.equal, run(4.0, known), plain))
+    assert len(embedded) == 4  # two computed steps, two reused
+    assert all(map(torch.equal, run(4.0, known), plain))
+    assert len(embedded) == 4 + 2  # computed steps embed as the library does
+    assert all(map(torch.equal, run(2.0, known), plain_other))
