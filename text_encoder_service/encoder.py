@@ -82,7 +82,8 @@ class MistralEncoder:
             OutOfMemory: the device has too little memory for such batches.
         """
         wanted, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
-        probes = [self._tokenize(["circle " * (length * share // 8)]) for share in (0, 1, 3, 5, 8)]
+        prompts = ["circle " * (length * share // 8) for share in (0, 1, 3, 5, 8)]
+        probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
         try:
             self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
