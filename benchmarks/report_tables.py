@@ -167,19 +167,28 @@ def precision(told: Told) -> Iterator[str]:
     yield markdown(header, rows)
 
 
-def figures(told: Told) -> Iterator[str]:
-    """Whatever a result says, for benchmarks with no table of their own."""
-    rows = [(name.replace("_", " "), shown(value)) for name, value in told.items() if name not in {"benchmark", "card"}]
-    yield "\n" + markdown(("figure", "value"), [row for row in rows if row[0] != "weights"])
-
-
-def shown(value: Any) -> str:
-    """A value of a result on one line."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name.replace('_', ' ')} {shown(entry)}" for name, entry in value.items())
-    if isinstance(value, list):
-        return "<br>".join(shown(entry) for entry in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def encoder(told: Told) -> Iterator[str]:
+    """Prompts in the text encoder."""
+    rows = [
+        (
+            row["profile"],
+            row["weights"],
+            str(row["batch"]),
+            str(row["prompt_tokens"]),
+            spread(row["seconds"], in_ms=True),
+            f"{row['prompts_per_s']:.1f}",
+            f"{row['peak_gb']:.1f} GB" if "peak_gb" in row else "",
+        )
+        for row in told["rows"]
+    ]
+    yield "\nFrom token ids to embeddings in host memory. Of short prompts `fast` computes a quarter of the length.\n\n"
+    yield markdown(("profile", "weights", "batch", "tokens of each prompt", "a batch", "prompts/s", "memory"), rows)
+    off = [(what, f"{value:.2g}", "") for what, value in told["difference"].items()]
+    compiled = [(what, "", f"{value:.0f} s") for what, value in told["compile_s"].items()]
+    yield "\nHow far a token's hidden states lie from the library's at most, relative to their norm, and compiling.\n\n"
+    yield markdown(("weights, what is done", "difference", "compiling for two lengths"), [*off, *compiled])
+    yield f"\nGraphs compiled after that: {told['compilations_after_warm_up']}.\n"
+    yield "".join(f"\n- left out: {line}\n" for line in told["left_out"])
 
 
 SECTIONS: Mapping[str, Callable[[Told], Iterator[str]]] = {
@@ -188,5 +197,5 @@ SECTIONS: Mapping[str, Callable[[Told], Iterator[str]]] = {
     "trace": trace,
     "precision": precision,
     "reuse": reuse,
-    "encoder": figures,
+    "encoder": encoder,
 }

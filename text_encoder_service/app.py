@@ -63,7 +63,9 @@ def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, Encoder
     """Find, check and load the model that ``settings`` name."""
     folder = find_model(settings.model, settings.revision, PARTS)
     prompt_format = read_prompt_format(folder)
-    encoder = MistralEncoder(folder, prompt_format, settings.torch_device(), settings.torch_dtype())
+    encoder = MistralEncoder(folder, prompt_format, settings.torch_device(), settings.torch_dtype(), settings.weights)
+    if settings.profile() == "fast":
+        encoder.speed_up(settings.max_batch)
     info = EncoderInfo(
         model=folder.name,
         revision=folder.revision,

@@ -120,11 +120,16 @@ def test_other_results_have_their_sections(tmp_path: Path) -> None:
         "reuse.json",
         {"benchmark": "reuse", "card": CARD, "side": 64, **reuse, "compilations_after_warm_up": 0},
     )
-    page = told(tmp_path, "encoder.json", {"benchmark": "encoder", "card": CARD, "prompts_per_s": 12.3456})
+    row = {"profile": "fast", "weights": "full", "batch": 8, "prompt_tokens": 100, "seconds": spread, "peak_gb": 40.123}
+    encoder = {"rows": [row | {"prompts_per_s": 12.3456}], "difference": {"full, trimmed": 0.0123}, "compile_s": {}}
+    encoder |= {"left_out": ["int8"], "compilations_after_warm_up": 0}
+    page = told(tmp_path, "encoder.json", {"benchmark": "encoder", "card": CARD, **encoder})
     assert "1 x cudaStreamSynchronize" in page
     assert "| `gemm/x` | 2 | 1.250 |" in page
     assert "| a reused step over a computed one | 1.10 % |" in page
-    assert "| prompts per s | 12.35 |" in page
+    assert "| fast | full | 8 | 100 | 100.00 ms (100.00 to 200.00; 2) | 12.3 | 40.1 GB |" in page
+    assert "| full, trimmed | 0.012 |  |" in page
+    assert "- left out: int8" in page
 
 
 def test_a_plot_for_every_latency_of_a_gpu(tmp_path: Path) -> None:

@@ -53,6 +53,23 @@ def test_a_row_of_a_batch_equals_the_single_result(weights: Path, dtype: torch.d
         assert (row.tensor.float() - single).abs().max() <= TOLERANCES[dtype] * single.abs().max()
 
 
+def test_an_embedding_keeps_no_other_alive(weights: Path) -> None:
+    """Each of a batch has memory of its own, so that a cache of embeddings holds what it counts."""
+    for embedding in encoder(weights).encode(PROMPTS):
+        assert embedding.tensor.untyped_storage().nbytes() == embedding.nbytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_what_a_gpu_encodes_arrives_whole(weights: Path) -> None:
+    """From a GPU rows come through pinned memory, complete when ``encode`` returns."""
+    model = ModelFolder(weights.name, "local", weights)
+    ours = MistralEncoder(model, read_prompt_format(model), torch.device("cuda"), torch.float32)
+    for row, exact in zip(ours.encode(PROMPTS), encoder(weights).encode(PROMPTS), strict=True):
+        assert row.tensor.is_pinned()
+        assert torch.allclose(row.tensor, exact.tensor, atol=1e-3 * float(exact.tensor.abs().max()))
+
+
 def test_only_the_wanted_layers_are_in_memory(weights: Path) -> None:
     """Three of four layers are loaded; no final norm, no head, no vision tower."""
     model = encoder(weights)._model

@@ -1,0 +1,213 @@
+"""How long prompts take in the text encoder: ``python -m benchmarks.encoder``.
+
+On a GPU FLUX.2 [dev]'s text encoder at full size with random weights, on which times do not depend; on a CPU the demo
+model, only to see that it runs. From token ids to embeddings in host memory, without the tokenizer, for prompts that
+fill their 512 tokens and for prompts of 100, of which the profile ``fast`` computes 128. The profiles come in the order
+``exact``, ``fast``, then int8 weights if torchao is there; what does not fit into the time is listed. ``difference`` is
+the largest of any token's hidden state from the library's, relative to its norm: the service calls it rounding up to
+the limits in ``text_encoder_service.fast_layers``. Prints a card and, last, one JSON line.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.card import machine_card, show
+from benchmarks.language_model import Model, checkpoint, full_size
+from benchmarks.stopwatch import Spread, Stopwatch
+from demo_model.services import WEIGHTS
+from shared.compilation import Backend, CompilationFailed, log_failure, num_compilations
+from text_encoder_service.encoder import on_cpu, run_library
+from text_encoder_service.fast_layers import FastLayers, Forward, difference
+from text_encoder_service.quantisation import Weights, quantize
+from text_encoder_service.shapes import NUM_LENGTHS, Shapes
+
+BATCHES = (1, 8, 2, 4)
+"""What is worth most first."""
+WARM_UP = 3
+
+
+@dataclass
+class Told:
+    """What was measured."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    compile_s: dict[str, float] = field(default_factory=dict)
+    """By weights and batch; for two lengths."""
+    difference: dict[str, float] = field(default_factory=dict)
+    """Of the fast layers from the exact ones with the same weights, by what was done to them."""
+    left_out: list[str] = field(default_factory=list)
+    compilations_after_warm_up: int = 0
+
+
+class Run:
+    """Measures one model with one kind of weights.
+
+    Args:
+        model: which is changed in place.
+        weights: as they are already.
+        until: ``time.perf_counter()`` when it should be over.
+        watch: makes how often to repeat.
+        told: where results go.
+        backend: as ``torch.compile``'s.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        weights: Weights,
+        until: float,
+        watch: Callable[[], Stopwatch],
+        told: Told,
+        backend: Backend = "inductor",
+    ) -> None:
+        self._model = model
+        self._weights = weights
+        self._until = until
+        self._watch = watch
+        self._told = told
+        self._backend = backend
+        layers = model.prompt_format.hidden_layers
+        self._exact: Forward = partial(run_library, model.language_model, layers)
+        with torch.inference_mode():
+            self._padding = self._exact(model.tokens(1, model.lengths[1]))[:, :1]
+
+    def exact(self) -> None:
+        """The library's forward pass, to which the length of prompts is all one."""
+        for batch in BATCHES:
+            self._measure("exact", self._exact, batch, self._model.lengths[0])
+
+    def fast(self) -> None:
+        """Trimmed and compiled, for each size of batch by itself, which is taken to last as long as the one before."""
+        last_s = 0.0
+        for batch in BATCHES:
+            began = time.perf_counter()
+            if began + last_s >= self._until:
+                self._told.left_out.append(f"fast, {self._weights} weights, batch {batch}: no time was left")
+                continue
+            layers = self._compiled(batch)
+            if layers is None:
+                return
+            before = num_compilations()
+            for num_tokens in self._model.lengths:
+                self._measure("fast", layers, batch, num_tokens)
+            self._told.compilations_after_warm_up += num_compilations() - before
+            layers.restore()  # the exact way shares them
+            last_s = time.perf_counter() - began
+
+    def _compiled(self, batch: int) -> FastLayers | None:
+        length = self._model.prompt_format.max_sequence_length
+        shapes = Shapes((batch,), (length // NUM_LENGTHS, length))
+        wanted = self._model.prompt_format.hidden_layers
+        layers = FastLayers(self._model.language_model, wanted, shapes, self._padding)
+        tokens = self._model.tokens(batch, self._model.lengths[1])
+        expected = self._exact(tokens)
+        if batch == BATCHES[0]:
+            self._told.difference[f"{self._weights}, trimmed"] = float(difference(layers(tokens), expected))
+        began = time.perf_counter()
+        try:
+            layers.compile(self._backend)
+        except CompilationFailed as error:
+            self._told.left_out.append(log_failure(f"fast, {self._weights} weights", error))
+            return None
+        self._told.compile_s[f"{self._weights}, batch {batch}"] = time.perf_counter() - began
+        off = float(difference(layers(tokens), expected))
+        self._told.difference[f"{self._weights}, trimmed and compiled, batch {batch}"] = off
+        return layers
+
+    def _measure(self, profile: str, forward: Forward, batch: int, num_tokens: int) -> None:
+        tokens = self._model.tokens(batch, num_tokens)
+        is_gpu = self._model.language_model.device.type == "cuda"
+        for _ in range(WARM_UP):
+            on_cpu(forward(tokens).flatten(2))
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        spread = Spread.of(list(seconds(lambda: on_cpu(forward(tokens).flatten(2)), self._watch())))
+        row = {"profile": profile, "weights": self._weights, "batch": batch, "prompt_tokens": num_tokens}
+        row |= {"seconds": asdict(spread), "prompts_per_s": batch / spread.median}
+        row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_gpu else {}
+        self._told.rows.append(row)
+
+
+def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:
+    """How long ``work`` takes, again and again. It waits for the device itself."""
+    for _ in watch.rounds():
+        began = time.perf_counter()
+        work()
+        yield time.perf_counter() - began
+
+
+def measure(made: Callable[[], Model], args: argparse.Namespace) -> tuple[str, Told]:
+    """The model's name, and both profiles with full weights, then ``fast`` with others."""
+    told, name = Told(), ""
+    until = time.perf_counter() + args.budget_s
+    for weights in args.weights:
+        if time.perf_counter() >= until:
+            told.left_out.append(f"{weights} weights: no time was left")
+            continue
+        model = made()
+        name = model.name
+        if weights != "full":
+            quantize(model.language_model.layers, weights, model.language_model.device)
+        run = Run(model, weights, until, lambda: Stopwatch(args.seconds, args.repeats), told, args.backend)
+        with torch.inference_mode():
+            run.exact()
+            run.fast()
+        del run, model
+        torch.compiler.reset()  # compiled code holds weights
+        gc.collect()
+        torch.cuda.empty_cache()
+    return name, told
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """For people."""
+    table = Table("profile", "weights", "batch", "tokens", "ms", "prompts/s", "peak GB")
+    for row in rows:
+        ms = {key: f"{1000 * row['seconds'][key]:.1f}" for key in ("median", "min", "max")}
+        told = f"{ms['median']} ({ms['min']} to {ms['max']}; {row['seconds']['count']})"
+        memory = f"{row['peak_gb']:.1f}" if "peak_gb" in row else ""
+        numbers = (str(row["batch"]), str(row["prompt_tokens"]), told, f"{row['prompts_per_s']:.1f}", memory)
+        table.add_row(row["profile"], row["weights"], *numbers)
+    return table
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="the demo model, few repeats: only to see that it runs")
+    parser.add_argument("--model", type=Path, help="a checkpoint's folder, instead of random weights")
+    kinds = ["full", "int8"] if find_spec("torchao") else ["full"]
+    parser.add_argument("--weights", nargs="+", default=kinds, choices=["full", "int8", "int4"])
+    parser.add_argument("--budget-s", type=float, default=50.0, help="for all; what does not fit is listed")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure, at most")
+    parser.add_argument("--repeats", type=int, default=30, help="of each figure, at most")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.backend = "inductor" if device.type == "cuda" else "eager"  # there, graphs are only to be seen to be captured
+    if args.smoke:
+        args.repeats = 2
+    path = args.model or (WEIGHTS if args.smoke or device.type == "cpu" else None)
+    card = machine_card()
+    show(card)
+    name, told = measure(partial(checkpoint, path, device) if path else partial(full_size, device), args)
+    Console(width=110, file=sys.stdout).print(table_of(told.rows))
+    for line in told.left_out:
+        print(f"left out: {line}")
+    print(json.dumps({"benchmark": "encoder", "card": card, "weights": name} | asdict(told)))
+
+
+if __name__ == "__main__":
+    main()
