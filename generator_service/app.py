@@ -138,9 +138,12 @@ def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]
     performance = choose(
         settings.performance,
         Machine.of(device),
+        weight_bytes=folder.num_bytes("transformer", "vae"),
         without=settings.performance_without,
         has_adapters=settings.lora_dir is not None,
     )
+    if settings.lora_dir is not None and "offload" in performance.optimisations:
+        raise ModelRefused("GENERATOR_LORA_DIR: adapters cannot be applied where GENERATOR_PERFORMANCE is offload")
     model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance)
     check_warm_up_sizes(settings, model.card)
     return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)

@@ -10,8 +10,8 @@ from shared.settings import ServiceSettings, read_keys
 
 CacheName = str
 """``none``, or the name of a schedule."""
-ProfileName = Literal["auto", "exact", "fast", "fastest"]
-Optimisation = Literal["attention", "compile", "fp8", "fused_qkv", "vae"]
+ProfileName = Literal["auto", "exact", "fast", "fastest", "offload"]
+Optimisation = Literal["attention", "compile", "fp8", "fused_qkv", "offload", "vae"]
 
 
 def read_names(text: Any) -> Any:
@@ -68,7 +68,7 @@ class GeneratorSettings(ServiceSettings):
     """A folder of calibrated schedules, beside those that come with the product."""
 
     performance: ProfileName = "auto"
-    """How the model is made fast; ``auto`` is ``fast`` on a GPU and ``exact`` on a CPU."""
+    """How the model is made fast; ``auto`` is ``fast`` on a GPU, ``offload`` on a small one, ``exact`` on a CPU."""
     performance_without: Annotated[frozenset[Optimisation], NoDecode, BeforeValidator(read_names)] = frozenset()
     """What of the profile is left out."""
     warm_up_sizes: Annotated[tuple[tuple[int, int], ...], NoDecode, BeforeValidator(read_sizes)] = ()

@@ -33,6 +33,10 @@ class ModelFolder:
     """The hub commit, or ``local``."""
     path: Path
 
+    def num_bytes(self, *parts: str) -> int:
+        """The size of the weights of ``parts`` on disk."""
+        return sum(file.stat().st_size for part in parts for file in (self.path / part).glob("*.safetensors"))
+
     def fingerprint(self, part: str) -> str:
         """A short hash of what ``part`` (``transformer``, ``text_encoder``, ...) consists of."""
         digest = hashlib.sha256()

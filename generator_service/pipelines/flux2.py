@@ -36,7 +36,7 @@ from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.compiled_blocks import Kind
 from generator_service.pipelines.lora import Adapter, Adapters
 from generator_service.pipelines.optimised import Optimised
-from generator_service.pipelines.parts import Parts, load_parts
+from generator_service.pipelines.parts import CPU, Parts, load_parts
 from generator_service.pipelines.performance import EXACT, Performance
 from generator_service.pipelines.step_clock import Previews, PreviewTaker, StepClock
 from shared.byte_cache import ByteBoundedCache
@@ -113,7 +113,7 @@ class Flux2Model:
     ) -> None:
         self.folder = folder
         self._parts = parts
-        self.device: torch.device = parts.transformer.device
+        self.device: torch.device = parts.vae.device  # an offloaded transformer is in two places
         self.dtype: torch.dtype = parts.transformer.dtype
         self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
         self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
@@ -152,7 +152,9 @@ class Flux2Model:
         Raises:
             ModelRefused: it is no FLUX.2 pipeline that can be used.
         """
-        return cls(folder, load_parts(folder, device, dtype), lora_dir, max_loras, performance)
+        is_offloaded = "offload" in performance.optimisations
+        parts = load_parts(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
+        return cls(folder, parts, lora_dir, max_loras, performance)
 
     @property
     def performance(self) -> Performance:

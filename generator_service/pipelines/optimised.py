@@ -9,6 +9,7 @@ from torch import nn
 
 from generator_service.pipelines.attention import fastest_attention, use_attention
 from generator_service.pipelines.compiled_blocks import CompiledBlocks, Kind
+from generator_service.pipelines.offload import offload_blocks
 from generator_service.pipelines.parts import Parts
 from generator_service.pipelines.performance import Performance
 from generator_service.pipelines.quantisation import quantise_blocks
@@ -31,9 +32,11 @@ class Optimised:
         self.performance = performance
         self._blocks: CompiledBlocks | None = None
         self._decoder: nn.Module | None = None
-        transformer = parts.transformer
+        transformer, device = parts.transformer, parts.vae.device
+        if "offload" in performance.optimisations:
+            offload_blocks(transformer, device)
         if "attention" in performance.optimisations:
-            use_attention(transformer, fastest_attention(transformer, num_tokens, transformer.device))
+            use_attention(transformer, fastest_attention(transformer, num_tokens, device))
         if "fused_qkv" in performance.optimisations:
             fuse_projections(transformer)
         if "fp8" in performance.optimisations:

@@ -13,6 +13,7 @@ from shared.errors import ModelRefused
 from shared.model_folder import ModelFolder
 
 PARTS = ("scheduler", "transformer", "vae")
+CPU = torch.device("cpu")
 logger = logging.getLogger("flux2")
 
 
@@ -26,8 +27,16 @@ class Parts:
     """For its configuration: every generation makes one of its own."""
 
 
-def load_parts(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Parts:
+def load_parts(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
+) -> Parts:
     """Read the weights of ``folder``, shard by shard, to ``device``: host memory never holds the whole model.
+
+    Args:
+        folder: a diffusers pipeline.
+        device: where they go.
+        dtype: of the weights.
+        transformer_device: where the transformer goes, if not there.
 
     Raises:
         ModelRefused: it is no FLUX.2 pipeline, or a file is missing or broken.
@@ -35,7 +44,7 @@ def load_parts(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
     diffusers_logging.disable_progress_bar()
     try:
         return Parts(
-            transformer=_load(Flux2Transformer2DModel, folder, "transformer", device, dtype),
+            transformer=_load(Flux2Transformer2DModel, folder, "transformer", transformer_device or device, dtype),
             vae=_load(AutoencoderKLFlux2, folder, "vae", device, dtype),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path, subfolder="scheduler"),
         )
@@ -45,7 +54,7 @@ def load_parts(folder: ModelFolder, device: torch.device, dtype: torch.dtype) ->
 
 def _load(kind: Any, folder: ModelFolder, part: str, device: torch.device, dtype: torch.dtype) -> Any:
     """One part, and a line in the log about how fast it came from the disk."""
-    num_bytes = sum(file.stat().st_size for file in (folder.path / part).glob("*.safetensors"))
+    num_bytes = folder.num_bytes(part)
     logger.info("loading %s: %.1f GB", part, num_bytes / 1e9)
     began = time.perf_counter()
     model = kind.from_pretrained(

@@ -1,7 +1,8 @@
 """How a model is made fast: named profiles of optimisations, each of which can be left out.
 
 ``exact`` changes nothing: pictures equal diffusers' bit for bit. ``fast`` changes how the same numbers are computed,
-so pictures differ by rounding. ``fastest`` computes the blocks' linear layers in 8-bit floating point.
+so pictures differ by rounding. ``fastest`` computes the blocks' linear layers in 8-bit floating point. ``offload`` is
+for GPUs that cannot hold the transformer.
 """
 
 from collections.abc import Collection
@@ -17,7 +18,10 @@ PROFILES: dict[str, frozenset[Optimisation]] = {
     "exact": frozenset(),
     "fast": frozenset({"attention", "compile", "fused_qkv", "vae"}),
     "fastest": frozenset({"attention", "compile", "fp8", "fused_qkv", "vae"}),
+    "offload": frozenset({"attention", "offload"}),
 }
+WORKING_BYTES = 6 * 10**9
+"""What a GPU needs beside the weights: activations and decoding at 1024x1024, and CUDA itself."""
 FP8_CAPABILITY = (8, 9)
 """Ada and Hopper: the first with 8-bit floating point in their matrix units."""
 AMPERE = (8, 0)
@@ -32,12 +36,17 @@ class Machine:
     capability: tuple[int, int] = (0, 0)
     """Of a CUDA device."""
     has_torchao: bool = False
+    memory_bytes: int = 0
+    """Of a CUDA device, all of it."""
 
     @classmethod
     def of(cls, device: torch.device) -> "Machine":
         """The machine that this runs on."""
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        return cls(device.type, capability, find_spec("torchao") is not None)
+        if device.type != "cuda":
+            return cls(device.type)
+        properties = torch.cuda.get_device_properties(device)
+        capability = (properties.major, properties.minor)
+        return cls(device.type, capability, find_spec("torchao") is not None, properties.total_memory)
 
 
 @dataclass(frozen=True)
@@ -72,24 +81,38 @@ EXACT = Performance()
 
 
 def choose(
-    profile: ProfileName, machine: Machine, *, without: Collection[Optimisation] = (), has_adapters: bool = False
+    profile: ProfileName,
+    machine: Machine,
+    *,
+    weight_bytes: int = 0,
+    without: Collection[Optimisation] = (),
+    has_adapters: bool = False,
 ) -> Performance:
     """What of a profile can be done.
 
     Args:
-        profile: ``auto`` is ``fast`` on a GPU that has bfloat16, else ``exact``.
+        profile: see ``resolve_auto``.
         machine: where.
+        weight_bytes: of transformer and VAE.
         without: what is not wanted.
         has_adapters: whether LoRA adapters may be applied, which change single layers.
     """
     if profile == "auto":
-        is_gpu = machine.device_type == "cuda" and machine.capability >= AMPERE
-        profile = "fast" if is_gpu else "exact"
+        profile = resolve_auto(machine, weight_bytes)
     performance = Performance(profile, PROFILES[profile] - frozenset(without))
     for optimisation, reason in _obstacles(machine, has_adapters=has_adapters).items():
         if optimisation in performance.optimisations:
             performance = performance.without(optimisation, reason)
     return performance
+
+
+def resolve_auto(machine: Machine, weight_bytes: int) -> ProfileName:
+    """``offload`` on a GPU that cannot hold the weights, ``fast`` on another that has bfloat16, else ``exact``."""
+    if machine.device_type != "cuda":
+        return "exact"
+    if machine.memory_bytes < weight_bytes + WORKING_BYTES:
+        return "offload"
+    return "fast" if machine.capability >= AMPERE else "exact"
 
 
 def _obstacles(machine: Machine, *, has_adapters: bool) -> dict[Optimisation, str]:

@@ -8,9 +8,10 @@ from generator_service.settings import GeneratorSettings, Optimisation, ProfileN
 from tests.conftest import Serve
 
 CPU = Machine("cpu")
-HOPPER = Machine("cuda", (9, 0), has_torchao=True)
-AMPERE = Machine("cuda", (8, 0), has_torchao=True)
-TURING = Machine("cuda", (7, 5))
+LARGE = 80 * 10**9
+HOPPER = Machine("cuda", (9, 0), has_torchao=True, memory_bytes=LARGE)
+AMPERE = Machine("cuda", (8, 0), has_torchao=True, memory_bytes=LARGE)
+TURING = Machine("cuda", (7, 5), memory_bytes=LARGE)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,14 @@ def test_the_profile_that_is_used(asked: ProfileName, machine: Machine, profile:
     performance = choose(asked, machine)
     assert performance.profile == profile
     assert performance.optimisations == PROFILES[profile]
+
+
+@pytest.mark.parametrize(("memory_gb", "profile"), [(24, "offload"), (48, "offload"), (80, "fast"), (141, "fast")])
+def test_a_small_gpu_offloads(memory_gb: int, profile: str) -> None:
+    """Auto keeps the blocks in host memory where weights and work do not fit: FLUX.2 [dev] takes 64.6 GB and 6."""
+    machine = Machine("cuda", (9, 0), memory_bytes=memory_gb * 10**9)
+    assert choose("auto", machine, weight_bytes=64_600_000_000).profile == profile
+    assert choose("exact", machine, weight_bytes=64_600_000_000).profile == "exact"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""The transformer's blocks in host memory, each on the GPU only while it is needed: for cards of 24 to 48 GB.
+
+The weights of the next block are copied, on a stream of their own, while a block computes. The rest of the transformer
+stays on the GPU, so a reused step copies nothing. Diffusers' group offloading does the work; here the blocks alone are
+given to it, in their fixed order, where diffusers would find out the order by watching whole forward passes.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, apply_group_offloading
+from torch import nn
+
+HOOK = "group_offloading"
+"""As diffusers calls it."""
+
+
+class _Blocks(nn.Module):
+    """What is offloaded; diffusers looks for lists of blocks in a module."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer_blocks = transformer.transformer_blocks
+        self.single_transformer_blocks = transformer.single_transformer_blocks
+
+
+def offload_blocks(transformer: Any, device: torch.device) -> None:
+    """Move everything but the blocks to ``device``, and the blocks when they run.
+
+    Args:
+        transformer: diffusers' ``Flux2Transformer2DModel``, in host memory; pinned if ``device`` is a GPU.
+        device: where it computes.
+    """
+    blocks = _Blocks(transformer)
+    offloaded = {name for name, _ in blocks.named_children()}
+    for name, child in transformer.named_children():
+        if name not in offloaded:
+            child.to(device)
+    is_gpu = device.type == "cuda"
+    apply_group_offloading(
+        blocks,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        use_stream=is_gpu,
+        record_stream=is_gpu,
+    )
+    _chain([*blocks.transformer_blocks, *blocks.single_transformer_blocks])
+
+
+def _chain(blocks: list[nn.Module]) -> None:
+    """Have each block's weights copied by the block before it, and the first one's by the last.
+
+    A block whose weights are not there, because the run before was given up half way, fetches them itself and waits.
+    """
+    hooks = [HookRegistry.check_if_exists_or_initialize(block).get_hook(HOOK) for block in blocks]
+    for before, after in pairwise([*hooks, hooks[0]]):
+        before.next_group = after.group
+        after.group.onload_self = False

@@ -1,0 +1,133 @@
+"""Blocks in host memory, each on the device while it is needed. Here host and device are the same."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers.hooks.group_offloading import ModuleGroup
+
+from demo_model.services import WEIGHTS
+from generator_service.lemica import schedule_for
+from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
+from generator_service.pipelines.performance import PROFILES, Performance
+from shared.model_folder import ModelFolder
+from tests.conftest import CPU, Serve
+from tests.generator_service.test_flux2 import pattern
+
+NUM_BLOCKS = 6
+
+
+def wanted(cache: str | int = 3, *, seed: int = 0, has_reference: bool = False) -> GenerationRequest:
+    """A small picture, most of whose steps are reused."""
+    noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
+    references = (pattern(64),) if has_reference else ()
+    return GenerationRequest(noise, 64, 64, 4.0, seed, schedule_for(cache, 8), references)
+
+
+@pytest.fixture(scope="module")
+def offloaded() -> Flux2Model:
+    """The demo model with its blocks offloaded."""
+    folder = ModelFolder("weights", "local", WEIGHTS)
+    performance = Performance("offload", PROFILES["offload"])
+    return Flux2Model.load(folder, CPU, torch.float32, performance=performance)
+
+
+class Moves:
+    """Which blocks came and went."""
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.there: set[int] = set()
+        self.most = 0
+
+    def came(self, group: object) -> None:
+        """A block's weights were copied to the device."""
+        self.arrived += 1
+        self.there.add(id(group))
+        self.most = max(self.most, len(self.there))
+
+    def went(self, group: object) -> None:
+        """They were let go."""
+        self.there.discard(id(group))
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> Moves:
+    """Counts what diffusers moves."""
+    counted, onload, offload = Moves(), ModuleGroup.onload_, ModuleGroup.offload_
+
+    def counted_onload(group: ModuleGroup) -> None:
+        counted.came(group)
+        onload(group)
+
+    def counted_offload(group: ModuleGroup) -> None:
+        counted.went(group)
+        offload(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", counted_onload)
+    monkeypatch.setattr(ModuleGroup, "offload_", counted_offload)
+    return counted
+
+
+@pytest.mark.parametrize("request_", [wanted(), wanted("none"), wanted(seed=5, has_reference=True)])
+def test_pictures_stay_the_same(offloaded: Flux2Model, demo: Flux2Model, request_: GenerationRequest) -> None:
+    """Offloading only moves weights: every bit is as without."""
+    assert torch.equal(offloaded.generate(request_).latents, demo.generate(request_).latents)
+
+
+def test_a_reused_step_moves_nothing(offloaded: Flux2Model, moves: Moves) -> None:
+    """Blocks are copied for computed steps alone."""
+    arrived: list[int] = []
+    schedule = wanted().schedule
+    offloaded.generate(wanted(), lambda _step, _is_computed: arrived.append(moves.arrived))
+    arrived.append(moves.arrived)
+    moved = [after > before for before, after in pairwise(arrived)]
+    assert moved == [schedule.is_computed(step) for step in range(schedule.num_steps)]
+
+
+def test_two_blocks_are_there_at_once(offloaded: Flux2Model, moves: Moves) -> None:
+    """One that computes and the next; between steps one is left, with which the next step begins."""
+    offloaded.generate(wanted("none"))
+    assert moves.most == 2
+    assert len(moves.there) == 1
+
+
+@pytest.mark.parametrize("block", [0, 3, NUM_BLOCKS - 1])
+def test_a_run_that_breaks_off_spoils_nothing(offloaded: Flux2Model, demo: Flux2Model, block: int) -> None:
+    """After an error within a block, and after a cancelled run, the next picture is what it would have been."""
+    transformer = offloaded._parts.transformer
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("stop")
+
+    hook = blocks[block].attn.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        offloaded.generate(wanted())
+    hook.remove()
+    assert torch.equal(offloaded.generate(wanted()).latents, demo.generate(wanted()).latents)
+
+    def cancel(step: int, _is_computed: bool) -> None:
+        if step == 1:
+            raise GenerationCancelled
+
+    with pytest.raises(GenerationCancelled):
+        offloaded.generate(wanted("none"), cancel)
+    assert torch.equal(offloaded.generate(wanted()).latents, demo.generate(wanted()).latents)
+
+
+@pytest.mark.anyio
+async def test_the_service_draws_with_it(serve_generator: Serve) -> None:
+    """A service with this setting draws, and its file says so."""
+    async with serve_generator(performance="offload") as http:
+        answer = await http.post("/generate", json={"prompt": "a red circle", "width": 64, "height": 64})
+    assert answer.status_code == 200
+    assert b'"performance": "offload"' in answer.content
+
+
+@pytest.mark.anyio
+async def test_adapters_are_refused_at_the_start(serve_generator: Serve, tmp_path: object) -> None:
+    """Diffusers cannot add layers to blocks that it offloads: the service says so, and which settings exclude it."""
+    with pytest.raises(Exception, match="GENERATOR_LORA_DIR: adapters cannot be applied where GENERATOR_PERFORMANCE"):
+        async with serve_generator(performance="offload", lora_dir=tmp_path):
+            pass
