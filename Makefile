@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak test-docker test-cluster check format train clean weights up down logs
+.PHONY: help install demo serve test soak test-docker test-cluster test-quantization check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ test-docker: install ## run the containers for real, where a Docker engine can b
 test-cluster: install ## run both services on a simulated Ray cluster, and kill its nodes
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	@$(BIN)/python -m pytest -q -s -m cluster tests/cluster
+
+test-quantization: install ## run the tests of weights and products of 8 bits, for which it installs torchao
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantization]'
+	@$(BIN)/python -m pytest -q -m quantization
 
 check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
 	$(BIN)/ruff format --check .

@@ -111,6 +111,7 @@ def test_weights_are_read_at_once_to_their_device(caplog: pytest.LogCaptureFixtu
     assert "GB/s" in caplog.text
 
 
+@pytest.mark.quantization
 def test_torchao_rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fp8 the blocks' weights take a byte each, and a step's velocity is off by a few per cent."""
     pytest.importorskip("torchao", reason="the extra quantization is not installed")
