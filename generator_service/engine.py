@@ -13,7 +13,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
@@ -22,9 +22,10 @@ from PIL.Image import Image
 
 from generator_service.comparison import Comparison, compare
 from generator_service.cost import CostModel
+from generator_service.happenings import Encoding, Listener, Preview, Rewritten, StepBegun, ignore
 from generator_service.imaging import Provenance, encode_image
 from generator_service.lemica import schedule_for
-from generator_service.line import Line, Queued
+from generator_service.line import Line
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import (
@@ -45,45 +46,6 @@ NO_TRACING = Tracing()
 MAX_PSNR_DB = 120.0
 """Stands for equal pictures in the metrics: a histogram's sum takes no infinity."""
 logger = logging.getLogger("flux2")
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """A request's prompt is being embedded."""
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A request's prompt was rewritten."""
-
-    prompt: str
-
-
-@dataclass(frozen=True)
-class StepBegun:
-    """A step of one of a request's pictures begins."""
-
-    index: int
-    """Which picture, from 0."""
-    step: int
-    is_computed: bool
-    seconds_left: float | None
-    """Until this picture is there."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What one of a request's pictures will be, as far as it is known."""
-
-    index: int
-    number: int
-    """Which preview of the picture, from 0."""
-    image: Image = field(repr=False)
-
-
-Happening = Queued | Rewritten | Encoding | StepBegun | Preview
-Listener = Callable[[Happening], None]
-"""Called on the device thread, and with what happens before on the event loop's."""
 
 
 @dataclass(frozen=True)
@@ -331,10 +293,6 @@ class Engine:
         if is_usual:
             self._learn(job.request, job.order.num_tokens, picture)
         return picture
-
-
-def ignore(_happening: Happening) -> None:
-    """Nobody listens."""
 
 
 def work_s(orders: Sequence[Order]) -> float | None:

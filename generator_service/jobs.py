@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncIterator
 from enum import StrEnum
 
-from generator_service.engine import Delivery, Happening, Preview, StepBegun
+from generator_service.engine import Delivery
+from generator_service.happenings import Happening, Preview, StepBegun
 from generator_service.line import Queued
 from generator_service.order import Order
 from generator_service.progress import Progress

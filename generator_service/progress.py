@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Self
 
-from generator_service.engine import Delivery, Happening, Listener
+from generator_service.engine import Delivery
+from generator_service.happenings import Happening, Listener
 from generator_service.line import Queued
 
 

@@ -16,7 +16,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from generator_service.cost import CostModel
-from generator_service.engine import Delivery, Happening, Listener, StepBegun, ignore, work_s
+from generator_service.engine import Delivery, work_s
+from generator_service.happenings import Happening, Listener, StepBegun, ignore
 from generator_service.line import Line
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard

@@ -10,7 +10,8 @@ from typing import Any
 from deploy.ray.remote_encoder import RemoteEncoder
 from generator_service.app import load_model, make_upsampler, running_engine
 from generator_service.cost import Cost
-from generator_service.engine import Delivery, Happening, StepBegun
+from generator_service.engine import Delivery
+from generator_service.happenings import Happening, StepBegun
 from generator_service.line import Queued
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard

@@ -11,7 +11,8 @@ from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 
-from generator_service.engine import Delivery, Encoding, Happening, Preview, Rewritten, StepBegun
+from generator_service.engine import Delivery
+from generator_service.happenings import Encoding, Happening, Preview, Rewritten, StepBegun
 from generator_service.imaging import preview_file
 from generator_service.line import Queued
 from shared.errors import Flux2Error

@@ -15,7 +15,8 @@ from starlette.datastructures import FormData, UploadFile
 from generator_service.api import events
 from generator_service.api.schemas import GenerateRequest, Sampling
 from generator_service.api.state import GeneratorState, generator_state
-from generator_service.engine import Delivery, Preview
+from generator_service.engine import Delivery
+from generator_service.happenings import Preview
 from generator_service.imaging import ImageFormat, preview_file
 from generator_service.order import Order
 from generator_service.progress import Progress

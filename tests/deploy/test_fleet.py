@@ -9,7 +9,8 @@ from typing import Any, Self
 import pytest
 
 from generator_service.cost import CostModel
-from generator_service.engine import Delivery, Encoding, StepBegun, Timings
+from generator_service.engine import Delivery, Timings
+from generator_service.happenings import Encoding, StepBegun
 from generator_service.lemica import schedule_for
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
