@@ -9,6 +9,7 @@ JSON line.
 import argparse
 import asyncio
 import json
+import os
 import platform
 import statistics
 import time
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cache", default="none")
+    parser.add_argument("--batch", type=int, default=1, help="how many pictures may share a run")
     args = parser.parse_args()
     cache = int(args.cache) if args.cache.isdigit() else args.cache
     body: dict[str, Any] = {
@@ -148,6 +150,7 @@ def main() -> None:
         "cache": cache,
     }
     bare = [bare_pictures_per_s(body, args.bare_seconds)]
+    os.environ["GENERATOR_MAX_BATCH"] = str(args.batch)
     with running_services() as services:
         load = asyncio.run(run_load(services, body, args.clients, args.seconds))
     bare.append(bare_pictures_per_s(body, args.bare_seconds))
@@ -159,7 +162,7 @@ def main() -> None:
         table.add_row(name, str(value))
     Console(width=100).print(table)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(json.dumps({"machine": machine, "clients": args.clients, **body} | told))
+    print(json.dumps({"machine": machine, "clients": args.clients, "batch": args.batch, **body} | told))
 
 
 if __name__ == "__main__":

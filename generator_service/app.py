@@ -15,7 +15,7 @@ from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
 from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
-from generator_service.engine import Engine, PictureMaker, PromptEncoder
+from generator_service.engine import Batching, Engine, PictureMaker, PromptEncoder
 from generator_service.jobs import JobStore
 from generator_service.order import open_shelf
 from generator_service.pipelines.card import ModelCard
@@ -102,7 +102,10 @@ async def running_engine(
     upsampler: Upsampler | None,
 ) -> AsyncIterator[Engine]:
     """An engine that is warm and whose device thread runs, for as long as the block does."""
-    engine = Engine(model, encoder, metrics, settings.max_waiting, settings.quality_sampling, tracing, upsampler)
+    batching = Batching(settings.max_batch, settings.max_batch_pixels)
+    engine = Engine(
+        model, encoder, metrics, settings.max_waiting, settings.quality_sampling, tracing, upsampler, batching
+    )
     metrics.watch_memory(model.device)
     await asyncio.to_thread(engine.warm_up, embedding_shape, settings.warm_up_sizes)
     async with engine.queue, upsampler or nullcontext():

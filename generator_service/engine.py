@@ -37,11 +37,13 @@ from generator_service.pipelines.flux2 import (
 from generator_service.pipelines.step_clock import Previews
 from generator_service.upsampler import Upsampler
 from shared.device_queue import Answer, DeviceQueue
-from shared.errors import Busy
+from shared.errors import Busy, NonFiniteOutput, OutOfMemory
 from shared.metrics import Metrics
 from shared.tracing import Tracing
 
 WARM_UP_STEPS = 3
+BATCHED_ROWS = 2
+"""What is compiled for this many rows holds for more; for one row PyTorch compiles something else."""
 NO_TRACING = Tracing()
 MAX_PSNR_DB = 120.0
 """Stands for equal pictures in the metrics: a histogram's sum takes no infinity."""
@@ -87,6 +89,18 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(frozen=True)
+class Batching:
+    """Which pictures may share a run."""
+
+    max_batch: int = 1
+    max_pixels: int = 0
+    """Of each; larger ones keep a GPU busy alone."""
+
+
+ALONE = Batching()
+
+
 class PromptEncoder(Protocol):
     """Where embeddings come from."""
 
@@ -121,11 +135,15 @@ class Engine:
         quality_sampling: float = 0.0,
         tracing: Tracing = NO_TRACING,
         upsampler: Upsampler | None = None,
+        batching: Batching = ALONE,
     ) -> None:
         self.model = model
         self.card = model.card
         self.encoder = encoder
-        self.queue = DeviceQueue[Job, GeneratedPicture](self._run, max_waiting=max_waiting)
+        self._batching = batching
+        self.queue = DeviceQueue[Job, GeneratedPicture](
+            self._run, max_waiting=max_waiting, max_batch=batching.max_batch, key=self._common
+        )
         self.cost = CostModel()
         self._line = Line()
         self._metrics = metrics
@@ -179,6 +197,8 @@ class Engine:
                     self._learn(request, self.card.num_image_tokens(width, height), picture)
         if "compile" in self.model.performance.optimisations:
             self.model.prepare(request, "any")
+            if self._batching.max_batch > 1:
+                self.model.prepare_batch([request] * BATCHED_ROWS, "any")
         logger.info("%s", self.model.performance)
 
     def _learn(self, request: GenerationRequest, num_tokens: int, picture: GeneratedPicture) -> None:
@@ -276,23 +296,45 @@ class Engine:
             job.cancelled.set()
             raise
 
-    def _run(self, jobs: Sequence[Job]) -> list[GeneratedPicture]:
+    def _common(self, job: Job) -> object:
+        """What pictures that share a run have in common; None for one that is drawn alone."""
+        request, order = job.request, job.order
+        is_small = request.width * request.height <= self._batching.max_pixels
+        if not is_small or request.references or request.adapters or order.preview_steps:
+            return None
+        embeds = request.prompt_embeds
+        return (request.width, request.height, request.guidance_scale, request.schedule, embeds.shape, embeds.dtype)
+
+    def _run(self, jobs: Sequence[Job]) -> list[GeneratedPicture | Exception]:
         """On the device thread."""
+        if len(jobs) > 1:
+            try:
+                return list(
+                    self.model.generate_batch([job.request for job in jobs], lambda *step: self._tell(jobs, *step))
+                )
+            except (OutOfMemory, NonFiniteOutput) as error:
+                logger.warning("%d pictures are drawn one by one: %s", len(jobs), error)
         return [self._run_one(job) for job in jobs]
 
-    def _run_one(self, job: Job) -> GeneratedPicture:
-        def on_step(step: int, is_computed: bool) -> None:
-            if job.cancelled.is_set():
-                raise GenerationCancelled
-            self._metrics.steps.labels("computed" if is_computed else "reused").inc()
-            if job.listener is not None:
-                job.listener(StepBegun(job.index, step, is_computed, job.order.seconds_left(step)))
-
-        picture = self.model.generate(job.request, on_step, previews_of(job))
+    def _run_one(self, job: Job) -> GeneratedPicture | Exception:
+        try:
+            picture = self.model.generate(job.request, lambda *step: self._tell([job], *step), previews_of(job))
+        except Exception as error:  # noqa: BLE001 - it belongs to this picture's caller alone
+            return error
         is_usual = not job.order.adapters and picture.schedule is job.request.schedule  # else it took longer
         if is_usual:
             self._learn(job.request, job.order.num_tokens, picture)
         return picture
+
+    def _tell(self, jobs: Sequence[Job], step: int, is_computed: bool) -> None:
+        """Before each step; a run that nobody wants any more ends here."""
+        wanted = [job for job in jobs if not job.cancelled.is_set()]
+        if not wanted:
+            raise GenerationCancelled
+        self._metrics.steps.labels("computed" if is_computed else "reused").inc(len(wanted))
+        for job in wanted:
+            if job.listener is not None:
+                job.listener(StepBegun(job.index, step, is_computed, job.order.seconds_left(step)))
 
 
 def work_s(orders: Sequence[Order]) -> float | None:

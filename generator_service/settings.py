@@ -39,6 +39,10 @@ class GeneratorSettings(ServiceSettings):
     """Where a container's port is published, which the container cannot know: for the warning about missing keys."""
     max_body_bytes: int = Field(48 * 2**20, gt=0)
     max_waiting: int = Field(8, ge=1)
+    max_batch: int = Field(1, ge=1)
+    """How many pictures that fit together share a run."""
+    max_batch_pixels: int = Field(512 * 512, ge=0)
+    """Of each of them; a larger picture is drawn alone."""
     max_pixels: int = Field(2048 * 2048, ge=256)
     min_side: int = Field(64, ge=16)
     max_side: int = Field(4096, ge=16)

@@ -2,7 +2,7 @@
 
 Callers first take a place, which is refused at once (429) when none is free, and then submit work. Work whose caller
 has left is dropped before it reaches the device; the event loop is never blocked. The text encoder batches prompts with
-it; the generator runs one picture at a time.
+it, the generator pictures that can share a run.
 """
 
 import asyncio
@@ -39,23 +39,29 @@ class _Entry(Generic[Work, Result]):
 
 
 class DeviceQueue(Generic[Work, Result]):
-    """Runs ``run(batch)`` on a thread of its own, for batches of at most ``max_batch`` that arrived close together.
+    """Runs ``run(batch)`` on a thread of its own, for batches of at most ``max_batch`` that belong together.
+
+    Who waits longest is always in the next batch; others may overtake only by joining it.
 
     Args:
-        run: computes one result for each item of a batch, in order. An exception fails the whole batch.
+        run: computes one result, or the exception that its caller gets, for each item of a batch, in order. An
+            exception that it raises fails the whole batch.
         max_waiting: how many callers may wait while a batch runs.
         max_batch: the most items in one batch.
         max_wait_s: how long a batch that is not full waits for company.
+        key: items with equal keys belong together; what has the key None runs alone. Everything does by default.
     """
 
     def __init__(
         self,
-        run: Callable[[Sequence[Work]], Sequence[Result]],
+        run: Callable[[Sequence[Work]], Sequence[Result | Exception]],
         *,
         max_waiting: int,
         max_batch: int = 1,
         max_wait_s: float = 0.0,
+        key: Callable[[Work], object] = lambda _work: "",
     ) -> None:
+        self._key = key
         self._run = run
         self._max_waiting = max_waiting
         self._max_batch = max_batch
@@ -136,11 +142,13 @@ class DeviceQueue(Generic[Work, Result]):
                 await self._run_batch(batch)
 
     def _next_batch(self) -> list[_Entry[Work, Result]]:
-        batch: list[_Entry[Work, Result]] = []
-        while self._waiting and len(batch) < self._max_batch:
-            entry = self._waiting.popleft()
-            if not entry.answer.done():  # its caller is still there
-                batch.append(entry)
+        waiting = [entry for entry in self._waiting if not entry.answer.done()]  # their callers are still there
+        batch = waiting[:1]
+        key = self._key(batch[0].work) if batch else None
+        if key is not None and self._max_batch > 1:
+            company = [entry for entry in waiting[1:] if self._key(entry.work) == key]
+            batch += company[: self._max_batch - 1]
+        self._waiting = deque(entry for entry in waiting if entry not in batch)
         if not self._waiting:
             self._arrival.clear()
         return batch
@@ -156,7 +164,11 @@ class DeviceQueue(Generic[Work, Result]):
                     entry.answer.set_exception(error)
         else:
             for entry, result in zip(batch, results, strict=True):
-                if not entry.answer.done():
+                if entry.answer.done():
+                    continue
+                if isinstance(result, Exception):
+                    entry.answer.set_exception(result)
+                else:
                     entry.answer.set_result(Answer(result, began - entry.arrived))
         finally:
             self._batch_s += 0.3 * (time.monotonic() - began - self._batch_s)

@@ -8,7 +8,8 @@ does, or leaves undone, can reach another.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class Flux2Model:
     ) -> None:
         self.folder = folder
         self._parts = parts
+        parts.vae.enable_slicing()  # of a batch each picture is decoded as it would be alone
         self.device: torch.device = parts.vae.device  # an offloaded transformer is in two places
         self.dtype: torch.dtype = parts.transformer.dtype
         self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
@@ -168,12 +170,16 @@ class Flux2Model:
             request: what to draw.
             kind: compiled for pictures of ``this`` size, or of ``any`` that was not prepared.
         """
+        return self.prepare_batch([request], kind)[0]
+
+    def prepare_batch(self, requests: Sequence[GenerationRequest], kind: Kind) -> list[GeneratedPicture]:
+        """As ``prepare``, for pictures that are drawn together."""
         try:
             with self._optimised.preparing(kind):
-                return self._generate(request, None, None)
+                return self._generate(requests)
         except CompilationFailed as error:
             self._optimised.give_up_compiling(error)
-        return self._generate(request, None, None)
+        return self._generate(requests)
 
     def generate(
         self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
@@ -191,28 +197,56 @@ class Flux2Model:
             NonFiniteOutput: the latents are no finite numbers, even with every step computed.
             InvalidRequest: a LoRA adapter is none of this model.
         """
+        with self._serving([request]):
+            return self._finite(request, on_step, previews)
+
+    def generate_batch(
+        self, requests: Sequence[GenerationRequest], on_step: StepListener | None = None
+    ) -> list[GeneratedPicture]:
+        """Make several pictures in one run; each equals the one that is drawn alone up to rounding.
+
+        Args:
+            requests: of one size, guidance scale, schedule and shape of embedding, without references and adapters.
+            on_step: as for ``generate``.
+
+        Raises:
+            OutOfMemory: the device has too little memory for so many.
+            NonFiniteOutput: the latents of one of them are no finite numbers.
+        """
+        with self._serving(requests):
+            return self._generate(requests, on_step)
+
+    @contextmanager
+    def _serving(self, requests: Sequence[GenerationRequest]) -> Iterator[None]:
+        """The block draws ``requests``, with the first one's adapters and without compiling anything."""
+        first = requests[0]
         try:
-            with self._optimised.serving(), self.adapters.applied(request.adapters):
-                return self._finite(request, on_step, previews)
+            with self._optimised.serving(), self.adapters.applied(first.adapters):
+                yield
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            size = f"{request.width}x{request.height}"
-            raise OutOfMemory(f"a picture of {size} does not fit into the memory of the GPU now") from error
+            what = "a picture" if len(requests) == 1 else f"{len(requests)} pictures"
+            told = f"{what} of {first.width}x{first.height} does not fit into the memory of the GPU now"
+            raise OutOfMemory(told) from error
 
     def _finite(
         self, request: GenerationRequest, on_step: StepListener | None, previews: Previews | None
     ) -> GeneratedPicture:
         """A picture, drawn once more with every step computed if it is none."""
         try:
-            return self._generate(request, on_step, previews)
+            return self._generate([request], on_step, previews)[0]
         except NonFiniteOutput:
             logger.warning("latents are not finite with %s: drawing again without a cache", request.schedule)
         everything = schedule_for("none", request.schedule.num_steps)
-        return self._generate(replace(request, schedule=everything), on_step, previews)
+        return self._generate([replace(request, schedule=everything)], on_step, previews)[0]
 
     def _generate(
-        self, request: GenerationRequest, on_step: StepListener | None, previews: Previews | None
-    ) -> GeneratedPicture:
+        self,
+        requests: Sequence[GenerationRequest],
+        on_step: StepListener | None = None,
+        previews: Previews | None = None,
+    ) -> list[GeneratedPicture]:
+        request = requests[0]  # what they have in common
         scheduler = self._scheduler()
         transformer = CachedTransformer(
             self._parts.transformer,
@@ -225,12 +259,14 @@ class Flux2Model:
         taker = PreviewTaker(previews, request.width // self.card.pixels_per_token) if previews else None
         clock = StepClock(request.schedule.num_steps, self.device, taker)
         began = time.perf_counter()
-        pixels = self._run(request, self._pipeline(transformer, scheduler), clock)
-        image = picture_of(pixels)
+        pixels = self._run(requests, self._pipeline(transformer, scheduler), clock)
+        images = [picture_of(row) for row in pixels]
         ended = time.perf_counter()
-        return GeneratedPicture(
-            image, clock.ended - began, ended - clock.ended, clock.latents, clock.previews_s, request.schedule
-        )
+        seconds = clock.ended - began, ended - clock.ended
+        return [
+            GeneratedPicture(image, *seconds, latents, clock.previews_s, request.schedule)
+            for image, latents in zip(images, torch.split(clock.latents, 1), strict=True)
+        ]
 
     def record(
         self, request: GenerationRequest, trace: Trace = "residual", keep: torch.device | Path | None = None
@@ -245,7 +281,7 @@ class Flux2Model:
         scheduler = self._scheduler()
         recorder = TrajectoryRecorder(self._parts.transformer, trace, keep or self.device)
         clock = StepClock(request.schedule.num_steps, self.device)
-        self._run(request, self._pipeline(recorder, scheduler), clock, output_type="latent")
+        self._run([request], self._pipeline(recorder, scheduler), clock, output_type="latent")
         return recorder.trajectory(clock.latents, scheduler.sigmas)
 
     def calibration(
@@ -255,21 +291,26 @@ class Flux2Model:
         return Calibration(self._parts.transformer, trajectories, predictor, batch_size)
 
     def _run(
-        self, request: GenerationRequest, pipeline: Flux2Pipeline, clock: StepClock, output_type: str = "pt"
+        self,
+        requests: Sequence[GenerationRequest],
+        pipeline: Flux2Pipeline,
+        clock: StepClock,
+        output_type: str = "pt",
     ) -> torch.Tensor:
-        """What the library's pipeline makes of a request: pixels ``[3, H, W]`` from 0 to 1, on the device."""
+        """What the library's pipeline makes of requests: pixels ``[B, 3, H, W]`` from 0 to 1, on the device."""
+        request = requests[0]
         made: torch.Tensor = pipeline(
-            prompt_embeds=request.prompt_embeds.to(self.device, self.dtype),
+            prompt_embeds=torch.cat([each.prompt_embeds for each in requests]).to(self.device, self.dtype),
             image=list(request.references) or None,
             width=request.width,
             height=request.height,
             num_inference_steps=request.schedule.num_steps,
             guidance_scale=request.guidance_scale,
             # On the CPU, so that a seed means the same noise on every device.
-            generator=torch.Generator("cpu").manual_seed(request.seed),
+            generator=[torch.Generator("cpu").manual_seed(each.seed) for each in requests],
             callback_on_step_end=clock,
             output_type=output_type,
-        ).images[0]
+        ).images
         return made
 
     def _scheduler(self) -> Any:

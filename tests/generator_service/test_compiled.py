@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from generator_service.engine import Engine
+from generator_service.engine import Batching, Engine
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
 from shared.compilation import num_compilations
 from shared.metrics import Metrics
 from tests.generator_service.test_lora import adapter_file
 from tests.generator_service.test_optimised import OTHER_SIDE, SIDE, loaded, wanted
+
+BATCHING = Batching(max_batch=3, max_pixels=SIDE * SIDE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +60,7 @@ def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPa
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> Engine:
     """An engine around ``model``, started as the service starts it."""
-    engine = Engine(model, encoder=None, metrics=Metrics(), max_waiting=1)  # type: ignore[arg-type]
+    engine = Engine(model, encoder=None, metrics=Metrics(), max_waiting=1, batching=BATCHING)  # type: ignore[arg-type]
     engine.warm_up((32, model.card.embedding_width), sizes)
     return engine
 
@@ -82,9 +84,9 @@ def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: Back
 
 
 def test_a_size_is_compiled_once(compiled: Flux2Model, backend: Backend) -> None:
-    """At start two kinds of blocks and the decoder are compiled for each size, and the blocks for any other."""
+    """At start two kinds of blocks and the decoder are compiled for each size, and the blocks for all others."""
     assert compiled.performance.optimisations == {"compile", "vae"}
-    assert backend.graphs == 2 * 3 + 2
+    assert backend.graphs == 2 * 3 + 2 + 2  # once for a single picture and once for several
 
 
 @pytest.mark.usefixtures("nothing_compiles")
@@ -103,6 +105,17 @@ def test_other_sizes_run_compiled_blocks_too(compiled: Flux2Model, backend: Back
     request = wanted(2, side=OTHER_SIDE)
     assert torch.equal(compiled.generate(request).latents, demo.generate(request).latents)
     assert backend.runs == before + 6 * 2
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+@pytest.mark.parametrize("rows", [2, 3])
+def test_batches_run_compiled_blocks_too(compiled: Flux2Model, backend: Backend, demo: Flux2Model, rows: int) -> None:
+    """However many pictures share a run, it uses the blocks for several; each is decoded as if it were alone."""
+    before = backend.runs
+    requests = [wanted(2, seed=seed) for seed in range(rows)]
+    latents = [picture.latents for picture in compiled.generate_batch(requests)]
+    assert backend.runs == before + 6 * 2 + rows
+    assert all(map(torch.equal, latents, [picture.latents for picture in demo.generate_batch(requests)]))
 
 
 @pytest.mark.usefixtures("nothing_compiles")

@@ -124,3 +124,27 @@ async def test_work_whose_deadline_has_passed_never_runs() -> None:
     assert last.value == "last"
     assert ran == ["first", "last"]
     assert max(waited) < 0.4
+
+
+async def test_what_belongs_together_may_overtake_by_joining() -> None:
+    """Who waits longest is in the next batch, with those of the same key, wherever they wait; None joins nobody."""
+    gate = Gate()
+    keys = {0: None, 1: "odd", 2: "even", 3: "odd", 4: None, 5: "odd", 6: "even", 7: None}
+    async with DeviceQueue[int, int](gate, max_waiting=20, max_batch=2, key=keys.get) as queue:
+        calls = [asyncio.create_task(ask(queue, number)) for number in keys]
+        await asyncio.sleep(0.05)
+        gate.opened.set()
+        assert await asyncio.gather(*calls) == [2 * number for number in keys]
+    assert gate.batches == [[0], [1, 3], [2, 6], [4], [5], [7]]
+
+
+async def test_an_error_of_one_is_its_own() -> None:
+    """A result that is an exception reaches its caller alone."""
+
+    def halve(batch: Sequence[int]) -> list[int | Exception]:
+        return [ValueError("odd") if number % 2 else number // 2 for number in batch]
+
+    async with DeviceQueue[int, int](halve, max_waiting=4, max_batch=2, max_wait_s=0.02) as queue:
+        odd, even = await asyncio.gather(ask(queue, 1), ask(queue, 4), return_exceptions=True)
+    assert isinstance(odd, ValueError)
+    assert even == 2
