@@ -18,7 +18,7 @@ PROFILES: dict[str, frozenset[Optimisation]] = {
     "exact": frozenset(),
     "fast": frozenset({"attention", "compile", "fused_qkv", "vae"}),
     "fastest": frozenset({"attention", "compile", "fp8", "fused_qkv", "vae"}),
-    "offload": frozenset({"attention", "offload"}),
+    "offload": frozenset({"offload"}),
 }
 WORKING_BYTES = 6 * 10**9
 """What a GPU needs beside the weights: activations and decoding at 1024x1024, and CUDA itself."""
