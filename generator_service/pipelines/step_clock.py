@@ -94,7 +94,7 @@ class StepClock:
     def _keep_pace(self) -> None:
         """Wait for the step of some steps ago; the device has the later ones to do meanwhile."""
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
         if len(self._events) > STEPS_AHEAD:
             self._events.popleft().synchronize()
