@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak test-docker test-cluster test-quantization check format train clean weights up down logs
+.PHONY: help install demo serve test soak test-docker test-cluster test-slow check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +27,7 @@ serve: install ## run both services with the demo model until Ctrl-C
 	@$(BIN)/python -m demo_model.serve
 
 test: install ## run the test suite
-	@$(BIN)/python -m pytest -q -m "not docker and not cluster"
+	@$(BIN)/python -m pytest -q -m "not docker and not cluster and not slow"
 
 soak: install ## the tests of tests/threats in their long forms (most of an hour)
 	@$(BIN)/python -m pytest -q -s --soak tests/threats
@@ -39,9 +39,9 @@ test-cluster: install ## run both services on a simulated Ray cluster, and kill 
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	@$(BIN)/python -m pytest -q -s -m cluster tests/cluster
 
-test-quantization: install ## run the tests of weights and products of 8 bits, for which it installs torchao
+test-slow: install ## compile for real, compute in 8 bits (installs torchao), run every benchmark at a tiny size
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantization]'
-	@$(BIN)/python -m pytest -q -m quantization
+	@$(BIN)/python -m pytest -q -m slow
 
 check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.gpu import PARTS, ROOT, Part, last_json, run_part
 
 
+@pytest.mark.slow
 def test_every_part_at_the_tiny_size(tmp_path: Path) -> None:
     """Without a GPU the command runs the speed of steps and pictures tiny, and leaves their JSON and a log."""
     ended = subprocess.run(

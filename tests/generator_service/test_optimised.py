@@ -1,5 +1,6 @@
 """Optimisations on the demo model: what they compile and when, and that pictures stay what they are."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -58,6 +59,8 @@ def test_pictures_stay_the_same_but_for_rounding(optimisation: Optimisation, dem
     assert (pixels[0] - pixels[1]).abs().max() <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, in its compiler
 def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
     """All of ``fast`` together, compiled by PyTorch's own compiler, equals ``exact`` up to rounding."""
@@ -111,7 +114,7 @@ def test_weights_are_read_at_once_to_their_device(caplog: pytest.LogCaptureFixtu
     assert "GB/s" in caplog.text
 
 
-@pytest.mark.quantization
+@pytest.mark.slow
 def test_torchao_rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fp8 the blocks' weights take a byte each, and a step's velocity is off by a few per cent."""
     pytest.importorskip("torchao", reason="the extra quantization is not installed")

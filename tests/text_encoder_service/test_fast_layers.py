@@ -78,6 +78,7 @@ def test_a_larger_batch_runs_uncompiled() -> None:
     assert num_compilations() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 def test_compiled_code_equals_exact_up_to_rounding() -> None:
     """The same for code that is really compiled, here by the C++ compiler."""

@@ -30,7 +30,7 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao.quantization", exc_type=ImportError)
 
 
-@pytest.mark.quantization
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_is_nearly_full(dtype: torch.dtype) -> None:
@@ -44,7 +44,7 @@ def test_int8_is_nearly_full(dtype: torch.dtype) -> None:
     assert {type(linear.weight).__name__ for linear in linears} == {"Int8Tensor"}
 
 
-@pytest.mark.quantization
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 def test_int8_can_be_fast() -> None:
     """Quantised layers are trimmed and compiled as full ones are, and give the same up to rounding."""
