@@ -41,6 +41,8 @@ class Load:
     refusals_s: list[float] = field(default_factory=list)
     estimate_errors: list[float] = field(default_factory=list)
     """|expected / taken - 1| of each picture's denoising and decoding."""
+    device_s: float = 0.0
+    """Of all pictures: denoising and decoding."""
     memory_mb: list[float] = field(default_factory=list)
     """Resident size of the generator, each second."""
     seconds: float = 0.0
@@ -90,6 +92,7 @@ async def client(http: httpx.AsyncClient, body: dict[str, Any], load: Load, unti
         if answer.status_code == httpx.codes.OK:
             load.latencies_s.append(time.perf_counter() - began)
             taken = float(answer.headers["x-denoise-ms"]) + float(answer.headers["x-decode-ms"])
+            load.device_s += taken / 1000
             load.estimate_errors.append(abs(float(answer.headers["x-estimate-ms"]) / taken - 1))
 
 
@@ -110,7 +113,7 @@ async def run_load(services: Services, body: dict[str, Any], num_clients: int, s
     return load
 
 
-def summary(load: Load, bare: list[float]) -> dict[str, Any]:
+def summary(load: Load, bare: list[float], batch: int) -> dict[str, Any]:
     """The figures."""
     cuts = statistics.quantiles(load.latencies_s, n=100)
     half = len(load.memory_mb) // 2
@@ -121,6 +124,7 @@ def summary(load: Load, bare: list[float]) -> dict[str, Any]:
         "pictures_per_s": round(load.pictures_per_s, 3),
         "bare_pictures_per_s": [round(rate, 3) for rate in bare],
         "ratio": round(load.pictures_per_s / statistics.fmean(bare), 3),
+        "device_idle_share": round(1 - load.device_s / load.seconds, 3) if batch == 1 else None,  # else runs are shared
         "latency_s": {f"p{k}": round(cuts[k - 1], 2) for k in (50, 95, 99)},
         "refusal_ms_p99": round(1000 * statistics.quantiles(load.refusals_s, n=100)[98], 1)
         if load.refusals_s
@@ -154,7 +158,7 @@ def main() -> None:
     with running_services() as services:
         load = asyncio.run(run_load(services, body, args.clients, args.seconds))
     bare.append(bare_pictures_per_s(body, args.bare_seconds))
-    told = summary(load, bare)
+    told = summary(load, bare, args.batch)
     table = Table(
         "figure", "value", title=f"{args.clients} clients, {args.side}x{args.side}, {args.steps} steps, {cache}"
     )
