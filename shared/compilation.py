@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 MAX_SHAPES = 64
@@ -19,8 +18,10 @@ MAX_SHAPES = 64
 
 Backend = str | Callable[..., Any]
 """As ``torch.compile``'s ``backend``."""
-CompilationFailed = TorchDynamoException
-"""What running a compiled part raises where it cannot be compiled: no compiler, or none for this device."""
+
+
+class CompilationFailed(Exception):
+    """A part cannot be compiled, or does not run as it was: there is no compiler, say, or none for this device."""
 
 
 def compile_parts(parts: Sequence[nn.Module], backend: Backend = "inductor") -> None:
@@ -42,11 +43,20 @@ def restore_parts(parts: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within the block every new shape of a compiled part is compiled: for the start of a service."""
-    with torch._dynamo.config.patch(  # noqa: SLF001 - where PyTorch documents these settings
-        recompile_limit=MAX_SHAPES, accumulated_recompile_limit=4 * MAX_SHAPES
-    ):
-        yield
+    """Within the block every new shape of a compiled part is compiled: for the start of a service.
+
+    Raises:
+        CompilationFailed: instead of any error in the block but too little memory. Compilers fail in many ways, some
+            of them only when what they made is first run; what the error really was shows without compiling.
+    """
+    limits: dict[str, Any] = {"recompile_limit": MAX_SHAPES, "accumulated_recompile_limit": 4 * MAX_SHAPES}
+    with torch._dynamo.config.patch(**limits):  # noqa: SLF001 - where PyTorch documents these settings
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise CompilationFailed from error
 
 
 @contextmanager
@@ -64,6 +74,7 @@ def num_compilations() -> int:
 def log_failure(what: str, error: Exception) -> str:
     """A line for people about a failed compilation; the details go to the log at level debug."""
     logging.getLogger("flux2").debug("%s could not be compiled", what, exc_info=error)
-    cause = getattr(error, "inner_exception", error)
+    cause = error.__cause__ or error
+    cause = getattr(cause, "inner_exception", cause)
     first = (str(cause).strip().splitlines() or [""])[0]
     return f"{what} could not be compiled ({type(cause).__name__}: {first[:200]})"

@@ -91,8 +91,8 @@ class FastLayers:
             CompilationFailed: it does not work here; the layers are as they were.
         """
         try:
-            compile_parts(list(self._model.layers), backend)
             with compiling():
+                compile_parts(list(self._model.layers), backend)
                 for batch, length in self.shapes:
                     ones = torch.ones(batch, length, dtype=torch.long)
                     self._run(ones, ones)

@@ -132,11 +132,17 @@ def test_adapters_do_not_stay_in_the_way(compiled: Flux2Model, backend: Backend)
     assert not torch.equal(plain.latents, inked.latents)
 
 
-def test_a_compiler_that_fails_is_done_without(demo: Flux2Model) -> None:
-    """The service starts uncompiled, and says why and with what."""
+@pytest.mark.parametrize("fails_at", ["compiling", "running"])
+def test_a_compiler_that_fails_is_done_without(demo: Flux2Model, fails_at: str) -> None:
+    """The service starts uncompiled, and says why and with what; some compilers fail only when their code is run."""
 
-    def broken(_graph: object, _inputs: object) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no C compiler was found")
+
+    def broken(_graph: object, _inputs: object) -> Callable[..., None]:
+        if fails_at == "compiling":
+            fail()
+        return fail
 
     model = loaded("compile", "vae", backend=broken)
     warm(model)
