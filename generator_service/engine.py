@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import math
 import random
 import threading
 import time
@@ -197,9 +198,20 @@ class Engine:
                     self._learn(request, self.card.num_image_tokens(width, height), picture)
         if "compile" in self.model.performance.optimisations:
             self.model.prepare(request, "any")
-            if self._batching.max_batch > 1:
-                self.model.prepare_batch([request] * BATCHED_ROWS, "any")
+            self._warm_up_batches(request)
         logger.info("%s", self.model.performance)
+
+    def _warm_up_batches(self, request: GenerationRequest) -> None:
+        """Have runs of several pictures like ``request`` compiled, at the largest size that they are drawn at."""
+        unit = self.card.pixels_per_token
+        side = min(math.isqrt(self._batching.max_pixels) // unit * unit, self.card.default_side)
+        if self._batching.max_batch == 1 or side == 0:
+            return
+        try:
+            self.model.prepare_batch([replace(request, width=side, height=side)] * BATCHED_ROWS, "any")
+        except OutOfMemory as error:
+            self._batching = ALONE
+            logger.warning("pictures will not share runs: %s", error)
 
     def _learn(self, request: GenerationRequest, num_tokens: int, picture: GeneratedPicture) -> None:
         self.cost.observe(

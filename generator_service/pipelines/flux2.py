@@ -169,17 +169,21 @@ class Flux2Model:
         Args:
             request: what to draw.
             kind: compiled for pictures of ``this`` size, or of ``any`` that was not prepared.
+
+        Raises:
+            OutOfMemory: the device has too little memory for a picture of this size.
         """
         return self.prepare_batch([request], kind)[0]
 
     def prepare_batch(self, requests: Sequence[GenerationRequest], kind: Kind) -> list[GeneratedPicture]:
         """As ``prepare``, for pictures that are drawn together."""
-        try:
-            with self._optimised.preparing(kind):
-                return self._generate(requests)
-        except CompilationFailed as error:
-            self._optimised.give_up_compiling(error)
-        return self._generate(requests)
+        with fits_in_memory(requests):
+            try:
+                with self._optimised.preparing(kind):
+                    return self._generate(requests)
+            except CompilationFailed as error:
+                self._optimised.give_up_compiling(error)
+            return self._generate(requests)
 
     def generate(
         self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
@@ -219,15 +223,9 @@ class Flux2Model:
     @contextmanager
     def _serving(self, requests: Sequence[GenerationRequest]) -> Iterator[None]:
         """The block draws ``requests``, with the first one's adapters and without compiling anything."""
-        first = requests[0]
-        try:
-            with self._optimised.serving(), self.adapters.applied(first.adapters):
-                yield
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            what = "a picture" if len(requests) == 1 else f"{len(requests)} pictures"
-            told = f"{what} of {first.width}x{first.height} does not fit into the memory of the GPU now"
-            raise OutOfMemory(told) from error
+        adapters = requests[0].adapters
+        with fits_in_memory(requests), self._optimised.serving(), self.adapters.applied(adapters):
+            yield
 
     def _finite(
         self, request: GenerationRequest, on_step: StepListener | None, previews: Previews | None
@@ -360,6 +358,19 @@ class _RememberingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers sh
             found = super()._encode_vae_image(image=image, generator=generator)
             self.encoded.put(key, found)
         return found
+
+
+@contextmanager
+def fits_in_memory(requests: Sequence[GenerationRequest]) -> Iterator[None]:
+    """The block draws ``requests``; ``OutOfMemory`` says that the device is too small for them."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        first = requests[0]
+        what = "a picture" if len(requests) == 1 else f"a run of {len(requests)} pictures"
+        told = f"{what} of {first.width}x{first.height} does not fit into the memory of the GPU now"
+        raise OutOfMemory(told) from error
 
 
 def picture_of(pixels: torch.Tensor) -> Image:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from generator_service.engine import Batching, Engine
+from generator_service.engine import Batching, Engine, Job
+from generator_service.order import Order
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.performance import Performance
 from shared.compilation import num_compilations
 from shared.metrics import Metrics
 from tests.generator_service.test_lora import adapter_file
@@ -58,11 +61,14 @@ def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPa
     return model
 
 
-def warm(model: Flux2Model, *sizes: tuple[int, int]) -> Engine:
-    """An engine around ``model``, started as the service starts it."""
-    engine = Engine(model, encoder=None, metrics=Metrics(), max_waiting=1, batching=BATCHING)  # type: ignore[arg-type]
-    engine.warm_up((32, model.card.embedding_width), sizes)
-    return engine
+def engine_of(model: Flux2Model, batching: Batching = BATCHING) -> Engine:
+    """An engine around ``model``, cold."""
+    return Engine(model, encoder=None, metrics=Metrics(), max_waiting=1, batching=batching)  # type: ignore[arg-type]
+
+
+def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
+    """Start ``model`` as the service starts it."""
+    engine_of(model).warm_up((32, model.card.embedding_width), sizes)
 
 
 @pytest.fixture
@@ -116,6 +122,41 @@ def test_batches_run_compiled_blocks_too(compiled: Flux2Model, backend: Backend,
     latents = [picture.latents for picture in compiled.generate_batch(requests)]
     assert backend.runs == before + 6 * 2 + rows
     assert all(map(torch.equal, latents, [picture.latents for picture in demo.generate_batch(requests)]))
+
+
+@pytest.mark.parametrize(("max_pixels", "side"), [(SIDE * SIDE + 1, SIDE), (2**24, 128), (255, None)])
+def test_batches_are_prepared_at_a_size_that_they_are_drawn_at(
+    demo: Flux2Model, monkeypatch: pytest.MonkeyPatch, max_pixels: int, side: int | None
+) -> None:
+    """Sizes that are warmed up may be too large to share a run; none that is not drawn so is tried at start."""
+    tried: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
+    monkeypatch.setattr(
+        Flux2Model, "prepare_batch", lambda _, batch, _kind: tried.append((len(batch), batch[0].width, batch[0].height))
+    )
+    monkeypatch.setattr(Flux2Model, "prepare", lambda _, request, _kind="this": demo.generate(request))
+    engine_of(demo, Batching(3, max_pixels)).warm_up((32, demo.card.embedding_width), [(SIDE, 2 * SIDE)])
+    assert tried == ([] if side is None else [(2, side, side)])
+
+
+def test_batches_that_do_not_fit_are_not_drawn(
+    demo: Flux2Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that has too little memory for a batch serves its pictures one by one, and says so at start."""
+    real = demo._generate
+
+    def too_small(requests: list[Any], *more: Any) -> Any:
+        if len(requests) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
+        return real(requests, *more)
+
+    monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
+    monkeypatch.setattr(demo, "_generate", too_small)
+    engine = engine_of(demo, BATCHING)
+    engine.warm_up((32, demo.card.embedding_width), [(SIDE, SIDE)])
+    assert "will not share runs: a run of 2 pictures of 64x64 does not fit" in caplog.text
+    order = cast("Order", SimpleNamespace(preview_steps=()))
+    assert engine._common(Job(order, wanted(), 0, None)) is None
 
 
 @pytest.mark.usefixtures("nothing_compiles")

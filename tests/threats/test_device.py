@@ -80,8 +80,13 @@ async def test_what_has_no_time_left_does_not_start(serve_generator: Serve) -> N
     """Of 20 requests that may wait a moment behind a long one none is begun, and each is told so with 504."""
     async with serve_generator(max_waiting=20) as http:
         await http.post("/generate", json=SMALL)
+        begun = await steps_run(http)
         long = asyncio.create_task(http.post("/generate", json=LONG | {"width": 256, "height": 256}))
-        await until(lambda: steps_run(http))
+
+        async def is_drawing() -> bool:
+            return await steps_run(http) > begun
+
+        await until(is_drawing)
         late = await asyncio.gather(*(http.post("/generate", json=SMALL | {"deadline_ms": 100}) for _ in range(20)))
         assert not long.done()
         assert (await long).status_code == 200
