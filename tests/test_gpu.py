@@ -1,0 +1,166 @@
+"""Where tensors are on a GPU, and when the host waits for it; shown on one that is pretended."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from demo_model.services import WEIGHTS
+from generator_service.lemica import PREDICTORS
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
+from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.parts import load_parts
+from generator_service.pipelines.performance import Performance
+from generator_service.pipelines.step_clock import Previews
+from generator_service.settings import Optimisation
+from shared.model_folder import ModelFolder, read_prompt_format
+from tests import pretended_gpu
+from tests.conftest import CPU
+from tests.generator_service.test_lora import adapter_file
+from tests.generator_service.test_optimised import wanted
+from tests.pretended_gpu import DEVICE, Gpu, OnGpu
+from text_encoder_service.encoder import MistralEncoder
+
+pytestmark = [
+    pytest.mark.skipif(pretended_gpu.COMPILER is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch knows real GPUs: benchmarks.trace"),
+]
+
+FOLDER = ModelFolder("weights", "local", WEIGHTS)
+TOLERANCE = 1e-4
+"""Of final latents: projections are joined, and attention is another."""
+PROFILES: list[tuple[Optimisation, ...]] = [(), ("attention", "fused_qkv", "vae")]
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    """One that is pretended."""
+    with pretended_gpu.pretended():
+        yield
+
+
+@pytest.fixture(scope="module")
+def lora_dir(tmp_path_factory: pytest.TempPathFactory, demo: Flux2Model) -> Path:
+    """A folder with one adapter."""
+    folder = tmp_path_factory.mktemp("lora")
+    adapter_file(folder / "ink.safetensors", demo)
+    return folder
+
+
+def on_gpu(*optimisations: Optimisation, lora_dir: Path | None = None) -> Flux2Model:
+    """The demo model there."""
+    parts = load_parts(FOLDER, CPU, torch.float32)
+    parts.transformer.to(DEVICE)
+    parts.vae.to(DEVICE)
+    return Flux2Model(FOLDER, parts, lora_dir, performance=Performance("fast", frozenset(optimisations)))
+
+
+def drawn(model: Flux2Model, request: GenerationRequest, previews: Previews | None = None) -> GeneratedPicture:
+    """A picture; ``Gpu.waits`` is left with what was waited for from the beginning of step 1 to that of the last."""
+    last = request.schedule.num_steps - 1
+    between: list[str] = []
+
+    def on_step(step: int, _is_computed: bool) -> None:
+        if step == 1:
+            Gpu.waits.clear()
+        if step == last:
+            between.extend(Gpu.waits)
+
+    picture = model.generate(request, on_step, previews)
+    Gpu.waits = between
+    return picture
+
+
+def test_what_is_pretended_refuses_and_notes() -> None:
+    """Tensors of both devices do not mix, and whoever reads a value or copies one waits."""
+    there = torch.arange(3, device=DEVICE)
+    assert isinstance(there, OnGpu)
+    assert str(there.device) == "cuda:0"
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        there + torch.arange(3)
+    assert (there + 1).cpu().tolist() == [1, 2, 3]
+    assert there[there > 0].sum().item() == 3
+    assert torch.arange(3).to(DEVICE, non_blocking=True).tolist() == [0, 1, 2]
+    assert [wait.split(" in ")[0] for wait in Gpu.waits] == [
+        "a copy from the GPU",
+        "an index of the host, or a mask",
+        "aten._local_scalar_dense.default",
+        "tolist",
+    ]
+
+
+@pytest.mark.parametrize("optimisations", PROFILES)
+def test_the_gpu_never_waits_between_steps(optimisations: tuple[Optimisation, ...], demo: Flux2Model) -> None:
+    """Computed or reused, first run or later: no value is read and nothing is copied between the first and last step.
+
+    So the host only waits for a step some steps back, and the GPU has always something to do.
+    """
+    model = on_gpu(*optimisations)
+    for request in (wanted("none", num_steps=6), wanted(3, num_steps=6), wanted(2, num_steps=6, seed=1)):
+        picture = drawn(model, request)
+        assert Gpu.waits == []
+        assert (picture.latents - demo.generate(request).latents).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("optimisations", PROFILES)
+def test_references_and_batches_never_wait_either(optimisations: tuple[Optimisation, ...], demo: Flux2Model) -> None:
+    """Nor with a reference image, nor for two pictures in one run; the pictures are those of the host."""
+    model = on_gpu(*optimisations)
+    reference = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    edit = replace(wanted(3, num_steps=6), references=(reference,))
+    assert (drawn(model, edit).latents - demo.generate(edit).latents).abs().max() <= TOLERANCE
+    assert Gpu.waits == []
+    two = [wanted(2, seed=seed) for seed in (1, 2)]
+    for ours, theirs in zip(model.generate_batch(two), demo.generate_batch(two), strict=True):
+        assert (ours.latents - theirs.latents).abs().max() <= TOLERANCE
+
+
+def test_only_previews_are_waited_for() -> None:
+    """A preview waits for the steps before it, to know their time, and for its pixels."""
+    shown: list[Image.Image] = []
+    drawn(on_gpu(), wanted(3, num_steps=6), Previews(frozenset([2]), shown.append))
+    assert len(shown) == 1
+    assert [wait.split(" in ")[0] for wait in Gpu.waits] == ["synchronize", "a copy from the GPU"]
+
+
+def test_adapters_go_to_the_gpu(lora_dir: Path) -> None:
+    """With an adapter, and again without it, the pictures are those of the host; nothing is waited for."""
+    ours = on_gpu(lora_dir=lora_dir)
+    theirs = Flux2Model.load(FOLDER, CPU, torch.float32, lora_dir)
+    for request in (wanted(3, num_steps=6, adapters=(Adapter("ink"),)), wanted(3, num_steps=6)):
+        assert (drawn(ours, request).latents - theirs.generate(request).latents).abs().max() <= TOLERANCE
+        assert Gpu.waits == []
+
+
+@pytest.mark.parametrize(("predictor", "keep"), [("reuse", "gpu"), ("velocity", "host"), ("fitted", "files")])
+def test_calibrations_run_there(predictor: str, keep: str, tmp_path: Path, demo: Flux2Model) -> None:
+    """Wherever the runs are kept, exact and approximate errors of edges are those of the host."""
+    measured = []
+    for model in (on_gpu(), demo):
+        chosen = PREDICTORS[predictor]
+        where = {"gpu": None, "host": CPU, "files": tmp_path}[keep]
+        runs = [model.record(wanted(num_steps=5, seed=seed), chosen.trace, where) for seed in (0, 1)]
+        calibration = model.calibration(runs, chosen)
+        signature = wanted(num_steps=5).schedule.signature
+        graphs = [calibration.measure(signature, 3, is_exact=is_exact) for is_exact in (True, False)]
+        schedule = wanted(3, num_steps=5).schedule
+        measured.append(
+            [graph.errors for graph in graphs] + [dict(enumerate(calibration.errors_of_schedule(schedule)))]
+        )
+    for ours, theirs in zip(*measured, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+def test_a_batch_of_prompts_is_waited_for_once() -> None:
+    """The tokens go to the GPU; all embeddings are under way to the host before the one wait for them."""
+    prompts = ["a red circle", "a blue square on the left of a green triangle"]
+    prompt_format = read_prompt_format(FOLDER)
+    ours, theirs = (MistralEncoder(FOLDER, prompt_format, device, torch.float32) for device in (DEVICE, CPU))
+    Gpu.waits.clear()
+    embeddings = ours.encode(prompts)
+    assert [wait.split(" in ")[0] for wait in Gpu.waits] == ["a copy to the GPU", "a copy to the GPU", "the stream"]
+    for row, expected in zip(embeddings, theirs.encode(prompts), strict=True):
+        assert torch.allclose(row.tensor, expected.tensor, atol=1e-4)
