@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from diffusers import Flux2Pipeline
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.card import machine_card, show
 from demo_model.services import WEIGHTS, Services, running_services
 from generator_service.lemica import CachedTransformer, schedule_for
 
@@ -153,6 +153,8 @@ def main() -> None:
         "num_inference_steps": args.steps,
         "cache": cache,
     }
+    card = machine_card()
+    show(card)
     bare = [bare_pictures_per_s(body, args.bare_seconds)]
     os.environ["GENERATOR_MAX_BATCH"] = str(args.batch)
     with running_services() as services:
@@ -165,8 +167,8 @@ def main() -> None:
     for name, value in told.items():
         table.add_row(name, str(value))
     Console(width=100).print(table)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(json.dumps({"machine": machine, "clients": args.clients, "batch": args.batch, **body} | told))
+    about = {"benchmark": "load", "card": card, "weights": "the demo model", "clients": args.clients}
+    print(json.dumps(about | {"batch": args.batch} | body | told))
 
 
 if __name__ == "__main__":

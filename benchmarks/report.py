@@ -26,6 +26,7 @@ TITLES = {
     "encoder": "The text encoder",
     "precision": "Fewer bits",
     "reuse": "A reused step",
+    "load": "Both services under load",
 }
 """In the order of the page."""
 WIDTH = 120

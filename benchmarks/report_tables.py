@@ -150,6 +150,36 @@ def reuse(told: Told) -> Iterator[str]:
     yield markdown(("figure", "value"), rows)
 
 
+def load(told: Told) -> Iterator[str]:
+    """What many clients saw; times only of a GPU."""
+    size = f"{told['width']}x{told['height']}, {told['num_inference_steps']} steps, cache {told['cache']}"
+    shared = f", {told['batch']} of which may share a run" if told["batch"] > 1 else ""
+    yield (
+        f"\n{told['clients']} clients over HTTP for {told['seconds']:.0f} s, each with a picture after the other"
+        f"{shared}: {size}.\nThe bare loop over diffusers' pipeline ran before and after them, without any service.\n\n"
+    )
+    rows = [
+        ("answers", ", ".join(f"{count} x {status}" for status, count in told["statuses"].items())),
+        ("pictures a second over those of the bare loop", f"{told['ratio']:.3f}"),
+        ("an answer's estimate is off by: median, 90 %", percents(told, "estimate_error_median", "estimate_error_p90")),
+        ("memory of the generator, half way and at the end", "{} MB, {} MB".format(*told["memory_mb_half_and_end"])),
+    ]
+    if told["device_idle_share"] is not None:
+        rows.append(("share of the time in which nothing is drawn", percents(told, "device_idle_share")))
+    if "gpu" in told["card"]["machine"]:
+        seconds = ", ".join(f"{value:.2f} s" for value in told["latency_s"].values())
+        rows += [
+            ("pictures a second", f"{told['pictures_per_s']:.2f}"),
+            ("a picture, refusals before it included: median, 95 %, 99 %", seconds),
+        ]
+    yield markdown(("figure", "value"), rows)
+
+
+def percents(told: Told, *names: str) -> str:
+    """Shares."""
+    return ", ".join(f"{100 * told[name]:.1f} %" for name in names)
+
+
 def precision(told: Told) -> Iterator[str]:
     """What computing with fewer bits does to pictures."""
     size = f"{told['side']}x{told['side']}, {told['steps']} steps, every one computed"
@@ -198,4 +228,5 @@ SECTIONS: Mapping[str, Callable[[Told], Iterator[str]]] = {
     "precision": precision,
     "reuse": reuse,
     "encoder": encoder,
+    "load": load,
 }

@@ -132,6 +132,39 @@ def test_other_results_have_their_sections(tmp_path: Path) -> None:
     assert "- left out: int8" in page
 
 
+LOAD: dict[str, Any] = {
+    "benchmark": "load",
+    "clients": 4,
+    "batch": 1,
+    "width": 64,
+    "height": 32,
+    "num_inference_steps": 50,
+    "cache": "none",
+    "seconds": 100.4,
+    "statuses": {"200": 178, "429": 3},
+    "pictures_per_s": 1.75,
+    "ratio": 0.992,
+    "device_idle_share": 0.005,
+    "latency_s": {"p50": 2.26, "p95": 2.4, "p99": 2.43},
+    "estimate_error_median": 0.009,
+    "estimate_error_p90": 0.039,
+    "memory_mb_half_and_end": [551, 552],
+}
+
+
+def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
+    """Answers, the ratio to the bare loop, estimates and memory are told; seconds only of a GPU."""
+    page = told(tmp_path, "load.json", LOAD | {"card": CARD})
+    assert "4 clients over HTTP for 100 s, each with a picture after the other: 64x32, 50 steps, cache none." in page
+    for row in ("178 x 200, 3 x 429", "0.992", "0.9 %, 3.9 %", "551 MB, 552 MB", "0.5 %", "2.26 s, 2.40 s, 2.43 s"):
+        assert f"| {row} |" in page
+    shared = {"batch": 4, "device_idle_share": None, "card": CARD | {"machine": {"cpu": "x"}}}
+    page = told(tmp_path, "load.json", LOAD | shared)
+    assert "after the other, 4 of which may share a run: 64x32" in page
+    assert "2.26 s" not in page
+    assert "nothing is drawn" not in page
+
+
 def test_a_plot_for_every_latency_of_a_gpu(tmp_path: Path) -> None:
     """The page's plot is drawn where the page says it is."""
     pytest.importorskip("matplotlib")  # of the extra bench
