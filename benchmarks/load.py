@@ -1,9 +1,9 @@
 """Many clients at once, over HTTP, against a bare loop over the pipeline: ``python -m benchmarks.load``.
 
-Both services run with the demo model as processes of their own. The bare loop runs before and after them, alone on the
-machine, on diffusers' pipeline with the same schedule, size and steps; the ratio of pictures a second says what the
-service costs or gains. Clients that are refused with 429 come back when they were told. Prints a card and, last, one
-JSON line.
+Both services run with the demo model as processes of their own. The bare loop is over diffusers' pipeline with the same
+schedule, size and steps. It and the clients take turns, since machines are not equally fast all the time; the median
+ratio of pictures a second, those of a turn over those of the two loops around it, says what the service costs.
+Clients that are refused with 429 come back when they were told. Prints a card and, last, one JSON line.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -53,26 +54,31 @@ class Load:
         return len(self.latencies_s) / self.seconds
 
 
-def bare_pictures_per_s(body: dict[str, Any], seconds: float) -> float:
-    """The same pictures in a loop, without any service."""
-    loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
-    parts = loaded.components
-    embeds = torch.zeros(1, 32, parts["transformer"].config.joint_attention_dim)
-    schedule = schedule_for(body["cache"], body["num_inference_steps"])
+class BareLoop:
+    """The same pictures as the clients', one after the other, without any service."""
 
-    def draw() -> None:
-        transformer = CachedTransformer(parts["transformer"], schedule, scheduler=parts["scheduler"])
+    def __init__(self, body: dict[str, Any]) -> None:
+        loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
+        self._parts = loaded.components
+        self._embeds = torch.zeros(1, 32, self._parts["transformer"].config.joint_attention_dim)
+        self._schedule = schedule_for(body["cache"], body["num_inference_steps"])
+        self._size = {"width": body["width"], "height": body["height"]}
+        self._draw()  # the first one also pays for what happens once
+
+    def pictures_per_s(self, seconds: float) -> float:
+        """How many it draws a second."""
+        count, began = 0, time.perf_counter()
+        while (taken := time.perf_counter() - began) < seconds:
+            self._draw()
+            count += 1
+        return count / taken
+
+    def _draw(self) -> None:
+        parts = self._parts
+        transformer = CachedTransformer(parts["transformer"], self._schedule, scheduler=parts["scheduler"])
         pipeline = Flux2Pipeline(**{**parts, "transformer": transformer})
         pipeline.set_progress_bar_config(disable=True)
-        size = {"width": body["width"], "height": body["height"]}
-        pipeline(prompt_embeds=embeds, num_inference_steps=schedule.num_steps, **size)
-
-    draw()  # the first one also pays for what happens once
-    count, began = 0, time.perf_counter()
-    while (taken := time.perf_counter() - began) < seconds:
-        draw()
-        count += 1
-    return count / taken
+        pipeline(prompt_embeds=self._embeds, num_inference_steps=self._schedule.num_steps, **self._size)
 
 
 async def client(http: httpx.AsyncClient, body: dict[str, Any], load: Load, until: float) -> None:
@@ -85,9 +91,9 @@ async def client(http: httpx.AsyncClient, body: dict[str, Any], load: Load, unti
         while (answer := await http.post("/generate", json=asked)).status_code == httpx.codes.TOO_MANY_REQUESTS:
             load.statuses[answer.status_code] += 1
             load.refusals_s.append(answer.elapsed.total_seconds())
-            if time.perf_counter() > until:
+            await asyncio.sleep(min(float(answer.headers["retry-after"]), max(0.0, until - time.perf_counter())))
+            if time.perf_counter() >= until:
                 return
-            await asyncio.sleep(float(answer.headers["retry-after"]))
         load.statuses[answer.status_code] += 1
         if answer.status_code == httpx.codes.OK:
             load.latencies_s.append(time.perf_counter() - began)
@@ -96,9 +102,9 @@ async def client(http: httpx.AsyncClient, body: dict[str, Any], load: Load, unti
             load.estimate_errors.append(abs(float(answer.headers["x-estimate-ms"]) / taken - 1))
 
 
-async def run_load(services: Services, body: dict[str, Any], num_clients: int, seconds: float) -> Load:
-    """All clients, for so long; then what still runs is waited for."""
-    load, generator = Load(), psutil.Process(services.processes[-1].pid)
+async def run_load(services: Services, body: dict[str, Any], num_clients: int, seconds: float, load: Load) -> float:
+    """All clients, for so long; then what still runs is waited for. Returns the pictures a second."""
+    generator, before = psutil.Process(services.processes[-1].pid), len(load.latencies_s)
     limits = httpx.Limits(max_connections=num_clients)
     async with httpx.AsyncClient(base_url=services.generator_url, timeout=600, limits=limits) as http:
         await http.post("/generate", json=body | {"prompt": PROMPTS[0]})
@@ -109,11 +115,17 @@ async def run_load(services: Services, body: dict[str, Any], num_clients: int, s
             load.memory_mb.append(generator.memory_info().rss / 1e6)
             await asyncio.wait([running], timeout=MEMORY_EVERY_S)
         await running
-        load.seconds = time.perf_counter() - began
-    return load
+    taken = time.perf_counter() - began
+    load.seconds += taken
+    return (len(load.latencies_s) - before) / taken
 
 
-def summary(load: Load, bare: list[float], batch: int) -> dict[str, Any]:
+def ratios(rates: list[float], bare: list[float]) -> list[float]:
+    """Each rate over the mean of the two bare loops around it."""
+    return [rate / statistics.fmean(around) for rate, around in zip(rates, pairwise(bare), strict=True)]
+
+
+def summary(load: Load, rates: list[float], bare: list[float], batch: int) -> dict[str, Any]:
     """The figures."""
     cuts = statistics.quantiles(load.latencies_s, n=100)
     half = len(load.memory_mb) // 2
@@ -123,7 +135,8 @@ def summary(load: Load, bare: list[float], batch: int) -> dict[str, Any]:
         "statuses": {str(status): count for status, count in sorted(load.statuses.items())},
         "pictures_per_s": round(load.pictures_per_s, 3),
         "bare_pictures_per_s": [round(rate, 3) for rate in bare],
-        "ratio": round(load.pictures_per_s / statistics.fmean(bare), 3),
+        "ratio": round(statistics.median(ratios(rates, bare)), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios(rates, bare)],
         "device_idle_share": round(1 - load.device_s / load.seconds, 3) if batch == 1 else None,  # else runs are shared
         "latency_s": {f"p{k}": round(cuts[k - 1], 2) for k in (50, 95, 99)},
         "refusal_ms_p99": round(1000 * statistics.quantiles(load.refusals_s, n=100)[98], 1)
@@ -139,8 +152,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--bare-seconds", type=float, default=20.0, help="of each of the two bare loops")
+    parser.add_argument("--turns", type=int, default=6, help="of the clients")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each of their turns")
+    parser.add_argument("--bare-seconds", type=float, default=10.0, help="of each turn of the bare loop")
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cache", default="none")
@@ -155,12 +169,14 @@ def main() -> None:
     }
     card = machine_card()
     show(card)
-    bare = [bare_pictures_per_s(body, args.bare_seconds)]
     os.environ["GENERATOR_MAX_BATCH"] = str(args.batch)
-    with running_services() as services:
-        load = asyncio.run(run_load(services, body, args.clients, args.seconds))
-    bare.append(bare_pictures_per_s(body, args.bare_seconds))
-    told = summary(load, bare, args.batch)
+    load, loop = Load(), BareLoop(body)
+    with running_services() as services:  # idle while the loop has its turn
+        rates, bare = [], [loop.pictures_per_s(args.bare_seconds)]
+        for _ in range(args.turns):
+            rates.append(asyncio.run(run_load(services, body, args.clients, args.seconds, load)))
+            bare.append(loop.pictures_per_s(args.bare_seconds))
+    told = summary(load, rates, bare, args.batch)
     table = Table(
         "figure", "value", title=f"{args.clients} clients, {args.side}x{args.side}, {args.steps} steps, {cache}"
     )

@@ -144,6 +144,7 @@ LOAD: dict[str, Any] = {
     "statuses": {"200": 178, "429": 3},
     "pictures_per_s": 1.75,
     "ratio": 0.992,
+    "ratios": [0.98, 0.992, 1.004],
     "device_idle_share": 0.005,
     "latency_s": {"p50": 2.26, "p95": 2.4, "p99": 2.43},
     "estimate_error_median": 0.009,
@@ -156,7 +157,15 @@ def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     """Answers, the ratio to the bare loop, estimates and memory are told; seconds only of a GPU."""
     page = told(tmp_path, "load.json", LOAD | {"card": CARD})
     assert "4 clients over HTTP for 100 s, each with a picture after the other: 64x32, 50 steps, cache none." in page
-    for row in ("178 x 200, 3 x 429", "0.992", "0.9 %, 3.9 %", "551 MB, 552 MB", "0.5 %", "2.26 s, 2.40 s, 2.43 s"):
+    for row in (
+        "178 x 200, 3 x 429",
+        "0.992",
+        "0.980, 0.992, 1.004",
+        "0.9 %, 3.9 %",
+        "551 MB, 552 MB",
+        "0.5 %",
+        "2.26 s, 2.40 s, 2.43 s",
+    ):
         assert f"| {row} |" in page
     shared = {"batch": 4, "device_idle_share": None, "card": CARD | {"machine": {"cpu": "x"}}}
     page = told(tmp_path, "load.json", LOAD | shared)
