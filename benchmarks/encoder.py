@@ -10,7 +10,6 @@ the limits in ``text_encoder_service.fast_layers``. Prints a card and, last, one
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.card import machine_card, show
 from benchmarks.language_model import Model, checkpoint, full_size
+from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Spread, Stopwatch
 from demo_model.services import WEIGHTS
 from shared.compilation import Backend, CompilationFailed, log_failure, num_compilations
@@ -43,6 +43,8 @@ WARM_UP = 3
 class Told:
     """What was measured."""
 
+    weights: str = ""
+    """Where they come from."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     compile_s: dict[str, float] = field(default_factory=dict)
     """By weights and batch; for two lengths."""
@@ -61,6 +63,7 @@ class Run:
         until: ``time.perf_counter()`` when it should be over.
         watch: makes how often to repeat.
         told: where results go.
+        on_found: called whenever there are more.
         backend: as ``torch.compile``'s.
     """
 
@@ -71,6 +74,7 @@ class Run:
         until: float,
         watch: Callable[[], Stopwatch],
         told: Told,
+        on_found: Callable[[], None],
         backend: Backend = "inductor",
     ) -> None:
         self._model = model
@@ -78,6 +82,7 @@ class Run:
         self._until = until
         self._watch = watch
         self._told = told
+        self._on_found = on_found
         self._backend = backend
         layers = model.prompt_format.hidden_layers
         self._exact: Forward = partial(run_library, model.language_model, layers)
@@ -86,26 +91,43 @@ class Run:
 
     def exact(self) -> None:
         """The library's forward pass, to which the length of prompts is all one."""
-        for batch in BATCHES:
-            self._measure("exact", self._exact, batch, self._model.lengths[0])
-
-    def fast(self) -> None:
-        """Trimmed and compiled, for each size of batch by itself, which is taken to last as long as the one before."""
         last_s = 0.0
         for batch in BATCHES:
             began = time.perf_counter()
-            if began + last_s >= self._until:
-                self._told.left_out.append(f"fast, {self._weights} weights, batch {batch}: no time was left")
+            if self._fits("exact", batch, last_s):
+                self._measure("exact", self._exact, batch, self._model.lengths[0])
+                last_s = time.perf_counter() - began
+
+    def fast(self, last_s: float) -> float:
+        """Trimmed and compiled, for each size of batch by itself.
+
+        Args:
+            last_s: how long one took with other weights. Each is taken to last as long as the one before.
+
+        Returns:
+            How long the last one took.
+        """
+        for batch in BATCHES:
+            began = time.perf_counter()
+            if not self._fits("fast", batch, last_s):
                 continue
             layers = self._compiled(batch)
             if layers is None:
-                return
+                return last_s
             before = num_compilations()
             for num_tokens in self._model.lengths:
                 self._measure("fast", layers, batch, num_tokens)
             self._told.compilations_after_warm_up += num_compilations() - before
             layers.restore()  # the exact way shares them
             last_s = time.perf_counter() - began
+        return last_s
+
+    def _fits(self, profile: str, batch: int, expected_s: float) -> bool:
+        """Whether there is time for it; if not, that is told."""
+        if time.perf_counter() + expected_s < self._until:
+            return True
+        self._told.left_out.append(f"{profile}, {self._weights} weights, batch {batch}: no time was left")
+        return False
 
     def _compiled(self, batch: int) -> FastLayers | None:
         length = self._model.prompt_format.max_sequence_length
@@ -139,6 +161,7 @@ class Run:
         row |= {"seconds": asdict(spread), "prompts_per_s": batch / spread.median}
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_gpu else {}
         self._told.rows.append(row)
+        self._on_found()
 
 
 def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:
@@ -149,27 +172,30 @@ def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:
         yield time.perf_counter() - began
 
 
-def measure(made: Callable[[], Model], args: argparse.Namespace) -> tuple[str, Told]:
-    """The model's name, and both profiles with full weights, then ``fast`` with others."""
-    told, name = Told(), ""
-    until = time.perf_counter() + args.budget_s
+def measure(
+    made: Callable[[], Model], args: argparse.Namespace, on_found: Callable[[Told], None] = lambda _told: None
+) -> Told:
+    """Both profiles, with each kind of weights; ``on_found`` is called whenever there is more."""
+    told = Told()
+    until, last_s = time.perf_counter() + args.budget_s, 0.0
     for weights in args.weights:
         if time.perf_counter() >= until:
             told.left_out.append(f"{weights} weights: no time was left")
             continue
         model = made()
-        name = model.name
+        told.weights = model.name
         if weights != "full":
             quantize(model.language_model.layers, weights, model.language_model.device)
-        run = Run(model, weights, until, lambda: Stopwatch(args.seconds, args.repeats), told, args.backend)
+        watch = partial(Stopwatch, args.seconds, args.repeats)
+        run = Run(model, weights, until, watch, told, partial(on_found, told), args.backend)
         with torch.inference_mode():
             run.exact()
-            run.fast()
+            last_s = run.fast(last_s)
         del run, model
         torch.compiler.reset()  # compiled code holds weights
         gc.collect()
         torch.cuda.empty_cache()
-    return name, told
+    return told
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
@@ -189,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="the demo model, few repeats: only to see that it runs")
     parser.add_argument("--model", type=Path, help="a checkpoint's folder, instead of random weights")
+    add_so_far_option(parser)
     kinds = ["full", "int8"] if find_spec("torchao") else ["full"]
     parser.add_argument("--weights", nargs="+", default=kinds, choices=["full", "int8", "int4"])
     parser.add_argument("--budget-s", type=float, default=50.0, help="for all; what does not fit is listed")
@@ -202,11 +229,13 @@ def main() -> None:
     path = args.model or (WEIGHTS if args.smoke or device.type == "cpu" else None)
     card = machine_card()
     show(card)
-    name, told = measure(partial(checkpoint, path, device) if path else partial(full_size, device), args)
+    result = Result({"benchmark": "encoder", "card": card}, args.so_far)
+    made = partial(checkpoint, path, device) if path else partial(full_size, device)
+    told = measure(made, args, lambda told: result.keep(asdict(told)))
     Console(width=110, file=sys.stdout).print(table_of(told.rows))
     for line in told.left_out:
         print(f"left out: {line}")
-    print(json.dumps({"benchmark": "encoder", "card": card, "weights": name} | asdict(told)))
+    result.tell(asdict(told))
 
 
 if __name__ == "__main__":

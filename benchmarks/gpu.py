@@ -1,8 +1,9 @@
 """Everything that is to be measured on a GPU, in one command: ``python -m benchmarks.gpu --out FOLDER``.
 
-Each part is a process of its own with a time limit; one that fails is told and the others go on. The last line of each,
-JSON, goes to ``FOLDER/NAME.json``, what they print to ``FOLDER/log.txt``. On a machine without a GPU the same parts run
-at a tiny size, only to see that they run. ``python -m benchmarks.report`` makes tables of the files once they lie under
+Each part is a process of its own with a time limit; what one leaves of it is for those after it. One that fails, or is
+stopped, is told, and the others go on. What each found goes to ``FOLDER/NAME.json``, with the reason under ``partial``
+if it did not end well; what they print goes to ``FOLDER/log.txt``. On a machine without a GPU the same parts run at a
+tiny size, only to see that they run. ``python -m benchmarks.report`` makes tables of the files once they lie under
 ``benchmarks/results/``.
 
 A bare copy of the tree is enough: neither git nor an installed ``flux2-services`` is needed, nor a network. What it
@@ -66,7 +67,7 @@ class Part:
     on_gpu: tuple[str, ...]
     smoke: tuple[str, ...]
     limit_s: float
-    """After which it is stopped, on a GPU. What it had printed until then is in the log."""
+    """After which it is stopped, on a GPU, unless earlier parts left it more."""
 
 
 PARTS = (
@@ -84,14 +85,16 @@ def missing(names: tuple[str, ...]) -> list[str]:
 
 
 def run_part(part: Part, options: tuple[str, ...], limit_s: float, out: Path) -> dict[str, Any]:
-    """One part; its result, or why there is none, and its seconds.
+    """One part; its seconds, and why it ended early if it did.
 
-    What it printed is added to the log whatever happens.
+    What it found until then is its result, and what it printed is added to the log, whatever happens.
     """
     began = time.perf_counter()
+    file = out.resolve() / f"{part.name}.json"
+    file.unlink(missing_ok=True)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(  # noqa: S603 - our own modules
-        [sys.executable, "-m", f"benchmarks.{part.name}", *options],
+        [sys.executable, "-m", f"benchmarks.{part.name}", *options, "--so-far", str(file)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -110,37 +113,33 @@ def run_part(part: Part, options: tuple[str, ...], limit_s: float, out: Path) ->
         log.write(f"==== {part.name} {' '.join(options)}\n{printed}\n")
     print(tables(printed))
     told: dict[str, Any] = {"part": part.name, "seconds": round(time.perf_counter() - began, 1)}
-    result = last_json(printed)
-    if failure or result is None:
+    if failure:
         lines = printed.strip().splitlines() or [""]
-        return told | {"failed": f"{failure or 'no JSON in its last lines'}: {lines[-1][:200]}"}
-    (out / f"{part.name}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        told["failed"] = f"{failure}: {lines[-1][:200]}"
+    write_line(file, {"partial": failure} if failure else {})
     return told
 
 
-def last_json(printed: str) -> dict[str, Any] | None:
-    """The last line that is a JSON object: a library may print after it."""
-    for line in reversed(printed.splitlines()):
-        if line.startswith("{"):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue
-            return found if isinstance(found, dict) else None
-    return None
+def write_line(file: Path, more: dict[str, Any]) -> None:
+    """Have what a part found, and ``more``, in one line; nothing if it found nothing."""
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(found | more) + "\n", encoding="utf-8")
 
 
 def run_all(names: list[str], limit_s: float, out: Path, *, is_smoke: bool) -> list[dict[str, Any]]:
     """The parts of these names, one after the other, until the time is over."""
     until = time.perf_counter() + limit_s
     told = []
-    for part in (part for part in PARTS if part.name in names):
+    parts = [part for part in PARTS if part.name in names]
+    for number, part in enumerate(parts):
         left_s = until - time.perf_counter()
         if left_s < 1:
             told.append({"part": part.name, "seconds": 0.0, "failed": "no time was left"})
             continue
         options = ("--smoke", *part.smoke) if is_smoke else part.on_gpu
-        told.append(run_part(part, options, left_s if is_smoke else min(part.limit_s, left_s), out))
+        for_others_s = 0.0 if is_smoke else sum(other.limit_s for other in parts[number + 1 :])
+        told.append(run_part(part, options, max(1.0, left_s - for_others_s), out))
         print(f"{part.name}: {told[-1].get('failed', 'done')}, {told[-1]['seconds']} s", flush=True)
     return told
 

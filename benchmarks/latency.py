@@ -8,8 +8,8 @@ and called estimated; shapes that did not fit are listed, too. Prints a card and
 """
 
 import argparse
-import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -18,8 +18,8 @@ from benchmarks.card import machine_card, show
 from benchmarks.drawing import Shape, opened_bench
 from benchmarks.latency_tables import show_latency
 from benchmarks.profile_run import ProfileRun, Told
+from benchmarks.result import Result, add_so_far_option
 from benchmarks.synthetic import Source, add_source_options, source_of
-from generator_service.settings import ProfileName
 
 MODES = ("none", "medium", "fast", "ultra", "slow")
 """50, 20, 15, 10 and 26 computed steps of 50."""
@@ -28,25 +28,19 @@ SHAPES = (Shape(1024), Shape(512), Shape(1024, 1), Shape(2048), Shape(1024, 4))
 SMOKE_SHAPES = (Shape(128), Shape(64, 1))
 
 
-def measure(source: Source, args: argparse.Namespace) -> Told:
-    """All profiles, each with its share of the time that is left."""
+def measure(source: Source, args: argparse.Namespace, on_found: Callable[[Told], None] = lambda _told: None) -> Told:
+    """All profiles, each with its share of the time that is left; ``on_found`` is called whenever there is more."""
     told = Told()
     until = time.perf_counter() + args.budget_s
     for number, profile in enumerate(args.profiles):
         share_s = (until - time.perf_counter()) / (len(args.profiles) - number)
-        measure_profile(source, profile, args, told, time.perf_counter() + share_s)
+        with source.parts() as parts, opened_bench(source.model(parts, profile), source.embedding(parts)) as bench:
+            model = bench.engine.model
+            run = ProfileRun(bench, parts.transformer.config, args, told, time.perf_counter() + share_s)
+            for _ in run.measured(profile, shapes_of(args)):
+                told.performance[profile] = str(model.performance)  # compiling may have failed
+                on_found(told)
     return told
-
-
-def measure_profile(source: Source, profile: ProfileName, args: argparse.Namespace, told: Told, until: float) -> None:
-    """One profile, on parts of its own."""
-    with source.parts() as parts, opened_bench(source.model(parts, profile), source.embedding(parts)) as bench:
-        done = bench.engine.model.performance
-        told.performance[profile] = str(done)
-        if done.profile == profile:
-            ProfileRun(bench, parts.transformer.config, args, told, until).run(shapes_of(args))
-        else:
-            told.left_out.append({"profile": profile, "reason": str(done)})
 
 
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
@@ -60,6 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     add_source_options(parser)
+    add_so_far_option(parser)
     parser.add_argument("--sides", type=int, nargs="+", help="of square pictures, in pixels")
     parser.add_argument("--references", type=int, nargs="+", help="numbers of reference images")
     parser.add_argument("--modes", nargs="+", default=list(MODES), help="names of schedules, or numbers of steps")
@@ -76,10 +71,11 @@ def main() -> None:
     source = source_of(args)
     card = machine_card()
     show(card)
-    told = measure(source, args)
-    show_latency(asdict(told))
     about = {"benchmark": "latency", "card": card, "weights": source.name, "dtype": str(source.dtype)}
-    print(json.dumps(about | asdict(told)))
+    result = Result(about, args.so_far)
+    told = asdict(measure(source, args, lambda told: result.keep(asdict(told))))
+    show_latency(told)
+    result.tell(told)
 
 
 if __name__ == "__main__":

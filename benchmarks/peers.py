@@ -9,11 +9,11 @@ last, one JSON line.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,9 @@ from rich.table import Table
 from benchmarks.caches import Peer, eager_mag_cache, even_taylor_seer, fixed_mask
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE
+from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Spread, Stopwatch
-from benchmarks.synthetic import Source, add_source_options, pipeline_of, source_of
+from benchmarks.synthetic import TINY, Source, add_source_options, check_whole, pipeline_of, source_of
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import GenerationRequest
 from generator_service.settings import ProfileName
@@ -57,38 +58,63 @@ class Race:
     Args:
         source: of the parts.
         args: of the command line.
+        on_found: called whenever there are more rows, or more is left out.
     """
 
-    def __init__(self, source: Source, args: argparse.Namespace) -> None:
+    def __init__(
+        self, source: Source, args: argparse.Namespace, on_found: Callable[["Race"], None] = lambda _race: None
+    ) -> None:
         self._source = source
         self._args = args
+        self._on_found = on_found
+        self._longest_s = 0.0
         self._until = time.perf_counter() + args.budget_s
         self._clock = time.perf_counter if source.device.type == "cuda" else time.process_time
         self.rows: list[Row] = []
         self.left_out: list[str] = []
 
     def run(self) -> None:
-        """First diffusers, then the caches, then ours at each number of steps that they computed."""
-        self._try(PLAIN, partial(self._library, PLAIN, lambda _pipeline: None))
-        compiled = COMPILED if self._source.device.type == "cuda" else NOT_COMPILED
-        self._try(compiled, partial(self._library, compiled, self._compile))
+        """Diffusers, ours and the caches in turn, so that what did not fit is the least of it."""
         steps, computed = self._args.steps, self._args.computed
         mask = schedule_for(computed, steps).computed_steps
         peers = [fixed_mask(mask, steps, has_taylor_seer=has) for has in (False, True)]
-        for peer in (*peers, eager_mag_cache(computed, steps), even_taylor_seer(computed, steps)):
-            self._try(peer.name, partial(self._cache, peer))
-        for profile in self._args.profiles:
-            self._try(f"ours, {profile}", partial(self._ours, profile))
+        peers += [eager_mag_cache(computed, steps), even_taylor_seer(computed, steps)]
+        counts = {steps, computed, *self._counts(peers)}
+        ours = [(f"ours, {name}", partial(self._ours, name, counts)) for name in self._args.profiles]
+        compiled = COMPILED if self._source.device.type == "cuda" else NOT_COMPILED
+        ways = [(PLAIN, partial(self._library, PLAIN, lambda _pipeline: None))]
+        ways += ours[:1]
+        ways += [(peer.name, partial(self._cache, peer)) for peer in peers]
+        ways += [(compiled, partial(self._library, compiled, self._compile))]
+        for name, measure in ways + ours[1:]:
+            self._try(name, measure)
 
     def _try(self, name: str, measure: Callable[[], None]) -> None:
-        """One way; what goes wrong in it, or did not fit, is told, and the others go on."""
-        if time.perf_counter() > self._until:
+        """One way; what goes wrong in it, or would not fit if it took as long as the longest, is told."""
+        began = time.perf_counter()
+        if began + self._longest_s > self._until:
             self.left_out.append(f"{name}: no time")
-            return
-        try:
-            measure()
-        except Exception as error:  # noqa: BLE001 - a peer may fail in any way
-            self.left_out.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        else:
+            try:
+                measure()
+            except Exception as error:  # noqa: BLE001 - a peer may fail in any way
+                told = str(error).splitlines()[0] if str(error) else ""
+                self.left_out.append(f"{name}: {type(error).__name__}: {told}")
+            self._longest_s = max(self._longest_s, time.perf_counter() - began)
+        self._on_found(self)
+
+    def _counts(self, peers: list[Peer]) -> set[int]:
+        """How many steps the peers compute: on a tiny model, since none of them looks at what it predicts."""
+        counts = set()
+        tiny = replace(self._source, size=TINY, folder=None)
+        for peer in peers:
+            with tiny.parts() as parts, suppress(Exception):  # it will fail again where that is told
+                pipeline, embedding = pipeline_of(parts), tiny.embedding(parts)
+                count = peer.install(pipeline, peer.knobs[0])
+                for _ in range(2):  # as the run that warms up, and one that counts
+                    self._call(pipeline, embedding, self._args.steps, tiny.default_side)
+                counts.add(count())
+        return counts
 
     def _library(self, name: str, change: Callable[[Flux2Pipeline], None]) -> None:
         with self._source.parts() as parts:
@@ -116,15 +142,14 @@ class Race:
 
             self._time(peer.name, draw, warm_up_steps=self._args.steps)  # a cache counts the steps of whole runs
 
-    def _ours(self, profile: ProfileName) -> None:
+    def _ours(self, profile: ProfileName, counts: set[int]) -> None:
         with self._source.parts() as parts:
             model, embedding = self._source.model(parts, profile), self._source.embedding(parts)
-            if model.performance.profile != profile:
-                raise RuntimeError(str(model.performance))
-            counts = sorted({self._args.steps, *(row.num_computed for row in self.rows if not row.profile)})
+            check_whole(model)
             for num_computed in (2, 1):
                 model.prepare(self._request(embedding, num_computed, 2))
-            for count in counts:
+            check_whole(model)
+            for count in sorted(counts):
 
                 def draw(num_steps: int, count: int = count) -> int:
                     model.generate(self._request(embedding, min(count, num_steps), num_steps))
@@ -136,11 +161,11 @@ class Race:
         side, schedule = self._args.side, schedule_for(num_computed, num_steps)
         return GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule)
 
-    def _call(self, pipeline: Flux2Pipeline, embedding: torch.Tensor, num_steps: int) -> None:
+    def _call(self, pipeline: Flux2Pipeline, embedding: torch.Tensor, num_steps: int, side: int | None = None) -> None:
         pipeline(
             prompt_embeds=embedding.to(self._source.device),
-            width=self._args.side,
-            height=self._args.side,
+            width=side or self._args.side,
+            height=side or self._args.side,
             num_inference_steps=num_steps,
             guidance_scale=GUIDANCE,
             generator=torch.Generator("cpu").manual_seed(0),
@@ -154,6 +179,7 @@ class Race:
             computed = draw(self._args.steps)
             taken.append(self._clock() - began)
         self.rows.append(Row(name, computed, Spread.of(taken), profile))
+        self._on_found(self)
         print(f"{name}: done", flush=True)
 
 
@@ -196,26 +222,34 @@ def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     add_source_options(parser)
+    add_so_far_option(parser)
     parser.add_argument("--side", type=int, help="of the picture; the model's own by default")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--computed", type=int, default=8)
-    parser.add_argument("--profiles", nargs="+", default=["exact", "fast", "fastest"])
+    parser.add_argument(
+        "--profiles", nargs="+", default=["fast", "exact", "fastest"], help="the first runs before the caches"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="at most")
-    parser.add_argument("--budget-s", type=float, default=170.0, help="no way begins later; those left out are told")
+    parser.add_argument("--budget-s", type=float, default=170.0, help="for all; what does not fit is told")
     args = parser.parse_args()
     source = source_of(args)
     args.side = args.side or source.default_side
     card = machine_card()
     show(card)
-    race = Race(source, args)
+    about = {"benchmark": "peers", "card": card, "weights": source.name, "dtype": str(source.dtype), "side": args.side}
+    result = Result(about | {"num_steps": args.steps}, args.so_far)
+    has_seconds = source.device.type == "cuda"
+
+    def found(race: Race) -> dict[str, Any]:
+        return {"rows": compared(race.rows, has_seconds=has_seconds), "left_out": race.left_out}
+
+    race = Race(source, args, lambda race: result.keep(found(race)))
     race.run()
-    told = compared(race.rows, has_seconds=source.device.type == "cuda")
     console = Console(width=120, file=sys.stdout)
-    console.print(table_of(told, args.steps))
+    console.print(table_of(found(race)["rows"], args.steps))
     for line in race.left_out:
         console.print("left out:", line, highlight=False)
-    about = {"benchmark": "peers", "card": card, "weights": source.name, "dtype": str(source.dtype), "side": args.side}
-    print(json.dumps(about | {"num_steps": args.steps, "rows": told, "left_out": race.left_out}))
+    result.tell(found(race))
 
 
 if __name__ == "__main__":

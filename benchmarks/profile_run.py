@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,9 @@ from benchmarks.card import Draw, PowerMeter
 from benchmarks.drawing import Bench, Shape, Taken
 from benchmarks.floor import step_work
 from benchmarks.stopwatch import Spread, Stopwatch
+from benchmarks.synthetic import NotWhole, check_whole
 from generator_service.lemica import Schedule, schedule_for
+from generator_service.settings import ProfileName
 from shared.errors import Flux2Error
 
 CELL_S = 8.0
@@ -29,6 +31,8 @@ class Steps:
 
     profile: str
     shape: str
+    num_image_tokens: int
+    """Those of reference images included."""
     prepare_s: float
     """What compiling and the first runs took."""
     computed_s: Spread
@@ -79,7 +83,7 @@ class ProfileRun:
     """Measures one profile: all its shapes, one after the other.
 
     Args:
-        bench: around a model with that profile.
+        bench: around a model of its own.
         config: the transformer's.
         args: of the command line.
         told: where results go.
@@ -92,40 +96,58 @@ class ProfileRun:
         self._args = args
         self._told = told
         self._until = until
-        self._profile = bench.engine.model.performance.profile
+        self._profile = ""
         self._is_gpu = bench.engine.model.device.type == "cuda"
-        self._step_s_per_token = 0.0
-        self._prepare_s = 0.0
 
-    def run(self, shapes: Sequence[Shape]) -> None:
-        """The first shape's steps and pictures, then the steps of all others, then their pictures."""
+    def measured(self, profile: ProfileName, shapes: Sequence[Shape]) -> Iterator[None]:
+        """The first shape's steps and pictures, then the steps of all others, then their pictures.
+
+        Args:
+            profile: the model's, or what it should be.
+            shapes: of the pictures.
+
+        Yields:
+            Whenever something was measured or left out.
+        """
+        self._profile = profile
         costs: dict[Shape, Steps] = {}
         for shape in shapes:
-            if self._told_left_out_for_time(shape):
+            cost = self._steps_in_time(shape)
+            yield
+            if cost is None:
                 continue
-            try:
-                costs[shape] = self._steps(shape)
-            except Flux2Error as error:  # of memory
-                self._leave_out(shape, str(error))
-                continue
+            costs[shape] = cost
             if shape == shapes[0]:
-                self._pictures(shape, costs[shape])
+                yield from self._pictures(shape, cost)
         for shape in list(costs)[1:]:
-            self._pictures(shape, costs[shape])
+            yield from self._pictures(shape, costs[shape])
 
-    def _told_left_out_for_time(self, shape: Shape) -> bool:
-        """Whether a shape's steps, by those of the shape before it, would not fit any more."""
+    def _steps_in_time(self, shape: Shape) -> Steps | None:
+        """What steps cost, unless there is no time or no way to measure it."""
+        expected_s = self._expected_s(shape)
+        if time.perf_counter() + expected_s > self._until:
+            self._leave_out(shape, f"no time: it would have taken some {expected_s:.0f} s")
+            return None
+        try:
+            return self._steps(shape)
+        except (Flux2Error, NotWhole) as error:  # of memory, or of compiling
+            self._leave_out(shape, str(error))
+            return None
+
+    def _expected_s(self, shape: Shape) -> float:
+        """How long measuring a shape's steps would take, by those measured last, maybe with another profile."""
+        if not self._told.steps:
+            return 0.0
+        last = self._told.steps[-1]
         num_steps = 2 + 2 * (1 + NUM_LONG_STEPS)
-        expected = self._prepare_s + num_steps * self._step_s_per_token * self._num_tokens(shape)
-        if time.perf_counter() + expected <= self._until:
-            return False
-        self._leave_out(shape, f"no time: it would have taken some {expected:.0f} s")
-        return True
+        return last.prepare_s + num_steps * last.computed_s.median * self._num_tokens(shape) / last.num_image_tokens
 
     def _steps(self, shape: Shape) -> Steps:
         if self._is_gpu:
             torch.cuda.reset_peak_memory_stats()
+        check_whole(self._bench.engine.model)
         prepare_s = self._bench.prepare(shape)
+        check_whole(self._bench.engine.model)
         short = schedule_for("none", 1)
         long = schedule_for("none", 1 + NUM_LONG_STEPS)
         reused = schedule_for(1, 1 + NUM_REUSED_STEPS)
@@ -136,6 +158,7 @@ class ProfileRun:
         found = Steps(
             self._profile,
             str(shape),
+            self._num_tokens(shape),
             prepare_s,
             Spread.of([(b.denoise_s - a.denoise_s) / NUM_LONG_STEPS for a, b, _ in runs]),
             Spread.of([(c.denoise_s - a.denoise_s) / NUM_REUSED_STEPS for a, _, c in runs]),
@@ -144,9 +167,7 @@ class ProfileRun:
             self._floor_s(shape),
             torch.cuda.max_memory_allocated() / 1e9 if self._is_gpu else None,
         )
-        self._step_s_per_token = found.computed_s.median / self._num_tokens(shape)
-        self._prepare_s = prepare_s
-        print(found, flush=True)  # what is stopped has told this much
+        print(found, flush=True)
         self._told.steps.append(found)
         return found
 
@@ -156,15 +177,16 @@ class ProfileRun:
             max(0.0, a.total_s - a.decode_s - (b.denoise_s - a.denoise_s) / NUM_LONG_STEPS) for a, b in runs
         )
 
-    def _pictures(self, shape: Shape, cost: Steps) -> None:
+    def _pictures(self, shape: Shape, cost: Steps) -> Iterator[None]:
         for mode in self._args.modes:
             schedule = schedule_for(int(mode) if mode.isdigit() else mode, self._args.steps)
             estimate_s = cost.estimate_s(schedule)
             if time.perf_counter() + estimate_s > self._until:
                 self._leave_out(shape, "no time", mode=mode, estimated_from_steps_s=estimate_s)
-                continue
-            self._told.pictures.append(self._picture(shape, mode, schedule))
-            print(self._told.pictures[-1], flush=True)
+            else:
+                self._told.pictures.append(self._picture(shape, mode, schedule))
+                print(self._told.pictures[-1], flush=True)
+            yield
 
     def _picture(self, shape: Shape, mode: str, schedule: Schedule) -> Picture:
         watch = Stopwatch(CELL_S, self._args.repeats)

@@ -109,8 +109,11 @@ def about(result: Result) -> str:
     commit = card["commit"]["commit"] + (" with changes" if card["commit"].get("is_dirty") else "")
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in card["machine"].items())
     weights = f"Weights: {result.told['weights']}. Machine: " if "weights" in result.told else ""
+    early = (
+        f"It ended early ({result.told['partial']}): not everything was measured. " if "partial" in result.told else ""
+    )
     told = (
-        f"Measured {card['date']}, commit {commit}. {weights}{machine}. Versions: {versions}."
+        f"{early}Measured {card['date']}, commit {commit}. {weights}{machine}. Versions: {versions}."
         f" [The result](../benchmarks/results/{result.name})."
     )
     return fill(told, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"

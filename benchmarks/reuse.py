@@ -7,7 +7,6 @@ once it is warm. Prints a card and, last, one JSON line.
 """
 
 import argparse
-import json
 import sys
 import time
 from typing import Any
@@ -18,8 +17,9 @@ from rich.table import Table
 
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE
+from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Spread
-from benchmarks.synthetic import Source, add_source_options, pipeline_of, source_of
+from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
 from demo_model.services import WEIGHTS
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
@@ -84,12 +84,17 @@ def equals_diffusers(parts: Parts, model: Flux2Model, request: GenerationRequest
 
 
 def compilations_after_warm_up(source: Source, side: int) -> int:
-    """Graphs that ``fast`` compiles while it draws, once it was prepared for a shape and for any other."""
+    """Graphs that ``fast`` compiles while it draws, once it was prepared for a shape and for any other.
+
+    Raises:
+        NotWhole: it could not be compiled.
+    """
     with source.parts() as parts:
         model, embedding = source.model(parts, "fast"), source.embedding(parts)
         once = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
         model.prepare(once)
         model.prepare(once, "any")
+        check_whole(model)
         before = num_compilations()
         for mode, num_steps in AFTER_WARM_UP:
             for width in (side, side // 2):
@@ -115,6 +120,7 @@ def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reuse", description=__doc__)
     add_source_options(parser)
+    add_so_far_option(parser)
     parser.set_defaults(model=WEIGHTS)
     parser.add_argument("--side", type=int, help="of the picture; 512, or 64 with --smoke")
     parser.add_argument("--runs", type=int, default=10)
@@ -125,10 +131,12 @@ def main() -> None:
     side = args.side or (64 if args.smoke else 512)
     card = machine_card()
     show(card)
+    result = Result({"benchmark": "reuse", "card": card, "weights": source.name, "side": side}, args.so_far)
     told = measure_reuse(source, side, schedule_for(args.mode, args.steps), 2 if args.smoke else args.runs)
+    result.keep(told)
     told["compilations_after_warm_up"] = compilations_after_warm_up(source, side)
     Console(width=110, file=sys.stdout).print(table_of(told))
-    print(json.dumps({"benchmark": "reuse", "card": card, "weights": source.name, "side": side} | told))
+    result.tell(told)
 
 
 if __name__ == "__main__":

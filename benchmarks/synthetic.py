@@ -128,6 +128,20 @@ class Source:
         return Flux2Model(folder, parts, performance=performance)
 
 
+class NotWhole(Exception):
+    """A model is not what its profile says, so its speed is not the profile's."""
+
+
+def check_whole(model: Flux2Model) -> None:
+    """Check that everything was done to a model that its profile says; compiling can still fail when it is prepared.
+
+    Raises:
+        NotWhole: something could not be done.
+    """
+    if model.performance.left_out:
+        raise NotWhole(str(model.performance))
+
+
 def add_source_options(parser: argparse.ArgumentParser) -> None:
     """The options that ``source_of`` reads."""
     parser.add_argument("--smoke", action="store_true", help="the tiny size and few repeats: only to see that it runs")

@@ -8,7 +8,6 @@ kernels are torch's operations.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE
+from benchmarks.result import Result, add_so_far_option
 from benchmarks.synthetic import add_source_options, source_of
 from generator_service.lemica import Reuse, Schedule, Signature
 from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
@@ -65,7 +65,10 @@ def alternating(num_steps: int) -> Schedule:
 
 
 def recorded(model: Flux2Model, request: GenerationRequest, before_step: Callable[[], None]) -> list[Event]:
-    """What the profiler sees of one picture; a mark stands at the beginning of each step."""
+    """What the profiler sees of one picture; a mark stands at the beginning of each step.
+
+    Other marks are left out: compiled code sets one around its kernels, which would count them twice.
+    """
 
     def on_step(step: int, _is_computed: bool) -> None:
         before_step()
@@ -78,7 +81,9 @@ def recorded(model: Flux2Model, request: GenerationRequest, before_step: Callabl
     with profile(activities=activities) as profiler:
         model.generate(request, on_step)
     return [
-        Event(e.name, e.time_range.start, e.time_range.end, "CUDA" in str(e.device_type)) for e in profiler.events()
+        Event(e.name, e.time_range.start, e.time_range.end, "CUDA" in str(e.device_type))
+        for e in profiler.events()
+        if e.name.startswith(MARK) or not e.is_user_annotation
     ]
 
 
@@ -123,25 +128,22 @@ def kernels_of(events: list[Event], step: int, *, is_computed: bool, on_device: 
     )
 
 
-def measure(model: Flux2Model, embedding: torch.Tensor, side: int) -> dict[str, Any]:
-    """Both runs, warm."""
-    is_gpu = model.device.type == "cuda"
-
-    def request(num_steps: int) -> GenerationRequest:
-        return GenerationRequest(embedding, side, side, GUIDANCE, 0, alternating(num_steps))
-
-    model.prepare(request(2))
-    model.generate(request(4))
-    free = recorded(model, request(12), lambda: None)
-    waits = waits_by_step(free)
-    stopped = recorded(model, request(6), torch.cuda.synchronize if is_gpu else lambda: None)
-    steps = [kernels_of(stopped, step, is_computed=step % 2 == 0, on_device=is_gpu) for step in (2, 3)]
+def measure_waits(model: Flux2Model, request: GenerationRequest) -> dict[str, Any]:
+    """The run in which nothing is waited for."""
+    waits = waits_by_step(recorded(model, request, lambda: None))
     return {
-        "num_steps": 12,
+        "num_steps": request.schedule.num_steps,
         "waits": dict(sum(waits.values(), Counter[str]())),
         "waits_by_step": {str(step): dict(counts) for step, counts in sorted(waits.items())},
-        "steps": [asdict(step) for step in steps],
     }
+
+
+def measure_steps(model: Flux2Model, request: GenerationRequest) -> list[dict[str, Any]]:
+    """A computed and a reused step of the run in which the device is waited for."""
+    is_gpu = model.device.type == "cuda"
+    events = recorded(model, request, torch.cuda.synchronize if is_gpu else lambda: None)
+    steps = [kernels_of(events, step, is_computed=step % 2 == 0, on_device=is_gpu) for step in (2, 3)]
+    return [asdict(step) for step in steps]
 
 
 def table_of(step: dict[str, Any]) -> Table:
@@ -158,6 +160,7 @@ def main() -> None:
     """Record, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trace", description=__doc__)
     add_source_options(parser)
+    add_so_far_option(parser)
     parser.add_argument("--side", type=int, help="of the picture; the model's own by default")
     parser.add_argument("--profile", default="fast")
     args = parser.parse_args()
@@ -166,16 +169,21 @@ def main() -> None:
     show(card)
     side = args.side or source.default_side
     with source.parts() as parts:
-        model = source.model(parts, args.profile)
-        told = measure(model, source.embedding(parts), side)
-        performance = str(model.performance)
+        model, embedding = source.model(parts, args.profile), source.embedding(parts)
+        runs = [GenerationRequest(embedding, side, side, GUIDANCE, 0, alternating(count)) for count in (2, 4, 12, 6)]
+        model.prepare(runs[0])
+        model.generate(runs[1])
+        about = {"benchmark": "trace", "card": card, "weights": source.name, "side": side}
+        result = Result(about | {"performance": str(model.performance)}, args.so_far)
+        told = measure_waits(model, runs[2])
+        result.keep(told | {"steps": []})
+        told["steps"] = measure_steps(model, runs[3])
     console = Console(width=120, file=sys.stdout)
     for step in told["steps"]:
         console.print(table_of(step))
     is_gpu = source.device.type == "cuda"
     console.print("waits inside the loop:", told["waits"] or ("none" if is_gpu else "not on a CPU"), highlight=False)
-    about = {"benchmark": "trace", "card": card, "weights": source.name, "side": side, "performance": performance}
-    print(json.dumps(about | told))
+    result.tell(told)
 
 
 if __name__ == "__main__":

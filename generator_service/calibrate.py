@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -84,6 +85,13 @@ def device_or_folder(name: str) -> torch.device | Path:
         raise InvalidRequest(f"--keep: {name} is neither a device, such as cpu, nor a folder") from None
 
 
+def where_to_keep(num_bytes: int, device: torch.device) -> torch.device:
+    """What keeps so many bytes of runs: the GPU ``device``, or the CPU if they would take half of its free memory."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if 2 * num_bytes <= free else parts.CPU
+
+
 class Recording:
     """A model and the runs of it that are calibrated on.
 
@@ -91,7 +99,7 @@ class Recording:
         settings: which model, where and in what dtype.
         samples: what to run.
         predictor: whose traces are kept.
-        keep: ``cpu`` spares the device's memory, a folder the host's too; None: the model's own device.
+        keep: ``cpu`` spares the device's memory, a folder the host's too; None: see ``where_to_keep``.
 
     Raises:
         InvalidRequest: ``keep`` is neither a device nor a folder.
@@ -121,24 +129,33 @@ class Recording:
 
     def estimate(self, max_skip: int, *, is_exact: bool = True) -> Estimate:
         """What calibrating would take, by one run."""
-        began = time.perf_counter()
-        self._run(self._embeddings[0], 0)
-        step_s = (time.perf_counter() - began) / self._samples.num_steps
+        seconds, _ = self._one_run
         num_steps = self._samples.num_steps
         forwards = self._samples.count * (num_forwards(num_steps, max_skip) if is_exact else num_steps)
-        return Estimate(forwards, forwards * step_s)
+        return Estimate(forwards, forwards * seconds / num_steps)
 
     def calibration(self, batch_size: int) -> Calibration:
         """Run every sample."""
-        runs = [self._run(e, seed) for e in self._embeddings for seed in range(self._samples.num_seeds)]
+        keep, device = self._keep, self._model.device
+        if keep is None and device.type == "cuda":
+            _, num_bytes = self._one_run
+            keep = where_to_keep(num_bytes * self._samples.count, device)
+        runs = [self._run(e, seed, keep) for e in self._embeddings for seed in range(self._samples.num_seeds)]
         return self._model.calibration(runs, self._predictor, batch_size)
 
-    def _run(self, embedding: torch.Tensor, seed: int) -> Trajectory:
+    @cached_property
+    def _one_run(self) -> tuple[float, int]:
+        """The seconds and the bytes of one."""
+        began = time.perf_counter()
+        run = self._run(self._embeddings[0], 0, self._keep)
+        return time.perf_counter() - began, run.traces.nbytes + run.latents.nbytes
+
+    def _run(self, embedding: torch.Tensor, seed: int, keep: torch.device | Path | None) -> Trajectory:
         size = self._samples
         request = flux2.GenerationRequest(
             embedding, size.width, size.height, size.guidance_scale, seed, schedule_for("none", size.num_steps)
         )
-        return self._model.record(request, self._predictor.trace, self._keep)
+        return self._model.record(request, self._predictor.trace, keep)
 
 
 def calibrate(

@@ -43,7 +43,8 @@ def calibrate(
     predictor: Annotated[str, typer.Option(help=", ".join(PREDICTORS))] = "linear",
     batch: Annotated[int, typer.Option(min=1, help="Latents in one forward pass.")] = 8,
     keep: Annotated[
-        str | None, typer.Option(help="cpu, or a folder on disk, keeps the runs, to spare the GPU's memory.")
+        str | None,
+        typer.Option(help="cpu, cuda, or a folder on disk, keeps the runs; by default a GPU that has room, else cpu."),
     ] = None,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Compare the latents where a skip ends: no transformer steps behind.")

@@ -188,6 +188,7 @@ def pretended() -> Iterator[None]:
         patch.setattr(
             torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: Gpu.wait("the stream"))
         )
+        patch.setattr(torch.cuda, "set_device", lambda _: None)
         patch.setattr(torch.cuda, "synchronize", lambda _=None: Gpu.wait("synchronize"))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)

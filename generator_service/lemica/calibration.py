@@ -28,6 +28,8 @@ from generator_service.lemica.signature import Signature
 
 SAMPLE_ARGUMENTS = ("encoder_hidden_states", "guidance")
 """The transformer's arguments that differ between samples; position ids do not."""
+GRAM_COLUMNS = 2**20
+"""Of a step's trace, at a time: in float64 those of 50 steps of 1024x1024 would take 10 GB."""
 ProgressListener = Callable[[int, int], None]
 
 
@@ -290,8 +292,9 @@ def gram_matrix(traces: Sequence[Tensor]) -> Tensor:
     """Inner products of the traces at every two steps, summed over the samples: float64 ``[T, T]``."""
     total = torch.zeros(len(traces[0]), len(traces[0]), dtype=torch.float64)
     for trace in traces:
-        flat = trace.flatten(1).double()
-        total += (flat @ flat.T).cpu()
+        for columns in torch.split(trace.flatten(1), GRAM_COLUMNS, dim=1):
+            wide = columns.double()
+            total += (wide @ wide.T).cpu()
     return total
 
 

@@ -155,6 +155,8 @@ class Flux2Model:
             ModelRefused: it is no FLUX.2 pipeline that can be used.
         """
         is_offloaded = "offload" in performance.optimisations
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # for libraries that ask for no GPU in particular
         parts = load_parts(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
         return cls(folder, parts, lora_dir, max_loras, performance)
 
@@ -297,6 +299,8 @@ class Flux2Model:
     ) -> torch.Tensor:
         """What the library's pipeline makes of requests: pixels ``[B, 3, H, W]`` from 0 to 1, on the device."""
         request = requests[0]
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has its own, the first GPU unless told
         made: torch.Tensor = pipeline(
             prompt_embeds=torch.cat([each.prompt_embeds for each in requests]).to(self.device, self.dtype),
             image=list(request.references) or None,

@@ -14,6 +14,8 @@ from torch import nn
 
 HOOK = "group_offloading"
 """As diffusers calls it."""
+ALIGNMENT = 64
+"""Of weights in a block's memory, in bytes."""
 
 
 class _Blocks(nn.Module):
@@ -29,8 +31,9 @@ def offload_blocks(transformer: Any, device: torch.device) -> None:
     """Move everything but the blocks to ``device``, and the blocks when they run.
 
     Args:
-        transformer: diffusers' ``Flux2Transformer2DModel``, in host memory; pinned if ``device`` is a GPU.
-        device: where it computes.
+        transformer: diffusers' ``Flux2Transformer2DModel``, in host memory. Its blocks are pinned if ``device`` is a
+            GPU.
+        device: where it computes; the current one if it is a GPU.
     """
     blocks = _Blocks(transformer)
     offloaded = {name for name, _ in blocks.named_children()}
@@ -38,6 +41,9 @@ def offload_blocks(transformer: Any, device: torch.device) -> None:
         if name not in offloaded:
             child.to(device)
     is_gpu = device.type == "cuda"
+    ordered = [*blocks.transformer_blocks, *blocks.single_transformer_blocks]
+    for block in ordered:
+        gather_weights(block, is_pinned=is_gpu)
     apply_group_offloading(
         blocks,
         onload_device=device,
@@ -47,7 +53,25 @@ def offload_blocks(transformer: Any, device: torch.device) -> None:
         use_stream=is_gpu,
         record_stream=is_gpu,
     )
-    _chain([*blocks.transformer_blocks, *blocks.single_transformer_blocks])
+    _chain(ordered)
+
+
+def gather_weights(block: nn.Module, *, is_pinned: bool) -> None:
+    """Move the weights of a block into one piece of host memory.
+
+    PyTorch gives pinned memory in powers of two. FLUX.2 [dev]'s blocks nearly are ones, 69 GB in all; its 62.8 GB of
+    weights, which diffusers would pin one by one, would take 99 GB.
+
+    Args:
+        block: its parameters are replaced.
+        is_pinned: whether a GPU can copy from there by itself.
+    """
+    parameters = list(block.parameters())
+    sizes = [-(-parameter.nbytes // ALIGNMENT) * ALIGNMENT for parameter in parameters]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=is_pinned)
+    for parameter, piece in zip(parameters, torch.split(memory, sizes), strict=True):
+        place = piece[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        parameter.data = place.copy_(parameter.data)
 
 
 def _chain(blocks: list[nn.Module]) -> None:

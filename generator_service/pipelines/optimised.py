@@ -82,7 +82,7 @@ class Optimised:
 
 def fuse_projections(transformer: Any) -> None:
     """Join queries, keys and values of the double-stream blocks into one product each, and free the separate ones."""
-    transformer.fuse_qkv_projections()
     for block in transformer.transformer_blocks:
+        block.attn.fuse_projections()
         for name in SEPARATE_PROJECTIONS:
             delattr(block.attn, name)

@@ -42,12 +42,12 @@ def test_full_size_is_flux2_dev() -> None:
 
 def test_every_profile_batch_and_length_is_measured() -> None:
     """A result has a row for each, compiles nothing while it measures, and says how far fast is from exact."""
-    name, told = measure(partial(checkpoint, WEIGHTS, CPU), options())
+    told = measure(partial(checkpoint, WEIGHTS, CPU), options())
     fast = [(row["batch"], row["prompt_tokens"]) for row in told.rows if row["profile"] == "fast"]
     assert fast == [(batch, num_tokens) for batch in BATCHES for num_tokens in (32, 6)]
     assert sum(row["profile"] == "exact" for row in told.rows) == len(BATCHES)
     assert max(told.difference.values()) < 1e-5
-    assert (name, told.left_out, told.compilations_after_warm_up) == ("weights", [], 0)
+    assert (told.weights, told.left_out, told.compilations_after_warm_up) == ("weights", [], 0)
     assert table_of(told.rows).row_count == len(told.rows)
 
 
@@ -55,7 +55,7 @@ def test_random_weights_stay_finite() -> None:
     """What random weights give are numbers, and equal under both profiles up to rounding."""
     small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MistralConfig.from_dict(FLUX2_DEV.to_dict() | small | {"head_dim": 16, "vocab_size": 100})
-    _, told = measure(lambda: short(full_size(CPU, config)), options(budget_s=0.2))
+    told = measure(lambda: short(full_size(CPU, config)), options(budget_s=0.2))
     assert all(0 <= value < 0.15 for value in told.difference.values())
 
 
@@ -66,6 +66,6 @@ def short(model: Model) -> Model:
 
 def test_what_does_not_fit_into_the_time_is_listed() -> None:
     """Without time nothing is measured, and that is told."""
-    _, told = measure(partial(checkpoint, WEIGHTS, CPU), options(budget_s=0.0))
+    told = measure(partial(checkpoint, WEIGHTS, CPU), options(budget_s=0.0))
     assert told.rows == []
     assert told.left_out == ["full weights: no time was left"]

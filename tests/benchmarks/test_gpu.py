@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.gpu import PARTS, ROOT, Part, last_json, run_part
+from benchmarks import gpu
+from benchmarks.gpu import PARTS, ROOT, Part, run_all, run_part
 
 
 @pytest.mark.slow
@@ -34,24 +37,56 @@ def test_every_part_at_the_tiny_size(tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").count("====") == 2
 
 
-def test_a_part_that_fails_is_told(tmp_path: Path) -> None:
-    """A part that ends badly leaves its reason, and its words in the log."""
-    told = run_part(Part("no_such_benchmark", (), (), 30), (), 30, tmp_path)
-    assert "exit status 1" in told["failed"]
-    assert "no_such_benchmark" in (tmp_path / "log.txt").read_text(encoding="utf-8")
-    assert not (tmp_path / "no_such_benchmark.json").exists()
+@pytest.fixture
+def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Part]:
+    """Makes a benchmark of a few lines, which are given ``so_far``, the file for what it finds."""
+    (tmp_path / "benchmarks").mkdir()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+
+    def make(source: str) -> Part:
+        start = "import sys, time\nfrom pathlib import Path\nso_far = Path(sys.argv[sys.argv.index('--so-far') + 1])\n"
+        (tmp_path / "benchmarks" / "made_up.py").write_text(start + source)
+        return Part("made_up", (), (), 30)
+
+    return make
 
 
-def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
-    """At its limit a part is stopped, and the reason says so."""
-    told = run_part(Part("latency", (), (), 0.1), (), 0.1, tmp_path)
-    assert "stopped after" in told["failed"]
+def test_what_a_part_found_is_in_one_line(part: Callable[[str], Part], tmp_path: Path) -> None:
+    """A part that ends well leaves what it found in a line, and nothing that an earlier run left."""
+    (tmp_path / "made_up.json").write_text('{"old": 1}')
+    told = run_part(part("so_far.write_text('{\\n\"rows\": [1, 2]\\n}')"), (), 30, tmp_path)
+    assert "failed" not in told
+    assert (tmp_path / "made_up.json").read_text() == '{"rows": [1, 2]}\n'
 
 
-def test_the_last_line_that_is_json() -> None:
-    """What libraries print after the result, or like one, does not hide it."""
-    assert last_json('noise\n{"a": 1}\n{not json\nbye\n') == {"a": 1}
-    assert last_json("nothing\n") is None
+def test_a_part_that_fails_is_told(part: Callable[[str], Part], tmp_path: Path) -> None:
+    """A part that ends badly leaves its reason, its words in the log, and nothing where it found nothing."""
+    (tmp_path / "made_up.json").write_text('{"old": 1}')
+    told = run_part(part("sys.exit('no such thing')"), (), 30, tmp_path)
+    assert told["failed"] == "exit status 1: no such thing"
+    assert "no such thing" in (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert not (tmp_path / "made_up.json").exists()
+
+
+def test_a_part_that_takes_too_long_is_stopped(part: Callable[[str], Part], tmp_path: Path) -> None:
+    """At its limit a part is stopped; what it had found is kept, with the reason."""
+    told = run_part(part("so_far.write_text('{\"rows\": [1]}')\ntime.sleep(60)"), (), 3, tmp_path)
+    assert "stopped after 3 s" in told["failed"]
+    assert json.loads((tmp_path / "made_up.json").read_text()) == {"rows": [1], "partial": "stopped after 3 s"}
+
+
+def test_time_that_is_left_is_for_later_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part may take what earlier ones left, but not what later ones need."""
+    limits = []
+
+    def note(_part: Part, _options: tuple[str, ...], limit_s: float, _out: Path) -> dict[str, Any]:
+        limits.append(round(limit_s))
+        return {"part": "", "seconds": 0.0}
+
+    monkeypatch.setattr(gpu, "run_part", note)
+    monkeypatch.setattr(gpu, "PARTS", (Part("a", (), (), 100), Part("b", (), (), 50), Part("c", (), (), 20)))
+    run_all(["a", "b", "c"], 170, tmp_path, is_smoke=False)
+    assert limits == [100, 150, 170]
 
 
 def test_all_parts_fit_into_ten_minutes() -> None:
@@ -62,4 +97,4 @@ def test_all_parts_fit_into_ten_minutes() -> None:
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_parts_are_benchmarks(part: Part) -> None:
     """Every part is a module of benchmarks."""
-    assert (ROOT / "benchmarks" / f"{part.name}.py").exists() or part.name == "encoder"
+    assert (ROOT / "benchmarks" / f"{part.name}.py").exists()

@@ -1,12 +1,17 @@
 """How long a picture takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.drawing import Shape, noise_reference, opened_bench
 from benchmarks.latency import arguments, measure
+from benchmarks.profile_run import Told
 from benchmarks.synthetic import TINY, Source
 from generator_service.lemica import schedule_for
+from generator_service.pipelines.compiled_blocks import CompiledBlocks
+from shared.compilation import CompilationFailed
 
 SOURCE = Source(TINY, torch.device("cpu"), torch.float32)
 
@@ -43,6 +48,44 @@ def test_what_does_not_fit_is_told() -> None:
     told = measure(SOURCE, args)
     assert told.steps == told.pictures == []
     assert [entry["shape"] for entry in told.left_out] == ["128x128", "64x64 + 1 reference"]
+
+
+def test_what_fits_is_known_from_the_profile_before() -> None:
+    """A profile's first shape is left out, too, if it would not fit by what was measured with another profile."""
+    command = ["--smoke", "--profiles", "exact", "fast", "--sides", "64", "--repeats", "1", "--modes", "none"]
+
+    def slow_down(told: Told) -> None:
+        told.steps[:] = [replace(row, prepare_s=1000.0) for row in told.steps]
+
+    told = measure(SOURCE, arguments().parse_args([*command, "--steps", "2"]), slow_down)
+    assert [row.profile for row in told.steps] == ["exact"]
+    assert told.left_out[-1]["profile"] == "fast"
+    assert "it would have taken some 1000 s" in told.left_out[-1]["reason"]
+
+
+def test_whatever_is_found_is_told_at_once() -> None:
+    """After each shape's steps and each picture there is more to keep."""
+    command = ["--smoke", "--profiles", "exact", "--sides", "64", "--repeats", "1", "--modes", "none", "2"]
+    seen: list[tuple[int, int]] = []
+    measure(
+        SOURCE,
+        arguments().parse_args([*command, "--steps", "4"]),
+        lambda told: seen.append((len(told.steps), len(told.pictures))),
+    )
+    assert seen == [(1, 0), (1, 1), (1, 2)]
+
+
+def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the compiler fails, the profile is left out with the reason: its name is not for uncompiled code."""
+
+    def fail(*_: object) -> None:
+        raise CompilationFailed
+
+    monkeypatch.setattr(CompiledBlocks, "preparing", fail)
+    told = measure(SOURCE, arguments().parse_args(["--smoke", "--profiles", "fast", "--sides", "64"]))
+    assert told.steps == told.pictures == []
+    assert "compile is left out" in told.left_out[0]["reason"]
+    assert "compile is left out" in told.performance["fast"]
 
 
 def test_pictures_that_do_not_fit_are_estimated() -> None:

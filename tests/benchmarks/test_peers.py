@@ -1,12 +1,13 @@
 """Other ways to draw, at equal computed steps."""
 
+import argparse
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from benchmarks.caches import Peer, eager_mag_cache, even_taylor_seer, fixed_mask
-from benchmarks.peers import Row, compared
+from benchmarks.peers import PLAIN, Race, Row, compared
 from benchmarks.stopwatch import Spread, Stopwatch
 from benchmarks.synthetic import TINY, Source, pipeline_of
 
@@ -76,3 +77,33 @@ def test_cache_dit_computes_the_steps_it_is_told() -> None:
     """cache-dit computes exactly the steps of the mask."""
     pytest.importorskip("cache_dit")  # of the extra bench
     assert computed_by(fixed_mask({0, 1, 4, 7}, 10, has_taylor_seer=False), 10) == 4
+
+
+def raced(budget_s: float, on_found: Callable[[Race], None] = lambda _race: None) -> Race:
+    """A race of 6 steps on the tiny model."""
+    source = Source(TINY, torch.device("cpu"), torch.float32)
+    args = argparse.Namespace(side=64, steps=6, computed=3, profiles=["exact"], repeats=1, budget_s=budget_s)
+    race = Race(source, args, on_found)
+    race.run()
+    return race
+
+
+@pytest.mark.filterwarnings("default")
+def test_ours_runs_early_at_the_steps_of_every_cache() -> None:
+    """Ours comes second, and each cache finds it run with as many computed steps as it computed itself."""
+    seen: list[int] = []
+    race = raced(600, lambda race: seen.append(len(race.rows)))
+    ways = list(dict.fromkeys(row.way for row in race.rows))
+    assert ways[:2] == [PLAIN, "ours, exact"]
+    caches = [entry for entry in compared(race.rows, has_seconds=False) if "Cache" in entry["way"]]
+    assert len(caches) >= 1
+    assert all(entry["ours_is_faster_by"] for entry in caches)
+    assert set(range(1, len(race.rows) + 1)) <= set(seen), "each row is there to keep at once"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_way_that_would_not_fit_does_not_begin() -> None:
+    """Without time no way begins, and each is told."""
+    race = raced(0)
+    assert race.rows == []
+    assert race.left_out[0] == f"{PLAIN}: no time"

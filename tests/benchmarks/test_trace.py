@@ -3,8 +3,13 @@
 from collections import Counter
 
 import pytest
+import torch
+from torch.profiler import record_function
 
-from benchmarks.trace import Event, kernels_of, waits_by_step
+from benchmarks.drawing import GUIDANCE
+from benchmarks.synthetic import TINY, Source
+from benchmarks.trace import MARK, Event, alternating, kernels_of, marks, recorded, waits_by_step
+from generator_service.pipelines.flux2 import GenerationRequest
 
 EVENTS = [
     Event("cudaStreamSynchronize", 5, 6, is_on_device=False),  # before the loop
@@ -34,3 +39,22 @@ def test_kernels_belong_to_the_step_in_which_they_ran() -> None:
     assert found.busy_ms == pytest.approx(0.006)
     assert found.num_kernels == 4
     assert found.top[0] == ("gemm", 2, pytest.approx(0.004))
+
+
+@pytest.mark.filterwarnings("default")
+def test_marks_of_others_are_no_events() -> None:
+    """What compiled code or a library marks is not counted beside what runs inside it; only our marks are kept."""
+    source = Source(TINY, torch.device("cpu"), torch.float32)
+
+    def mark() -> None:
+        with record_function("somebody's"):
+            torch.ones(1)
+
+    with source.parts() as parts:
+        model = source.model(parts, "exact")
+        request = GenerationRequest(source.embedding(parts), 64, 64, GUIDANCE, 0, alternating(4))
+        events = recorded(model, request, mark)
+    assert len(marks(events)) == 4
+    assert not any("somebody" in event.name for event in events)
+    assert {event.name for event in events if event.name.startswith(MARK)} == {f"{MARK}{step}" for step in range(4)}
+    assert any(event.name == "aten::ones" for event in events)

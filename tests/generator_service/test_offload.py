@@ -9,6 +9,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
+from generator_service.pipelines.offload import ALIGNMENT, gather_weights
 from generator_service.pipelines.performance import PROFILES, Performance
 from shared.model_folder import ModelFolder
 from tests.conftest import CPU, Serve
@@ -73,6 +74,20 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> Moves:
 def test_pictures_stay_the_same(offloaded: Flux2Model, demo: Flux2Model, request_: GenerationRequest) -> None:
     """Offloading only moves weights: every bit is as without."""
     assert torch.equal(offloaded.generate(request_).latents, demo.generate(request_).latents)
+
+
+def test_weights_of_a_block_are_gathered() -> None:
+    """A block's weights lie one after the other in one piece of memory, which is as large as they are, unchanged."""
+    block = torch.nn.ModuleList([torch.nn.Linear(3, 5), torch.nn.Linear(7, 11).to(torch.bfloat16)])
+    before = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    gather_weights(block, is_pinned=False)
+    after = dict(block.named_parameters())
+    assert all(torch.equal(after[name], value) and after[name].is_contiguous() for name, value in before.items())
+    (memory,) = {parameter.untyped_storage().data_ptr() for parameter in after.values()}
+    assert after["0.weight"].data_ptr() == memory
+    assert after["0.weight"].untyped_storage().nbytes() == sum(
+        -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT for parameter in after.values()
+    )
 
 
 def test_a_reused_step_moves_nothing(offloaded: Flux2Model, moves: Moves) -> None:

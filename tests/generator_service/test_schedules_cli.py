@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from demo_model.services import WEIGHTS
+from generator_service.calibrate import where_to_keep
 from generator_service.cli import app
 from generator_service.lemica import ErrorGraph, Schedule, load_schedules
 
@@ -80,6 +82,14 @@ def test_what_keeps_the_runs_is_checked(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "--keep: nowhere is neither a device, such as cpu, nor a folder" in result.output
     assert run("calibrate", *options, "--keep", tmp_path, "--seeds", 1, "-o", tmp_path / "graph.json").exit_code == 0
+
+
+@pytest.mark.parametrize(("free", "kept_on"), [(100, "cuda:1"), (99, "cpu")])
+def test_runs_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch, free: int, kept_on: str) -> None:
+    """Runs stay on the GPU only if as much is free there for what is computed with them."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 1000))
+    assert str(where_to_keep(50, torch.device("cuda", 1))) == kept_on
 
 
 def test_an_estimate_measures_nothing(tmp_path: Path) -> None:
