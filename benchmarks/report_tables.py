@@ -144,8 +144,9 @@ def reuse(told: Told) -> Iterator[str]:
         ("a reused step", spread(told["reused_s"], in_ms=True)),
         ("a reused step over a computed one", f"{100 * told['reused_over_computed']:.2f} %"),
         ("`exact` equals diffusers bit for bit", "yes" if told["exact_equals_diffusers"] else "no"),
-        ("graphs that `fast` compiled after it was warm", str(told["compilations_after_warm_up"])),
     ]
+    if "compilations_after_warm_up" in told:
+        rows.append(("graphs that `fast` compiled after it was warm", str(told["compilations_after_warm_up"])))
     yield f"\n{told['side']}x{told['side']}, schedule {told['mode']}; a step with the scheduler's part.\n\n"
     yield markdown(("figure", "value"), rows)
 

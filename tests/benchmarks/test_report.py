@@ -153,6 +153,16 @@ LOAD: dict[str, Any] = {
 }
 
 
+def test_what_ended_early_says_so(tmp_path: Path) -> None:
+    """A result of a run that was stopped has its section with what was found, and begins with the reason."""
+    reuse = {"benchmark": "reuse", "card": CARD, "weights": "the demo model", "side": 512, "mode": "ultra"}
+    reuse |= {"computed_s": ONCE, "reused_s": ONCE, "reused_over_computed": 0.01, "exact_equals_diffusers": True}
+    page = told(tmp_path, "reuse.json", reuse | {"partial": "stopped after 60 s"})
+    assert "It ended early (stopped after 60 s): not everything was measured." in page.replace("\n", " ")
+    assert "| a reused step over a computed one | 1.00 % |" in page
+    assert "compiled after it was warm" not in page
+
+
 def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     """Answers, the ratio to the bare loop, estimates and memory are told; seconds only of a GPU."""
     page = told(tmp_path, "load.json", LOAD | {"card": CARD})
