@@ -23,6 +23,7 @@ from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.settings import GeneratorSettings
 from shared.model_folder import ModelFolder
 from tests import OUR_PREFIXES
+from tests.control import Clock, ModelControl
 from text_encoder_service.app import create_app as create_encoder
 from text_encoder_service.settings import TextEncoderSettings
 
@@ -62,6 +63,18 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith(OUR_PREFIXES):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of this process, for a test to move."""
+    return Clock(monkeypatch)
+
+
+@pytest.fixture
+def model_control(monkeypatch: pytest.MonkeyPatch) -> ModelControl:
+    """Hooks into the models that this test serves."""
+    return ModelControl(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
 from shared.errors import NonFiniteOutput, OutOfMemory
 from tests.conftest import Serve
+from tests.control import ModelControl, until_queued
 from tests.generator_service.test_generate import LONG, SMALL, events, metrics, pixels, steps_run
 
 TOLERANCE = 1e-4
@@ -94,6 +95,27 @@ async def test_what_fits_together_is_drawn_together(serve_generator: Serve, batc
     for ours, single in zip(answers, alone, strict=True):
         assert abs(pixels(ours.content).astype(int) - pixels(single.content)).max() <= 1
         assert ours.headers["x-schedule"] == single.headers["x-schedule"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("change", [{"cache": 2}, {"height": 80}, {"guidance_scale": 2.0}], ids=str)
+async def test_what_differs_is_generated_apart(
+    serve_generator: Serve, model_control: ModelControl, change: dict[str, Any]
+) -> None:
+    """Requests with another schedule, height or guidance never share a run: each gets the image it gets alone."""
+    bodies = [small(1), small(2, **change)]
+    async with serve_generator(max_batch=2) as http:
+        alone = [await http.post("/generate", json=body) for body in bodies]
+        with model_control.holding():
+            calls = [asyncio.create_task(http.post("/generate", json=SMALL))]
+            await model_control.is_held()
+            calls += [asyncio.create_task(http.post("/generate", json=body)) for body in bodies]
+            await until_queued(http, 3)
+        _, *answers = await asyncio.gather(*calls)
+    for ours, single in zip(answers, alone, strict=True):
+        assert np.array_equal(pixels(ours.content), pixels(single.content))
+        for name in ("x-schedule", "x-steps-computed"):
+            assert ours.headers[name] == single.headers[name]
 
 
 @pytest.mark.anyio

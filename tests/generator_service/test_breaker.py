@@ -3,6 +3,7 @@
 import asyncio
 import statistics
 import time
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
@@ -68,6 +69,37 @@ async def test_an_encoder_that_is_away_costs_no_time(serve_generator: Serve) -> 
         while (await http.post("/generate", json=SMALL | {"prompt": "back"})).status_code != 200:  # noqa: ASYNC110 - as a client
             await asyncio.sleep(0.1)
         assert time.monotonic() - back < 10
+
+
+async def hang(_request: httpx.Request) -> httpx.Response:
+    """Never answers."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def read_timeout(_request: httpx.Request) -> httpx.Response:
+    """Fails as an attempt does whose own limit has passed."""
+    raise httpx.ReadTimeout("no answer")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("encoder", [hang, read_timeout])
+async def test_an_encoder_that_never_answers_opens_it(
+    serve_generator: Serve, encoder: Callable[[httpx.Request], Awaitable[httpx.Response]]
+) -> None:
+    """After three time-outs the encoder counts as unavailable: most requests are refused without asking it."""
+    asked: list[httpx.Request] = []
+
+    async def counted(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return await encoder(request)
+
+    async with serve_generator(httpx.MockTransport(counted), text_encoder_timeout_s=0.05) as http:
+        answers = [await http.post("/generate", json=SMALL) for _ in range(FAILURES_TO_OPEN + 20)]
+    codes = [answer.json()["code"] for answer in answers]
+    assert codes[:FAILURES_TO_OPEN] == ["encoder_timeout"] * FAILURES_TO_OPEN
+    assert set(codes) == {"encoder_timeout", "encoder_unavailable"}
+    assert codes.count("encoder_timeout") == len(asked) < len(answers)
 
 
 @pytest.mark.anyio

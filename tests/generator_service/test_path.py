@@ -83,6 +83,15 @@ def test_the_cheapest_within_a_bound(graph: ErrorGraph, bound: float) -> None:
     assert schedule.num_computed == sufficient[0]
 
 
+def test_ties_go_to_the_earlier_steps() -> None:
+    """Of paths with equal errors the one with the earlier computed steps is chosen, so that plans can be repeated.
+
+    Here (0, 3, 4) and (0, 1, 5) cost the same, and the search meets the later one first.
+    """
+    graph = ErrorGraph(6, dict.fromkeys([(0, 3), (4, 6), (1, 5), (5, 6)], 1.0))
+    assert lexicographic_minimax_path(graph, 3).computed_steps == (0, 1, 5)
+
+
 def test_a_bound_that_nothing_meets() -> None:
     """A negative bound, or none at all, is refused."""
     for bound in (-1.0, float("nan")):

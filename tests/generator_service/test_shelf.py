@@ -96,6 +96,15 @@ def test_a_schedule_is_never_used_for_something_else(change: dict[str, object]) 
         SHELF.cheapest_within(1.0, wanted)
 
 
+@pytest.mark.parametrize("name", ["image_tokens", "guidance_scale", "task", "dtype"])
+def test_what_is_unknown_does_not_match(name: str) -> None:
+    """A run of which something is unknown is not taken for one that the schedule was calibrated for."""
+    wanted = replace(MADE_FOR, **{name: None})
+    assert SHELF.find("fast", wanted).source == "published"
+    with pytest.raises(ScheduleMismatch, match=f"made for {name}"):
+        SHELF.find("night", wanted)
+
+
 def test_library_versions_do_not_matter() -> None:
     """They are told, not compared."""
     assert SHELF.find(10, replace(MADE_FOR, libraries="torch 2", predictor=None)) == ULTRA

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 from safetensors.torch import load
+from transformers import MistralModel
 
 from tests.conftest import Serve
 
@@ -141,6 +142,23 @@ async def test_prompts_that_find_no_place_are_refused_together(serve_encoder: Se
     assert (refused.status_code, refused.json()["code"]) == (429, "busy")
     assert "retry-after" in refused.headers
     assert "flux2_queue_depth 0.0" in metrics
+    assert after.status_code == 200
+
+
+async def test_a_batch_that_does_not_fit_is_oom(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without enough memory is 503 ``oom``, not to be retried, without CUDA's own words; later prompts work."""
+
+    def too_large(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
+
+    async with serve_encoder() as http:
+        with monkeypatch.context() as small_gpu:
+            small_gpu.setattr(MistralModel, "forward", too_large)
+            refused = await http.post("/predict", json={"prompt": ["a", "b"]})
+        after = await http.post("/predict", json={"prompt": ["a", "b"]})
+    assert (refused.status_code, refused.json()["code"]) == (503, "oom")
+    assert refused.headers["x-should-retry"] == "false"
+    assert "0x7f" not in refused.text
     assert after.status_code == 200
 
 
