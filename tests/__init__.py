@@ -17,13 +17,17 @@ TERMINAL = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "PY_COLORS"
 """What rich and typer look at before they format text."""
 
 
+NOWHERE = "http://127.0.0.1:9"
+"""Instead of the hub, which no test reaches. Offline mode would also keep the hub's own client from our service."""
+
+
 def clean_environment() -> None:
-    """Remove what could change a test's outcome; offline, and with this tree's packages before installed ones."""
+    """Remove what could change a test's outcome; set what keeps to this machine and to the packages of this tree."""
     names = {*PROXIES, *TERMINAL}
     for name in list(os.environ):
         if name.upper() in names or name.startswith(PREFIXES):
             del os.environ[name]
-    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    os.environ |= {"HF_ENDPOINT": NOWHERE, "PYTHONPATH": str(ROOT)}
 
 
 clean_environment()

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from fastapi import FastAPI
 
 PATIENCE_S = 60.0
 """How long a test waits for what has to happen before it fails."""
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Clock:
@@ -82,8 +84,8 @@ class ModelControl:
 class Exchange:
     """A request whose response is read as it comes, and whose client may leave."""
 
-    def __init__(self, body: bytes) -> None:
-        self._request = [{"type": "http.request", "body": body, "more_body": False}]
+    def __init__(self, body: bytes | None) -> None:
+        self._request = [] if body is None else [{"type": "http.request", "body": body, "more_body": False}]
         self._has_left = asyncio.Event()
         self._messages: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
 
@@ -113,11 +115,17 @@ class Exchange:
 
 @asynccontextmanager
 async def exchange(
-    http: httpx.AsyncClient, path: str, body: Mapping[str, Any], accept: str = "*/*"
+    http: httpx.AsyncClient, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str] = NO_HEADERS
 ) -> AsyncIterator[Exchange]:
-    """``POST body`` to the app behind ``http``, whose own transport would wait for the whole response."""
-    data = json.dumps(body).encode()
-    headers = {"content-type": "application/json", "content-length": str(len(data)), "accept": accept}
+    """``POST`` to the app behind ``http``, whose own transport would wait for the whole response.
+
+    Args:
+        http: a client of an app in this process.
+        path: the route.
+        body: is sent as JSON; None sends none, as a client does that is slow.
+        headers: beside the content type.
+    """
+    fields = {"content-type": "application/json", **headers}
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -127,11 +135,11 @@ async def exchange(
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "headers": [(name.lower().encode(), value.encode()) for name, value in fields.items()],
         "server": ("test", 80),
         "client": ("test", 1),
     }
-    client = Exchange(data)
+    client = Exchange(None if body is None else json.dumps(body).encode())
     app: FastAPI = http._transport.app  # type: ignore[attr-defined]  # httpx keeps it private
     serving = asyncio.create_task(app(scope, client.receive, client.send))
     try:

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from tests import ROOT
+from tests import NOWHERE, ROOT
 
 HOSTILE = {
     "GENERATOR_TOKEN": "secret",
     "FLUX2_MODEL": "nobody/nothing",
-    "HF_HUB_OFFLINE": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_ENDPOINT": "http://127.0.0.1:8",
     "HF_TOKEN": "hf_secret",
     "HTTP_PROXY": "http://127.0.0.1:9",
     "https_proxy": "http://127.0.0.1:9",
@@ -31,7 +32,7 @@ def test_the_environment_of_the_caller_is_left_behind() -> None:
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     left = json.loads(done.stdout)
-    assert {name: left[name] for name in HOSTILE if name in left} == {"HF_HUB_OFFLINE": "1"}
+    assert {name: left[name] for name in HOSTILE if name in left} == {"HF_ENDPOINT": NOWHERE}
     assert left["PYTHONPATH"] == str(ROOT)
 
 

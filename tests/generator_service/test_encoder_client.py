@@ -130,6 +130,17 @@ async def test_a_repeated_prompt_is_not_asked_again() -> None:
     assert len(encoder.requests) == 3
 
 
+async def test_similar_prompts_are_different_prompts() -> None:
+    """An embedding is kept for exactly its prompt: case, spaces and accents make another one."""
+    prompts = ["a Red circle", "a red circle", " a red circle", "a  red circle", "a réd circle", "a re\u0301d circle"]
+    encoder = Encoder(*(body(dump_torch(EMBEDDING + k)) for k in range(len(prompts))))
+    async with client(encoder, cache=2**20) as sut:
+        first = [await sut.embed(prompt) for prompt in prompts]
+        again = [await sut.embed(prompt) for prompt in prompts]
+    assert [was_cached for _, was_cached in first] == [False] * len(prompts)
+    assert all(was_cached and torch.equal(tensor, EMBEDDING + k) for k, (tensor, was_cached) in enumerate(again))
+
+
 async def test_a_failure_is_not_kept() -> None:
     """The prompt that failed is asked again when it comes again."""
     encoder = Encoder(status(422), good)

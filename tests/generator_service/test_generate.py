@@ -23,6 +23,7 @@ from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest, Pre
 from shared.errors import ModelRefused
 from shared.wire import dump_safetensors, dump_torch
 from tests.conftest import Serve
+from tests.control import ModelControl, until_queued
 
 pytestmark = pytest.mark.anyio
 
@@ -211,6 +212,19 @@ async def test_a_full_queue_refuses_at_once(serve_generator: Serve, headers: dic
             assert int(answer.headers["Retry-After"]) >= 1
             assert answer.json()["code"] == "busy"
     assert later.status_code == 200
+
+
+async def test_retry_after_is_never_zero(serve_generator: Serve, model_control: ModelControl) -> None:
+    """Where images take milliseconds, a refused client still waits a second: 0 would make it ask in a loop."""
+    async with serve_generator(max_waiting=1) as http:
+        for _ in range(10):
+            await http.post("/generate", json=SMALL | {"num_inference_steps": 1})
+        with model_control.holding():
+            accepted = [asyncio.create_task(http.post("/generate", json=SMALL)) for _ in range(2)]
+            await until_queued(http, 2)
+            refused = await http.post("/generate", json=SMALL)
+        assert [answer.status_code for answer in await asyncio.gather(*accepted)] == [200, 200]
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
 
 
 async def test_an_encoder_that_comes_back(serve_generator: Serve) -> None:

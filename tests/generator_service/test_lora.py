@@ -180,6 +180,20 @@ async def test_over_http(serve_generator: Serve, folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.anyio
+async def test_a_negative_scale_is_not_a_positive_one(serve_generator: Serve, folder: Path, tmp_path: Path) -> None:
+    """A scale below 0 is applied and recorded as it was sent."""
+    scales, images, records = (0.5, -0.5, -4), [], []
+    async with serve_generator(lora_dir=folder) as http:
+        for scale in scales:
+            answer = await http.post("/generate", json=SMALL | {"lora": [{"name": "ink", "scale": scale}]})
+            images.append(pixels(answer.content).tobytes())
+            (tmp_path / "image.png").write_bytes(answer.content)
+            records.append(read_provenance(tmp_path / "image.png").lora)
+    assert len(set(images)) == len(scales)
+    assert records == [[{"name": "ink", "scale": scale}] for scale in scales]
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("lora", "told"),
     [

@@ -2,16 +2,20 @@
 
 import base64
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
+from PIL import ExifTags, Image
 
 from generator_service.imaging import Provenance, read_provenance
+from shared.wire import dump_safetensors
 from tests.conftest import Serve
-from tests.generator_service.test_generate import SMALL, pixels
+from tests.generator_service.test_generate import SMALL, STREAM, events, pixels
 from tests.generator_service.test_references import as_text, file_of, picture
 from tests.generator_service.test_upsampler import BETTER, ChatModel, completion
 
@@ -72,3 +76,36 @@ async def test_a_rewritten_prompt_is_that_of_every_image(serve_generator: Serve,
     assert len({image["x-revised-prompt"] for image in images}) == 1
     assert {record_of(base64.b64decode(image["image"]), tmp_path).prompt for image in images} == {BETTER}
     assert len(model.asked) == 1
+
+
+async def test_an_embedding_is_named_by_its_hash(serve_generator: Serve, tmp_path: Path) -> None:
+    """Where no prompt was given the file holds the SHA-256 of the embedding's float32 values instead."""
+    embedding = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    body = SMALL | {"prompt_embeds": as_text(dump_safetensors(embedding))}
+    del body["prompt"]
+    async with serve_generator() as http:
+        record = record_of((await http.post("/generate", json=body)).content, tmp_path)
+    assert record.prompt is None
+    assert record.prompt_embeds_sha256 == hashlib.sha256(embedding.float().numpy().tobytes()).hexdigest()
+
+
+async def test_a_preview_says_what_it_is(serve_generator: Serve) -> None:
+    """Previews are marked as AI generated, as images are."""
+    body = SMALL | {"num_inference_steps": 8, "previews": 2}
+    async with serve_generator() as http:
+        streamed = await http.post("/generate", json=body, headers=STREAM)
+    files = [base64.b64decode(data["image"]) for name, data in events(streamed.text) if name == "preview"]
+    descriptions = [Image.open(io.BytesIO(data)).getexif()[ExifTags.Base.ImageDescription] for data in files]
+    assert descriptions == ["AI generated"] * 2
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+async def test_the_compression_is_used(serve_generator: Serve, image_format: str) -> None:
+    """A lower ``output_compression`` makes a smaller file; without it the quality is 95."""
+    body = SMALL | {"output_format": image_format}
+    async with serve_generator() as http:
+        sizes = [
+            len((await http.post("/generate", json=body | quality)).content)
+            for quality in ({"output_compression": 10}, {"output_compression": 95}, {})
+        ]
+    assert sizes[0] < sizes[1] == sizes[2]

@@ -20,7 +20,7 @@ from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
 from generator_service.references import parse_reference, read_reference
 from shared.errors import InvalidRequest, UnsupportedImageType
 from shared.wire import dump_safetensors
-from tests.conftest import Serve
+from tests.conftest import Serve, local_model
 
 pytestmark = pytest.mark.anyio
 
@@ -161,6 +161,18 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
     first, second = demo.generate(request).latents, demo.generate(request).latents
     assert len(calls) == 1
     assert torch.equal(first, second)
+
+
+def test_references_of_other_shapes_are_other_references(demo: Flux2Model) -> None:
+    """Two images of equal bytes and different shapes are encoded separately."""
+    embeds = torch.zeros(1, 32, demo.card.embedding_width)
+    wide, tall = Image.new("RGB", (128, 64)), Image.new("RGB", (64, 128))
+    wanted = [GenerationRequest(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (image,)) for image in (wide, tall)]
+    first, second = (demo.generate(request).latents for request in wanted)
+    assert not torch.equal(first, second)
+    other_order = local_model(WEIGHTS)
+    assert torch.equal(other_order.generate(wanted[1]).latents, second)
+    assert torch.equal(other_order.generate(wanted[0]).latents, first)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,15 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
         load_schedules(tmp_path / "x.json")
 
 
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    """A file of a later version is refused by its version, even if its schedules look like those of this one."""
+    FAST.save(tmp_path / "x.json")
+    data = json.loads((tmp_path / "x.json").read_text())
+    (tmp_path / "x.json").write_text(json.dumps(data | {"format": "lemica-schedules/2"}))
+    with pytest.raises(ScheduleMismatch, match="has format 'lemica-schedules/2', not lemica-schedules/1"):
+        load_schedules(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("name", ["", "x" * 65, "nacht\u2013zug", "a;b", "two\nlines"])
 def test_a_name_fits_into_a_header(name: str) -> None:
     """A schedule's name is short plain text, since it is sent in a header."""

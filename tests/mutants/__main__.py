@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tests.mutants.catalog import Mutant, load_mutants
+from tests.mutants.catalog import Mutant, StaleMutant, load_mutants
 
 ROOT = Path(__file__).parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:randomly", "-p", "no:cacheprovider", "--tb=line")
@@ -68,12 +68,12 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def run_tests(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def run_tests(tree: Path, tests: Sequence[str], timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
     """Run pytest in ``tree`` until the first failure. No bytecode is written: it could outlive its mutant."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment = os.environ | threads | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        [*PYTEST, *tests], cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        [*PYTEST, *tests], cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
 
 
@@ -82,7 +82,7 @@ def try_mutant(mutant: Mutant, tree: Path) -> Outcome:
     began = time.monotonic()
     before = mutant.apply(tree)
     try:
-        done = run_tests(tree, mutant.tests)
+        done = run_tests(tree, mutant.tests, TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return Outcome(mutant, Verdict.TIMED_OUT, time.monotonic() - began, f"after {TIMEOUT_S} s")
     finally:
@@ -117,10 +117,18 @@ def try_all(mutants: Sequence[Mutant], trees: Sequence[Path]) -> list[Outcome]:
 
 def chosen(words: Sequence[str]) -> list[Mutant]:
     """The mutants whose name or file holds one of ``words``; all of them without words."""
-    mutants = load_mutants()
+    return [m for m in load_mutants() if not words or any(word in f"{m.name} {m.file}" for word in words)]
+
+
+def stale(mutants: Sequence[Mutant]) -> list[str]:
+    """What is wrong with mutants whose line is not in the tree, or more than once."""
+    problems = []
     for mutant in mutants:
-        mutant.find((ROOT / mutant.file).read_text(encoding="utf-8"))
-    return [m for m in mutants if not words or any(word in f"{m.name} {m.file}" for word in words)]
+        try:
+            mutant.find((ROOT / mutant.file).read_text(encoding="utf-8"))
+        except (OSError, StaleMutant) as error:
+            problems.append(f"{mutant.name}: {error}")
+    return problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,11 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="how many to try at a time")
     options = parser.parse_args(arguments)
     mutants = chosen(options.words)
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    if problems := stale(mutants):
+        print("these mutants have to follow the code that they change:", *problems, sep="\n")
+        return 1
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [copy_tree(Path(folder, str(number))) for number in range(options.jobs)]
-        unchanged = run_tests(trees[0], tests)
+        unchanged = run_tests(trees[0], sorted({test for mutant in mutants for test in mutant.tests}))
         if unchanged.returncode != 0:
             print(f"the tests fail without any change:\n{unchanged.stdout}")
             return 1

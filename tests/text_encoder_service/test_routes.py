@@ -11,6 +11,7 @@ from safetensors.torch import load
 from transformers import MistralModel
 
 from tests.conftest import Serve
+from tests.control import exchange
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +38,29 @@ async def test_a_list_gives_a_row_each(serve_encoder: Serve) -> None:
     assert batch.shape == (3, 32, 384)
     assert torch.allclose(batch[1:2], single, atol=1e-4)
     assert torch.equal(batch[0], batch[2])
+
+
+async def test_similar_prompts_are_different_prompts(serve_encoder: Serve) -> None:
+    """An embedding is kept for exactly its prompt; asked for again, each prompt gives its own."""
+    prompts = ["a Red circle", "a red circle", "a red  circle"]
+    async with serve_encoder() as http:
+        first, again = [
+            [(await http.post("/predict", json={"prompt": prompt})).content for prompt in prompts] for _ in range(2)
+        ]
+        metrics = (await http.get("/metrics")).text
+    assert first[0] != first[1]
+    assert first == again
+    assert f'flux2_embedding_cache_total{{result="miss"}} {float(len(prompts))}' in metrics
+
+
+async def test_a_body_that_is_declared_too_large_is_not_read(serve_encoder: Serve) -> None:
+    """The declared length is enough to refuse a body: 413 comes before its first byte does."""
+    async with (
+        serve_encoder(max_body_bytes=1000) as http,
+        exchange(http, "/predict", None, headers={"content-length": "1001"}) as client,
+    ):
+        problem = await client.read_until(b"}", within_s=10)
+    assert b"payload_too_large" in problem
 
 
 async def test_safetensors_on_request(serve_encoder: Serve) -> None:
