@@ -65,10 +65,10 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of this process, for a test to move."""
-    return Clock(monkeypatch)
+@pytest.fixture(scope="session")
+def clock() -> Clock:
+    """The clock of this process, for a test to move forward."""
+    return Clock()
 
 
 @pytest.fixture

@@ -21,14 +21,17 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Clock:
-    """The monotonic clocks of this process, which can be moved forward. The event loop's timers move with them."""
+    """The monotonic clocks of this process, which can be moved forward. Timers of event loops move with them.
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+    They are never moved back: a service of another test, whose loop has set its timers meanwhile, would wait for them.
+    """
+
+    def __init__(self) -> None:
         self._ahead_s = 0.0
-        for name in ("monotonic", "perf_counter"):
-            patch.setattr(time, name, self._moved(getattr(time, name)))
+        time.monotonic = self._ahead_of(time.monotonic)
+        time.perf_counter = self._ahead_of(time.perf_counter)
 
-    def _moved(self, real: Callable[[], float]) -> Callable[[], float]:
+    def _ahead_of(self, real: Callable[[], float]) -> Callable[[], float]:
         return lambda: real() + self._ahead_s
 
     def advance(self, seconds: float) -> None:
@@ -147,6 +150,13 @@ async def exchange(
     finally:
         client.leave()
         await serving
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once ``condition`` holds, which nothing announces."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.01)
 
 
 async def until_queued(http: httpx.AsyncClient, depth: int) -> None:

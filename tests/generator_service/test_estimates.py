@@ -1,5 +1,6 @@
 """What the latency model learns, on a simulated clock on which a computed step takes ten seconds and all else none."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ async def test_adapters_are_not_learned(
         model_control.on_step = lambda: clock.advance(5 * STEP_S)
         await generate(http, cache="none", lora="ink")
         assert await seconds_per_step(http) == UNCHANGED
+
+
+async def test_a_latency_can_be_asked_for(serve_generator: Serve) -> None:
+    """``max_latency_ms`` computes as many steps as fit into it, all of them where they do."""
+    async with serve_generator() as http:
+        plenty = await generate(http, max_latency_ms=1_000_000)
+        half = await generate(http, max_latency_ms=round(1000 * 6.5 * STEP_S))
+        impossible = await http.post("/generate", json=BODY | {"max_latency_ms": 1})
+        both = await http.post("/generate", json=BODY | {"max_latency_ms": 100_000, "cache": "fast"})
+    assert plenty.headers["x-steps-computed"] == "12"
+    assert half.headers["x-steps-computed"] == "6"
+    assert float(half.headers["x-estimate-ms"]) <= 1000 * 6.5 * STEP_S
+    for refused in (impossible, both):
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "max_latency_ms")
+    assert re.search(r"take \d+ ms at least, with 2 of them computed", impossible.json()["detail"])
 
 
 async def test_a_latency_is_for_the_whole_request(serve_generator: Serve) -> None:
