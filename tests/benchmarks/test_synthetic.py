@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 def test_activations_stay_finite_over_all_blocks() -> None:
     """In bfloat16, through as many blocks as FLUX.2 [dev] has, random weights give a velocity of ordinary size."""
-    deep = TINY.transformer | {"num_layers": 8, "num_single_layers": 48}
+    deep = dict(TINY.transformer) | {"num_layers": 8, "num_single_layers": 48}
     source = Source(Size("deep", deep, TINY.vae, TINY.num_text_tokens), CPU, torch.bfloat16)
     with source.parts() as parts:
         picture = pipeline_of(parts)(
