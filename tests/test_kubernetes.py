@@ -144,10 +144,10 @@ def test_one_model_everywhere() -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_services_are_probed(name: str) -> None:
-    """Loading may take half an hour; after that readiness decides about traffic and liveness about restarts."""
+    """Imports may take minutes on a cold disk; then readiness decides about traffic and liveness about restarts."""
     container = container_of(pods()[name])
     startup = container["startupProbe"]
-    assert startup["periodSeconds"] * startup["failureThreshold"] >= 1800
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 300
     assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
     assert container["readinessProbe"]["httpGet"]["path"] == "/health/ready"
     assert container["readinessProbe"]["timeoutSeconds"] > 5  # the generator asks the encoder for 5 s at most

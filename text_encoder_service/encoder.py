@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from shared.compilation import Backend
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
+from shared.report import Report, ignore
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
 from text_encoder_service.quantisation import Weights, quantize
 from text_encoder_service.shapes import Shapes
@@ -75,8 +76,13 @@ class MistralEncoder:
         self._forward: Forward = self._exact
 
     @torch.inference_mode()
-    def speed_up(self, max_batch: int, backend: Backend = "inductor") -> None:
+    def speed_up(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
+
+        Args:
+            max_batch: the most prompts that share a forward pass.
+            backend: as ``torch.compile``'s.
+            report: gets the progress.
 
         Raises:
             OutOfMemory: the device has too little memory for such batches.
@@ -86,7 +92,7 @@ class MistralEncoder:
         probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
         try:
-            self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
+            self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report)
         except torch.OutOfMemoryError as error:
             told = f"batches of {max_batch} prompts do not fit into the GPU's memory: lower TEXT_ENCODER_MAX_BATCH"
             raise OutOfMemory(told) from error

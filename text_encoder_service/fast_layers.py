@@ -26,6 +26,7 @@ from shared.compilation import (
     log_failure,
     restore_parts,
 )
+from shared.report import Report, ignore
 from text_encoder_service.shapes import Shapes
 
 logger = logging.getLogger("flux2")
@@ -84,8 +85,8 @@ class FastLayers:
             states = self._run(ids, mask)[:num_prompts]
         return states if self._padding is None else self._padded(states, tokens.mask[:, -length:])
 
-    def compile(self, backend: Backend) -> None:
-        """Compile the layers, in place, for all shapes.
+    def compile(self, backend: Backend, report: Report = ignore) -> None:
+        """Compile the layers, in place, for all shapes; ``report`` gets the progress.
 
         Raises:
             CompilationFailed: it does not work here; the layers are as they were.
@@ -93,7 +94,8 @@ class FastLayers:
         try:
             with compiling():
                 compile_parts(list(self._model.layers), backend)
-                for batch, length in self.shapes:
+                for number, (batch, length) in enumerate(self.shapes, 1):
+                    report(f"warming up: {number} of {len(self.shapes)}, {batch} x {length} tokens")
                     ones = torch.ones(batch, length, dtype=torch.long)
                     self._run(ones, ones)
         except CompilationFailed:
@@ -134,6 +136,7 @@ def fast_forward(
     exact: Forward,
     probes: Sequence[Tokens],
     backend: Backend = "inductor",
+    report: Report = ignore,
 ) -> Forward:
     """Fast layers that give what ``exact`` gives: trimmed and compiled, else compiled, else ``exact`` itself.
 
@@ -144,6 +147,7 @@ def fast_forward(
         exact: the library's forward pass.
         probes: prompts to compare by; the first has padding.
         backend: as ``torch.compile``'s.
+        report: gets the progress.
     """
     expected = [exact(tokens) for tokens in probes]
     tolerance = TOLERANCES[expected[0].dtype]
@@ -154,7 +158,7 @@ def fast_forward(
         layers = FastLayers(model, hidden_layers, shapes)
     began = time.monotonic()
     try:
-        layers.compile(backend)
+        layers.compile(backend, report)
     except CompilationFailed as error:
         logger.warning("%s: performance is exact", log_failure("the text encoder", error))
         return exact

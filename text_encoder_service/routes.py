@@ -33,7 +33,8 @@ class EncoderState:
 
 
 def encoder_state(request: Request) -> EncoderState:
-    """The state that the lifespan made."""
+    """The state that the lifespan made; raises ``Starting`` while there is none."""
+    request.app.state.health.refuse_while_starting()
     state: EncoderState = request.app.state.encoder
     return state
 

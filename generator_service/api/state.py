@@ -60,7 +60,8 @@ class GeneratorState:
 
 
 def generator_state(request: Request) -> GeneratorState:
-    """The state that the lifespan made."""
+    """The state that the lifespan made; raises ``Starting`` while there is none."""
+    request.app.state.health.refuse_while_starting()
     state: GeneratorState = request.app.state.generator
     return state
 

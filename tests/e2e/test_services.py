@@ -45,8 +45,8 @@ def run(module: str, environment: dict[str, str]) -> subprocess.CompletedProcess
 
 
 def only_line(text: str) -> str:
-    """The one line that a program says of what is wrong."""
-    lines = text.strip().splitlines()
+    """The one line that a program says of what is wrong, beside its log."""
+    lines = [line for line in text.strip().splitlines() if not line.startswith("INFO ")]
     assert len(lines) == 1, text
     assert lines[0].startswith("flux2: ")
     return lines[0]
@@ -135,7 +135,7 @@ def test_a_picture_that_was_begun_is_finished(environment: dict[str, str]) -> No
     body = {"prompt_embeds": embeds, "num_inference_steps": 60, "cache": "none"}
     service = subprocess.Popen(command, env=environment | {"FLUX2_MODEL": str(WEIGHTS)}, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: answers(f"{url}/health/live"))
+        wait_for(lambda: has_started(url))
         headers = {"Accept": "text/event-stream"}
         with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
             lines = response.iter_lines()
@@ -158,7 +158,7 @@ def test_the_end_can_be_bounded(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "generator_service"]
     service = subprocess.Popen(command, env=environment | settings, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: answers(f"{url}/health/live"))
+        wait_for(lambda: has_started(url))
         headers = {"Accept": "text/event-stream"}
         with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
             lines = response.iter_lines()
@@ -178,6 +178,14 @@ def answers(url: str) -> bool:
     """Whether it says 200."""
     try:
         return httpx.get(url).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def has_started(url: str) -> bool:
+    """Whether the service there has loaded its model; the other one may still be missing."""
+    try:
+        return bool(httpx.get(f"{url}/health/ready", timeout=PATIENCE_S).json()["status"] != "starting")
     except httpx.TransportError:
         return False
 

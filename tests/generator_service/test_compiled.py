@@ -8,12 +8,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from generator_service.engine import Batching, Engine, Job
+from generator_service.engine import Batching, Engine, Job, Runtime
 from generator_service.order import Order
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.performance import Performance
 from shared.compilation import num_compilations
+from shared.device_thread import DeviceThread
 from shared.metrics import Metrics
 from tests.generator_service.test_lora import adapter_file
 from tests.generator_service.test_optimised import OTHER_SIDE, SIDE, loaded, wanted
@@ -63,7 +64,8 @@ def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPa
 
 def engine_of(model: Flux2Model, batching: Batching = BATCHING) -> Engine:
     """An engine around ``model``, cold."""
-    return Engine(model, encoder=None, metrics=Metrics(), max_waiting=1, batching=batching)  # type: ignore[arg-type]
+    runtime = Runtime(DeviceThread(), Metrics())
+    return Engine(model, encoder=None, runtime=runtime, max_waiting=1, batching=batching)  # type: ignore[arg-type]
 
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
