@@ -164,6 +164,7 @@ class Engine:
         )
         self.cost = CostModel()
         self._line = Line()
+        self._thread = runtime.thread
         self._metrics = runtime.metrics
         self._tracing = runtime.tracing
         self._report = runtime.report
@@ -273,6 +274,7 @@ class Engine:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
         self._metrics.pictures.labels(mode_of(order)).observe(picture.denoise_s + picture.decode_s)
+        self._thread.refuse_if_lost()  # meanwhile: then what came before may be wrong, too
         return Delivery(order.without_inputs(), data, timings, comparison, side_by_side)
 
     async def _compared(self, job: Job, picture: GeneratedPicture) -> Comparison:
