@@ -32,7 +32,7 @@ class EncoderState:
     metrics: Metrics
 
 
-def encoder_state(request: Request) -> EncoderState:
+async def encoder_state(request: Request) -> EncoderState:
     """The state that the lifespan made; raises ``Starting`` while there is none."""
     request.app.state.health.refuse_while_starting()
     state: EncoderState = request.app.state.encoder

@@ -155,3 +155,46 @@ async def test_a_stream_that_fails_ends_with_its_problem(
         told = events((await http.post("/generate", json=SMALL, headers={"Accept": "text/event-stream"})).text)
     assert [name for name, _ in told] == ["step"] * 8 + ["error"]
     assert told[-1][1]["code"] == "oom"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "headers"),
+    [
+        ("/generate", LONG, [(b"accept", b"text/event-stream")]),
+        ("/v1/images/generations", {"prompt": "a", "stream": True, "num_inference_steps": 100, "cache": "none"}, []),
+    ],
+)
+async def test_a_client_that_leaves_before_the_first_byte_takes_nothing_with_it(
+    serve_generator: Serve, route: str, body: dict[str, Any], headers: list[tuple[bytes, bytes]]
+) -> None:
+    """A stream whose first byte cannot be sent frees its place at once, and its generation stops."""
+    messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": route,
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), *headers],
+    }
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(_message: Any) -> None:
+        raise OSError("the client has left")
+
+    async with serve_generator(max_waiting=1) as http:
+        app: Any = http._transport.app  # type: ignore[attr-defined]
+        before = await steps_run(http)
+        with pytest.raises(OSError, match="has left"):
+            await app(scope, receive, send)
+
+        async def is_idle() -> bool:
+            return (await metrics(http))["flux2_queue_depth"] == 0
+
+        await until(is_idle)
+        assert await steps_run(http) - before < 50  # of 100
+        assert (await http.post("/generate", json=SMALL)).status_code == 200
