@@ -7,7 +7,6 @@
 """
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import math
@@ -38,6 +37,7 @@ from generator_service.pipelines.flux2 import (
 )
 from generator_service.pipelines.step_clock import Previews
 from generator_service.upsampler import Upsampler
+from shared.cpu_tensors import float32_sha256
 from shared.device_queue import Answer, DeviceQueue
 from shared.device_thread import DeviceThread
 from shared.errors import Busy, NonFiniteOutput, OutOfMemory, ShuttingDown
@@ -260,7 +260,7 @@ class Engine:
             answer = await self._draw(job, within_s)
         picture = answer.value
         order = replace(job.order, schedule=picture.schedule)
-        record = provenance(order, self.model, embeddings)
+        record = await asyncio.to_thread(provenance, order, self.model, embeddings)
         with self._tracing.span("write"):
             data = await asyncio.to_thread(encode_image, picture.image, order.output_format, record, order.quality)
         comparison, side_by_side = None, b""
@@ -420,9 +420,6 @@ def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequ
 
 def provenance(order: Order, model: Flux2Model, embeddings: torch.Tensor) -> Provenance:
     """The record that goes into the file."""
-    digest = None
-    if order.prompt is None:
-        digest = hashlib.sha256(embeddings.float().numpy().tobytes()).hexdigest()
     return Provenance(
         prompt=order.prompt,
         width=order.width,
@@ -436,7 +433,7 @@ def provenance(order: Order, model: Flux2Model, embeddings: torch.Tensor) -> Pro
         model=model.card.name,
         revision=model.card.revision,
         performance=model.performance.profile,
-        prompt_embeds_sha256=digest,
+        prompt_embeds_sha256=float32_sha256(embeddings) if order.prompt is None else None,
         lora=[asdict(adapter) for adapter in order.adapters],
         references_sha256=[reference.sha256 for reference in order.references],
     )
