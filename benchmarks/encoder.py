@@ -31,7 +31,8 @@ from demo_model.services import WEIGHTS
 from shared.compilation import Backend, CompilationFailed, log_failure, num_compilations
 from text_encoder_service.encoder import on_cpu, run_library
 from text_encoder_service.fast_layers import FastLayers, Forward, difference
-from text_encoder_service.quantisation import Weights, quantize
+from text_encoder_service.quantisation import quantize
+from text_encoder_service.settings import Weights
 from text_encoder_service.shapes import NUM_LENGTHS, Shapes
 
 BATCHES = (1, 8, 2, 4)

@@ -21,7 +21,8 @@ from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 from shared.report import Report, ignore
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
-from text_encoder_service.quantisation import Weights, quantize
+from text_encoder_service.quantisation import quantize
+from text_encoder_service.settings import Weights
 from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
