@@ -195,14 +195,4 @@ class Readiness:
             info = await self._encoder.info()
         except Flux2Error as error:
             return str(error)
-        return None if info is None else self._difference(info)
-
-    def _difference(self, info: EncoderInfo) -> str | None:
-        card = self._card
-        if info.embedding_shape != self._shape:
-            have, want = list(info.embedding_shape), list(self._shape)
-            return f"the text encoder's embeddings have shape {have}, this model takes {want}"
-        if (info.model, info.revision) != (card.name, card.revision):
-            has, wants = f"{info.model}@{info.revision}", f"{card.name}@{card.revision}"
-            return f"the text encoder serves {has}, this is {wants}"
-        return None
+        return None if info is None else info.mismatch(self._card.name, self._card.revision, self._shape)
