@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, MistralModel
 from transformers.utils import logging as transformers_logging
 
 from shared.compilation import Backend
+from shared.device_memory import run_within_memory
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 from shared.report import Report, ignore
@@ -92,29 +93,39 @@ class MistralEncoder:
         prompts = ["circle " * (length * share // 8) for share in (0, 1, 3, 5, 8)]
         probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
-        try:
-            self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report)
-        except torch.OutOfMemoryError as error:
-            told = f"batches of {max_batch} prompts do not fit into the GPU's memory: lower TEXT_ENCODER_MAX_BATCH"
-            raise OutOfMemory(told) from error
+        self._forward = run_within_memory(
+            lambda: fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report),
+            f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
+        )
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:
         """One embedding for each prompt, in order. Rows of a batch do not depend on each other.
 
+        A batch that does not fit into memory is divided; a single prompt is tried once more.
+
         Raises:
-            OutOfMemory: the device has too little memory for so many prompts.
+            OutOfMemory: the device has too little memory for one of them.
         """
         tokens = self._tokenize(prompts)
-        try:
-            rows = on_cpu(self._forward(tokens).flatten(2))  # [B, L, layers, H] -> [B, L, layers * H]
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"{len(prompts)} prompts do not fit into the memory of the GPU now") from error
         return [
             Embedding(row, self._is_truncated(prompt, mask))
-            for row, prompt, mask in zip(rows, prompts, tokens.mask, strict=True)
+            for row, prompt, mask in zip(self._rows(tokens), prompts, tokens.mask, strict=True)
         ]
+
+    def _rows(self, tokens: Tokens) -> list[torch.Tensor]:
+        """``[1, L, layers * H]`` of each prompt, on the CPU."""
+        num_prompts = len(tokens.ids)
+        what = "a prompt" if num_prompts == 1 else f"a batch of {num_prompts} prompts"
+        refusal = f"{what} does not fit into the device's memory now"
+        try:
+            return run_within_memory(
+                lambda: on_cpu(self._forward(tokens).flatten(2)), refusal, num_attempts=1 if num_prompts > 1 else 2
+            )
+        except OutOfMemory:
+            if num_prompts == 1:
+                raise
+        return [row for half in tokens.halves() for row in self._rows(half)]
 
     def _tokenize(self, prompts: Sequence[str]) -> Tokens:
         """The prompts in their template, cut or padded to the model's length."""

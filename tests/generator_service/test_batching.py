@@ -15,6 +15,7 @@ from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, Gene
 from shared.errors import NonFiniteOutput, OutOfMemory
 from tests.conftest import Serve
 from tests.generator_service.test_generate import LONG, SMALL, events, metrics, pixels, steps_run
+from tests.memory_errors import KINDS
 
 TOLERANCE = 1e-4
 """Of final latents, whose values are around 1: float32 rounding over a run, since products of more rows are summed up
@@ -127,6 +128,27 @@ async def test_a_batch_that_fails_is_drawn_one_by_one(
 ) -> None:
     """What several pictures together cannot do harms none of them."""
     batches.fails_with = error
+    async with serve_generator(max_batch=4) as http:
+        answers = await drawn_behind_another(http, [small(1), small(2)])
+    assert batches.seeds == [[1, 2]]
+    assert [answer.status_code for answer in answers] == [200] * 2
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["torch", "cublas", "cudnn", "compiler"])
+async def test_a_batch_that_does_not_fit_is_drawn_one_by_one(
+    serve_generator: Serve, batches: Batches, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whichever library has too little memory for several pictures together, each of them is delivered."""
+    alone = Flux2Model._generate
+
+    def generate(model: Flux2Model, requests: Sequence[GenerationRequest], *more: Any) -> Any:
+        if len(requests) > 1:
+            error = KINDS[kind]()
+            raise error
+        return alone(model, requests, *more)
+
+    monkeypatch.setattr(Flux2Model, "_generate", generate)
     async with serve_generator(max_batch=4) as http:
         answers = await drawn_behind_another(http, [small(1), small(2)])
     assert batches.seeds == [[1, 2]]
