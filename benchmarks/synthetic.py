@@ -171,14 +171,21 @@ def pipeline_of(parts: Parts) -> Flux2Pipeline:
 
 def random_parts(size: Size, device: torch.device, dtype: torch.dtype) -> Parts:
     """The architecture with random weights, drawn on ``device`` itself: full size takes seconds on a GPU."""
+    parts = empty_parts(size, dtype)
+    noise = torch.Generator(device).manual_seed(SEED)
+    for module in (parts.transformer, parts.vae):
+        module.to_empty(device=device)
+        fill(module, noise)
+    return parts
+
+
+def empty_parts(size: Size, dtype: torch.dtype) -> Parts:
+    """The architecture on the meta device: with the sizes of all weights, and no memory for them."""
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel(**size.transformer)
         vae = AutoencoderKLFlux2(**size.vae)
-    noise = torch.Generator(device).manual_seed(SEED)
     for module in (transformer, vae):
         nn.Module.to(module, dtype)  # diffusers' own would warn of layers that must stay float32: there are none
-        module.to_empty(device=device)
-        fill(module, noise)
         module.eval().requires_grad_(requires_grad=False)
     return Parts(transformer, vae, FlowMatchEulerDiscreteScheduler(**SCHEDULER))
 

@@ -163,6 +163,11 @@ class Flux2Model:
         return cls(folder, parts, lora_dir, max_loras, performance)
 
     @property
+    def parts(self) -> Parts:
+        """The modules that run, as ``performance`` left them."""
+        return self._parts
+
+    @property
     def performance(self) -> Performance:
         """What was done to make it fast."""
         return self._optimised.performance
