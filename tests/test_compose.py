@@ -231,6 +231,20 @@ def test_secrets_are_files() -> None:
             assert value == "" or not variable.endswith("_TOKEN")
 
 
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("text-encoder", {"TEXT_ENCODER_KEYS_FILE"}),
+        ("generator", {"GENERATOR_KEYS_FILE", "TEXT_ENCODER_KEYS_FILE"}),
+        ("demo", {"GENERATOR_KEYS_FILE"}),
+    ],
+)
+def test_keys_are_read(name: str, variables: set[str]) -> None:
+    """A service whose keys are mounted is also told to ask for them: without the variable it would serve everyone."""
+    given = {variable for variable in SERVICES[name]["environment"] if variable.endswith("_KEYS_FILE")}
+    assert given == variables
+
+
 def test_no_keys_are_shipped() -> None:
     """The file that stands in for absent keys holds none."""
     assert GeneratorSettings(keys_file=ROOT / "deploy" / "no-keys").tokens() == ()

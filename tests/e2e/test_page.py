@@ -220,6 +220,7 @@ def test_modes_follow_the_form(visit: Visit) -> None:
     steps = visit.page.locator(".modes .steps").all_text_contents()
     assert steps == ["28 of 28", "15 of 28", "11 of 28", "8 of 28", "6 of 28"]
     seconds = visit.page.locator(".modes .estimate").all_text_contents()
+    assert len(seconds) == 5
     assert all(re.fullmatch(r"[\d.]+ s", text) for text in seconds)
 
 

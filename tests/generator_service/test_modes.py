@@ -3,6 +3,7 @@
 import pytest
 
 from tests.conftest import Serve
+from tests.control import ModelControl
 from tests.generator_service.test_generate import SMALL
 
 pytestmark = pytest.mark.anyio
@@ -63,9 +64,10 @@ async def test_a_key_is_wanted(serve_generator: Serve) -> None:
         assert (await http.get("/modes", headers={"Authorization": "Bearer secret"})).status_code == 200
 
 
-async def test_nothing_is_drawn_for_it(serve_generator: Serve) -> None:
+async def test_nothing_is_drawn_for_it(serve_generator: Serve, model_control: ModelControl) -> None:
     """It takes no place in the queue: it answers also where the queue is full."""
     async with serve_generator(max_waiting=1) as http:
-        jobs = [await http.post("/jobs", json=SMALL | {"num_inference_steps": 100}) for _ in range(2)]
-        assert (await http.get("/modes")).status_code == 200
-    assert [job.status_code for job in jobs] == [202, 202]
+        with model_control.holding():
+            jobs = [await http.post("/jobs", json=SMALL) for _ in range(3)]
+            assert (await http.get("/modes")).status_code == 200
+    assert [job.status_code for job in jobs] == [202, 202, 429]

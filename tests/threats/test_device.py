@@ -16,6 +16,7 @@ from PIL import Image
 
 from generator_service.pipelines.flux2 import Flux2Model
 from tests.conftest import Serve, Times
+from tests.control import ModelControl, until, until_queued
 from tests.generator_service.test_generate import events, metrics, steps_run
 from tests.memory_errors import KINDS
 
@@ -28,13 +29,6 @@ LONG = SMALL | {"width": 128, "height": 128, "num_inference_steps": 100, "cache"
 def pixels(data: bytes) -> np.ndarray:
     """The picture in a file."""
     return np.asarray(Image.open(io.BytesIO(data)))
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Return once ``condition`` gives true."""
-    async with asyncio.timeout(60):
-        while not await condition():  # noqa: ASYNC110 - as a client would
-            await asyncio.sleep(0.01)
 
 
 real = Flux2Model.generate
@@ -80,44 +74,30 @@ async def test_no_false_alarm(serve_generator: Serve, times: Times, caplog: pyte
     assert "finite" not in caplog.text
 
 
-async def test_what_has_no_time_left_does_not_start(serve_generator: Serve) -> None:
+async def test_what_has_no_time_left_does_not_start(serve_generator: Serve, model_control: ModelControl) -> None:
     """Of 20 requests that may wait a moment behind a long one none is begun, and each is told so with 504."""
     async with serve_generator(max_waiting=20) as http:
         await http.post("/generate", json=SMALL)
-        begun = await steps_run(http)
-        long = asyncio.create_task(http.post("/generate", json=LONG | {"width": 256, "height": 256}))
-
-        async def is_drawing() -> bool:
-            return await steps_run(http) > begun
-
-        await until(is_drawing)
-        late = await asyncio.gather(*(http.post("/generate", json=SMALL | {"deadline_ms": 100}) for _ in range(20)))
-        assert not long.done()
+        with model_control.holding():
+            long = asyncio.create_task(http.post("/generate", json=SMALL))
+            await model_control.is_held()
+            late = await asyncio.gather(*(http.post("/generate", json=SMALL | {"deadline_ms": 100}) for _ in range(20)))
+            assert not long.done()
         assert (await long).status_code == 200
-        drawn = (await metrics(http))['flux2_stage_seconds_count{stage="denoise"}']
+        generated = (await metrics(http))['flux2_stage_seconds_count{stage="denoise"}']
     assert [(answer.status_code, answer.json()["code"]) for answer in late] == [(504, "deadline_exceeded")] * 20
-    assert drawn == 2
+    assert generated == 2
 
 
-async def test_a_flood_is_turned_away(serve_generator: Serve) -> None:
-    """Of 200 requests at once 9 are drawn, one after the other, and 191 are told at once when to come back."""
-    clock = asyncio.get_running_loop().time
-    refused_after: list[float] = []
-
+async def test_a_flood_is_turned_away(serve_generator: Serve, model_control: ModelControl) -> None:
+    """Of 200 requests at once 9 are generated, one after the other; 191 are refused before the first of them ends."""
     async with serve_generator(max_waiting=8) as http:
-
-        async def ask(seed: int) -> httpx.Response:
-            answer = await http.post("/generate", json=LONG | {"seed": seed, "num_inference_steps": 20})
-            if answer.status_code == 429:
-                refused_after.append(clock() - began)
-            return answer
-
-        began = clock()
-        answers = await asyncio.gather(*map(ask, range(200)))
-        finished = clock() - began
+        with model_control.holding():
+            calls = [asyncio.create_task(http.post("/generate", json=SMALL | {"seed": seed})) for seed in range(200)]
+            await until(lambda: sum(call.done() for call in calls) == 191)
+        answers = await asyncio.gather(*calls)
     assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429] * 191
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
-    assert max(refused_after) < finished / 2  # at once: not after what was drawn meanwhile
 
 
 async def test_those_who_leave_take_nothing_with_them(generator_url: str, times: Times) -> None:
@@ -141,10 +121,7 @@ async def test_those_who_leave_take_nothing_with_them(generator_url: str, times:
         for first in range(0, times(20, 500), 4):
             await asyncio.gather(*(leave(first + k) for k in range(4)))
 
-        async def is_idle() -> bool:
-            return (await metrics(http))["flux2_queue_depth"] == 0
-
-        await until(is_idle)
+        await until_queued(http, 0)
         begun = await steps_run(http)
         assert np.array_equal(pixels((await http.post("/generate", json=SMALL)).content), expected)
         assert await steps_run(http) - begun <= SMALL["num_inference_steps"] + 2
@@ -196,9 +173,6 @@ async def test_a_client_that_leaves_before_the_first_byte_takes_nothing_with_it(
         with pytest.raises(OSError, match="has left"):
             await app(scope, receive, send)
 
-        async def is_idle() -> bool:
-            return (await metrics(http))["flux2_queue_depth"] == 0
-
-        await until(is_idle)
+        await until_queued(http, 0)
         assert await steps_run(http) - before < 50  # of 100
         assert (await http.post("/generate", json=SMALL)).status_code == 200
