@@ -12,21 +12,23 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.architectures import FULL
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE, LARGEST_REFERENCE, Shape
-from benchmarks.language_model import Model, full_size
+from benchmarks.language_model import Model, empty_model
 from benchmarks.memory_tables import memory_section
 from benchmarks.meta_model import META, meta_model, num_bytes, on_meta, tensors_of
 from benchmarks.peak_memory import PeakMemory
-from benchmarks.synthetic import FULL, Size, empty_parts
+from benchmarks.synthetic import Source, empty_parts
 from generator_service.lemica import Fitted, Schedule, Signature
-from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES, Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES, GenerationRequest
 from generator_service.pipelines.offload import gathered_sizes
 from generator_service.pipelines.parts import Parts
 from text_encoder_service.encoder import on_cpu, run_library
@@ -83,13 +85,13 @@ def workspace(operation: Any, args: tuple[Any, ...], result: Any) -> int:
     return 0
 
 
-def counted(size: Size, profile: str, case: Case) -> Peaks:
+def counted(path: Path, profile: str, case: Case) -> Peaks:
     """The peaks of one run of the service's model, a fresh one: it keeps reference images that it has encoded."""
-    model = meta_model(size, profile)
+    model = meta_model(path, profile)
     memory, weights = tracked(model.parts.transformer, model.parts.vae)
     peaks: list[int] = []
     with on_meta(), memory:
-        requests = [request(case, size, model)] * case.num_images
+        requests = [request(case, path, model.dtype)] * case.num_images
         model.generate_batch(requests, lambda *_: peaks.append(memory.take_peak()))
     peaks.append(memory.take_peak())
     references, _, step, _, predicted_step, decode = (peak - weights for peak in peaks)
@@ -104,11 +106,11 @@ def tracked(*modules: nn.Module) -> tuple[PeakMemory, int]:
     return memory, memory.take_peak()
 
 
-def request(case: Case, size: Size, model: Flux2Model) -> GenerationRequest:
-    """What the service's model is given for each image of a case."""
+def request(case: Case, path: Path, dtype: torch.dtype) -> GenerationRequest:
+    """What the service's model of a folder's architecture is given for each image of a case."""
     side, reference_side = case.shape.side, min(case.shape.side, LARGEST_REFERENCE)
     return GenerationRequest(
-        prompt_embeds=torch.zeros(1, size.num_text_tokens, model.card.embedding_width, dtype=model.dtype),
+        prompt_embeds=Source(path).embedding().to(dtype),
         width=side,
         height=side,
         guidance_scale=GUIDANCE,
@@ -128,18 +130,18 @@ def generator_rows(profile: str, peaks: dict[str, Peaks], weights_bytes: int) ->
     return rows
 
 
-def count_generator(size: Size) -> dict[str, Any]:
+def count_generator(path: Path) -> dict[str, Any]:
     """Weights and rows of all profiles."""
-    exact = empty_parts(size, torch.bfloat16)
+    exact = empty_parts(path, torch.bfloat16)
     resident = num_bytes(exact.transformer, exact.vae)
     weights: dict[str, dict[str, int]] = {}
     rows: list[dict[str, Any]] = []
     peaks: dict[str, dict[str, Peaks]] = {}
     for profile in RESIDENT_PROFILES:
-        parts = meta_model(size, profile).parts
+        parts = meta_model(path, profile).parts
         running = num_bytes(parts.transformer, parts.vae)
         weights[profile] = {"running": running, "loading": resident, "host": 0}
-        peaks[profile] = {str(case): counted(size, profile, case) for case in CASES}
+        peaks[profile] = {str(case): counted(path, profile, case) for case in CASES}
         rows += generator_rows(profile, peaks[profile], running)
         print(f"{profile}: counted", flush=True)
     weights["offload"] = offloaded(exact)
@@ -173,9 +175,9 @@ def count_encoder(model: Model) -> dict[str, Any]:
     return {"weights": num_bytes(model.language_model), "batches": batches}
 
 
-def count_math_decode(size: Size, side: int) -> int:
+def count_math_decode(path: Path, side: int) -> int:
     """What decoding would take if no kernel but PyTorch's fallback had the decoder's attention."""
-    vae = empty_parts(size, torch.bfloat16).vae
+    vae = empty_parts(path, torch.bfloat16).vae
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = torch.empty(1, vae.config.latent_channels, side // scale, side // scale, dtype=vae.dtype, device=META)
     memory, weights_bytes = tracked(vae)
@@ -195,7 +197,7 @@ def main() -> None:
         "allowance": ALLOWANCE_BYTES,
         "reference_cache": REFERENCE_CACHE_BYTES,
         "generator": count_generator(FULL),
-        "encoder": count_encoder(full_size(META)),
+        "encoder": count_encoder(empty_model(FULL)),
         "math_decode": {"2048x2048": count_math_decode(FULL, 2048)},
     }
     print("".join(memory_section(told)))

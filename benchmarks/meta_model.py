@@ -16,8 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.synthetic import Size, empty_parts
+from benchmarks.synthetic import empty_parts
 from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.parts import Parts
 from generator_service.pipelines.performance import PROFILES, Performance
 from generator_service.pipelines.quantisation import is_suited
 from shared.model_folder import ModelFolder
@@ -104,15 +105,29 @@ def unpack_square(tokens: torch.Tensor, _ids: torch.Tensor) -> torch.Tensor:
     return squares
 
 
-def meta_model(size: Size, profile: str, dtype: torch.dtype = torch.bfloat16) -> MetaModel:
-    """The service's model under a profile that keeps all weights on the GPU. Run it ``on_meta``."""
-    parts = empty_parts(size, dtype)
-    folder = ModelFolder(f"{size.name} size", "local", Path("no weights"))
+def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) -> MetaModel:
+    """The service's model of a folder's architecture. Run it ``on_meta``.
+
+    Args:
+        path: the folder, whose weights are not read.
+        profile: one that keeps all weights on the GPU.
+        dtype: of the weights.
+    """
+    folder = ModelFolder(path.name, "local", path)
+    performance = Performance(profile, PROFILES[profile] & APPLIED)
     with on_meta():
-        model = MetaModel(folder, parts, performance=Performance(profile, PROFILES[profile] & APPLIED))
+        model = MetaModel.load(folder, META, dtype, performance=performance, read=read_no_weights)
     if "fp8" in PROFILES[profile]:
-        store_in_fp8(parts.transformer)
+        store_in_fp8(model.parts.transformer)
     return model
+
+
+def read_no_weights(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
+) -> Parts:
+    """The parts on the meta device; a ``PartsReader``."""
+    del device, transformer_device
+    return empty_parts(folder.path, dtype)
 
 
 def store_in_fp8(transformer: Any) -> None:

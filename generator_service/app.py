@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Protocol
 
 import httpx
@@ -20,16 +19,18 @@ from generator_service.jobs import JobStore
 from generator_service.order import open_shelf
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import PARTS
+from generator_service.pipelines.parts import PARTS, PartsReader, load_parts
 from generator_service.pipelines.performance import Machine, choose
 from generator_service.settings import GeneratorSettings
 from generator_service.upsampler import Upsampler
+from shared.compilation import Backend
 from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error, ModelRefused
 from shared.health import ReadyCheck
 from shared.model_folder import find_model, read_prompt_format
 from shared.report import Report, ignore
 from shared.schemas import EncoderInfo
+from shared.version import product_version
 from shared.web import make_app, require_token
 
 logger = logging.getLogger("flux2")
@@ -80,7 +81,7 @@ def app_around(
             yield
             await jobs.close()
 
-    app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
+    app = make_app("FLUX.2 generator", product_version(), settings, lifespan)
     for routes in (generate, job_routes, modes, openai):
         app.include_router(routes.router, dependencies=[require_token(settings.tokens())])
     app.include_router(page.router)
@@ -141,8 +142,20 @@ def warn_of_strangers(settings: GeneratorSettings) -> None:
         logger.warning(told, address)
 
 
-def load_model(settings: GeneratorSettings, report: Report = ignore) -> tuple[Flux2Model, tuple[int, int]]:
-    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
+def load_model(
+    settings: GeneratorSettings,
+    report: Report = ignore,
+    read: PartsReader = load_parts,
+    backend: Backend = "inductor",
+) -> tuple[Flux2Model, tuple[int, int]]:
+    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings.
+
+    Args:
+        settings: the service's.
+        report: hears that it begins.
+        read: where the weights come from; benchmarks make some up.
+        backend: as ``torch.compile``'s.
+    """
     report("loading the model")
     folder = find_model(settings.model, settings.revision, PARTS)
     device, dtype = settings.torch_device(), settings.torch_dtype()
@@ -152,10 +165,11 @@ def load_model(settings: GeneratorSettings, report: Report = ignore) -> tuple[Fl
         weight_bytes=folder.num_bytes("transformer", "vae"),
         without=settings.performance_without,
         has_adapters=settings.lora_dir is not None,
+        backend=backend,
     )
     if settings.lora_dir is not None and "offload" in performance.optimisations:
         raise ModelRefused("GENERATOR_LORA_DIR: adapters cannot be applied where GENERATOR_PERFORMANCE is offload")
-    model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance)
+    model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance, read)
     check_warm_up_sizes(settings, model.card)
     return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)
 

@@ -4,7 +4,7 @@ FLUX.2 joins the hidden states of some layers (10, 20 and 30 of 40 for [dev]), t
 after the last of them, the norm, the head and the vision tower are never loaded. Knows nothing of HTTP or caches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,10 @@ class Embedding:
         return self.tensor.nbytes
 
 
+LanguageModelReader = Callable[[Path, int, torch.dtype], MistralModel]
+"""The first layers of a text encoder: its folder, how many, their dtype. ``load_language_model`` reads their files."""
+
+
 class _FirstLayers(MistralModel):
     """A language model that finds more in its checkpoint than it wants, and says nothing of it."""
 
@@ -53,6 +57,17 @@ class MistralEncoder:
     """Encodes batches of prompts as ``Flux2Pipeline.encode_prompt`` does with the whole text encoder.
 
     Bit for bit; after ``speed_up`` up to rounding, with quantised ``weights`` nearly.
+
+    Args:
+        folder: a checked model.
+        prompt_format: the model's.
+        device: where it computes.
+        dtype: of the weights, and of embeddings.
+        weights: how the layers' weights are stored.
+        read: where the weights come from, if not from the files of ``folder``; benchmarks make some up.
+
+    Raises:
+        ModelRefused: the text encoder or its tokenizer cannot be used.
     """
 
     def __init__(
@@ -62,13 +77,14 @@ class MistralEncoder:
         device: torch.device,
         dtype: torch.dtype,
         weights: Weights = "full",
+        read: LanguageModelReader | None = None,
     ) -> None:
         self.prompt_format = prompt_format
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
         if not self._tokenizer.chat_template:
             raise ModelRefused("the tokenizer has no chat template: not FLUX.2's")
         num_layers = max(prompt_format.hidden_layers)
-        self._model: Any = load_language_model(folder.path / "text_encoder", num_layers, dtype).eval()
+        self._model: Any = (read or load_language_model)(folder.path / "text_encoder", num_layers, dtype).eval()
         if weights != "full":
             quantize(self._model.layers, weights, device)
         self._model.to(device)
@@ -76,6 +92,11 @@ class MistralEncoder:
         self.dtype = dtype
         self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
         self._forward: Forward = self._exact
+
+    @property
+    def language_model(self) -> MistralModel:
+        """The layers that run, without the final norm."""
+        return cast("MistralModel", self._model)
 
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:

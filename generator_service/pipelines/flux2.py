@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from cachetools import LRUCache
@@ -36,7 +36,7 @@ from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.compiled_blocks import Kind
 from generator_service.pipelines.lora import Adapter, Adapters
 from generator_service.pipelines.optimised import Optimised
-from generator_service.pipelines.parts import CPU, Parts, load_parts
+from generator_service.pipelines.parts import CPU, Parts, PartsReader, load_parts
 from generator_service.pipelines.performance import EXACT, Performance
 from generator_service.pipelines.step_clock import Previews, PreviewTaker, StepClock
 from shared.byte_cache import ByteBoundedCache
@@ -150,8 +150,18 @@ class Flux2Model:
         lora_dir: Path | None = None,
         max_loras: int = 1,
         performance: Performance = EXACT,
-    ) -> "Flux2Model":
+        read: PartsReader = load_parts,
+    ) -> Self:
         """The model in a checked folder.
+
+        Args:
+            folder: a diffusers pipeline.
+            device: where it computes.
+            dtype: of its weights.
+            lora_dir: where LoRA adapters lie.
+            max_loras: how many of them are kept on the device.
+            performance: how it is made fast.
+            read: where the weights come from; benchmarks make some up.
 
         Raises:
             ModelRefused: it is no FLUX.2 pipeline that can be used.
@@ -159,7 +169,7 @@ class Flux2Model:
         is_offloaded = "offload" in performance.optimisations
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for libraries that ask for no GPU in particular
-        parts = load_parts(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
+        parts = read(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
         return cls(folder, parts, lora_dir, max_loras, performance)
 
     @property

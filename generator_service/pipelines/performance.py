@@ -92,6 +92,7 @@ def choose(
     weight_bytes: int = 0,
     without: Collection[Optimisation] = (),
     has_adapters: bool = False,
+    backend: Backend = "inductor",
 ) -> Performance:
     """What of a profile can be done.
 
@@ -101,10 +102,11 @@ def choose(
         weight_bytes: of transformer and VAE.
         without: what is not wanted.
         has_adapters: whether LoRA adapters may be applied, which change single layers.
+        backend: as ``torch.compile``'s.
     """
     if profile == "auto":
         profile = resolve_auto(machine, weight_bytes)
-    performance = Performance(profile, PROFILES[profile] - frozenset(without))
+    performance = Performance(profile, PROFILES[profile] - frozenset(without), backend=backend)
     for optimisation, reason in _obstacles(machine, has_adapters=has_adapters).items():
         if optimisation in performance.optimisations:
             performance = performance.without(optimisation, reason)

@@ -1,7 +1,8 @@
 """The counting of memory, and what the committed count says."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.architectures import FULL, TINY
 from benchmarks.drawing import Shape
-from benchmarks.language_model import full_size
+from benchmarks.language_model import empty_model
 from benchmarks.memory import (
     CASES,
     META,
@@ -26,19 +28,17 @@ from benchmarks.memory_tables import CARDS, GIB, fitting, needs, verdicts
 from benchmarks.meta_model import Fp8Linear, meta_model, num_bytes, on_meta
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.report import RESULTS
-from benchmarks.synthetic import FULL, TINY, Size, empty_parts, random_parts
+from benchmarks.synthetic import Source, empty_parts
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.parts import Parts
 from generator_service.pipelines.performance import WORKING_BYTES
 from generator_service.pipelines.quantisation import quantise_blocks
 from generator_service.settings import GeneratorSettings
-from shared.model_folder import ModelFolder
+from tests.benchmarks.resized import resized
 from tests.conftest import CPU
 from text_encoder_service.settings import TextEncoderSettings
 
 PROFILES = ("exact", "fast", "fastest", "offload")
-FEW_BLOCKS = Size("few blocks", FULL.transformer | {"num_layers": 1, "num_single_layers": 1}, FULL.vae, 512)
-"""Of full width: blocks run one after the other, so that more of them hold nothing more at once."""
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,16 @@ def full_parts() -> Parts:
 
 
 @pytest.fixture(scope="module")
-def tiny_parts() -> Parts:
-    """A small model of the same architecture."""
-    return random_parts(TINY, CPU, torch.float32)
+def tiny() -> Iterator[Flux2Model]:
+    """A small model of the same architecture, on the CPU."""
+    with Source(TINY, device="cpu").model("exact") as model:
+        yield model
+
+
+@pytest.fixture
+def few_blocks(tmp_path: Path) -> Path:
+    """FLUX.2 [dev] with one block of each kind: they run in turn, so that more hold nothing more at once."""
+    return resized(FULL, tmp_path / "few", transformer={"num_layers": 1, "num_single_layers": 1})
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
@@ -99,7 +106,7 @@ def test_memory_is_counted_until_it_is_freed() -> None:
 
 
 @torch.no_grad()
-def test_a_step_takes_what_the_allocator_gives_out(tiny_parts: Parts) -> None:
+def test_a_step_takes_what_the_allocator_gives_out(tiny: Flux2Model) -> None:
     """The count for a transformer's step on a CPU is, within 2 %, what PyTorch's own allocator reports."""
     inputs = {
         "hidden_states": torch.zeros(1, 1024, 32),
@@ -111,38 +118,37 @@ def test_a_step_takes_what_the_allocator_gives_out(tiny_parts: Parts) -> None:
     }
 
     def step() -> None:
-        tiny_parts.transformer(**inputs)
+        tiny.parts.transformer(**inputs)
 
     step()  # what is kept from the first run is no part of a step
-    counted_bytes = tracked_peak(step, tiny_parts.transformer, *inputs.values())
+    counted_bytes = tracked_peak(step, tiny.parts.transformer, *inputs.values())
     assert counted_bytes == pytest.approx(allocated_peak(step), rel=0.02)
 
 
 @torch.no_grad()
-def test_copies_of_convolutions_are_allowed_for(tiny_parts: Parts) -> None:
+def test_copies_of_convolutions_are_allowed_for(tiny: Flux2Model) -> None:
     """Decoding takes more than its tensors, since convolutions copy maps; the allowance for that is enough."""
     latents = torch.zeros(1, 8, 32, 32)
 
     def decode() -> None:
-        tiny_parts.vae.decode(latents)
+        tiny.parts.vae.decode(latents)
 
     decode()
-    without = tracked_peak(decode, tiny_parts.vae, latents)
-    allowed = tracked_peak(decode, tiny_parts.vae, latents, workspace=workspace)
+    without = tracked_peak(decode, tiny.parts.vae, latents)
+    allowed = tracked_peak(decode, tiny.parts.vae, latents, workspace=workspace)
     assert without <= allocated_peak(decode) <= allowed
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
-def test_meta_tensors_are_alive_as_long_as_those_of_a_cpu(tiny_parts: Parts, num_images: int) -> None:
+def test_meta_tensors_are_alive_as_long_as_those_of_a_cpu(tiny: Flux2Model, num_images: int) -> None:
     """The service's model on the meta device takes, within 1 %, what it takes on a CPU for the same request."""
     case = Case(Shape(256), num_images)
     peaks = []
-    on_cpu = Flux2Model(ModelFolder("tiny", "local", RESULTS), tiny_parts)
-    for model, device in ((on_cpu, CPU), (meta_model(TINY, "exact", torch.float32), META)):
+    for model, device in ((tiny, CPU), (meta_model(TINY, "exact", torch.float32), META)):
         memory = PeakMemory(device)
         memory.add(t for part in (model.parts.transformer, model.parts.vae) for t in part.state_dict().values())
         before = memory.take_peak()
-        requests = [request(case, TINY, model)] * num_images
+        requests = [request(case, TINY, model.dtype)] * num_images
         if device == META:
             with on_meta(), memory:
                 model.generate_batch(requests)
@@ -155,12 +161,14 @@ def test_meta_tensors_are_alive_as_long_as_those_of_a_cpu(tiny_parts: Parts, num
 
 @pytest.mark.parametrize("profile_name", ["exact", "fast", "fastest"])
 @pytest.mark.parametrize("case", [Case(Shape(1024, 1)), Case(Shape(512), 4)], ids=str)
-def test_the_committed_count_is_what_the_code_does(committed: Any, profile_name: str, case: Case) -> None:
+def test_the_committed_count_is_what_the_code_does(
+    committed: Any, profile_name: str, case: Case, few_blocks: Path
+) -> None:
     """The committed phases of a run at full size are, to the byte, what the code takes now."""
     (row,) = (
         row for row in committed["generator"]["rows"] if (row["profile"], row["image"]) == (profile_name, str(case))
     )
-    peaks = counted(FEW_BLOCKS, profile_name, case)
+    peaks = counted(few_blocks, profile_name, case)
     assert peaks == Peaks(*(row[phase] for phase in ("references", "step", "predicted_step", "decode")))
 
 
@@ -172,7 +180,7 @@ def test_the_committed_weights_are_those_of_the_configurations(committed: Any, f
     assert weights["offload"] == offloaded(full_parts)
     assert weights["offload"]["host"] == 64 * GIB
     assert num_bytes(full_parts.transformer) == pytest.approx(64.4e9, rel=1e-3)
-    assert committed["encoder"]["weights"] == num_bytes(full_size(META).language_model)
+    assert committed["encoder"]["weights"] == num_bytes(empty_model(FULL).language_model)
     assert committed["encoder"]["weights"] == pytest.approx(34.7e9, rel=1e-3)
     assert weights["fastest"]["running"] < 0.52 * everything, "a byte for most weights, and their scales"
 
@@ -205,7 +213,9 @@ def test_predictors_keep_three_features() -> None:
     model = meta_model(TINY, "exact")
     steps: list[bool] = []
     with on_meta():
-        model.generate(request(Case(Shape(64)), TINY, model), lambda _step, is_computed: steps.append(is_computed))
+        model.generate(
+            request(Case(Shape(64)), TINY, model.dtype), lambda _step, is_computed: steps.append(is_computed)
+        )
     assert steps == [True, True, True, True, False]
 
 
