@@ -16,8 +16,7 @@ from shared.model_folder import ModelFolder, PromptFormat, read_prompt_format
 from text_encoder_service.app import load_encoder
 from text_encoder_service.encoder import load_language_model
 from text_encoder_service.fast_layers import Tokens
-from text_encoder_service.quantisation import Weights
-from text_encoder_service.settings import TextEncoderSettings
+from text_encoder_service.settings import TextEncoderSettings, Weights
 
 SHARE = 100 / 512
 """Of its row, that a short prompt fills."""

@@ -33,7 +33,7 @@ from generator_service.lemica import (
     schedule_for,
 )
 from generator_service.pipelines.card import ModelCard
-from generator_service.pipelines.compiled_blocks import Kind
+from generator_service.pipelines.compiled_model import Kind
 from generator_service.pipelines.lora import Adapter, Adapters
 from generator_service.pipelines.optimised import Optimised
 from generator_service.pipelines.parts import CPU, Parts, PartsReader, load_parts
@@ -397,6 +397,12 @@ def refusal(requests: Sequence[GenerationRequest]) -> str:
 
 
 def picture_of(pixels: torch.Tensor) -> Image:
-    """``[3, H, W]`` from 0 to 1, rounded on their device as the library rounds them on the host: a quarter to copy."""
+    """``[3, H, W]`` from 0 to 1, rounded on their device as the library rounds them on the host: a quarter to copy.
+
+    Raises:
+        NonFiniteOutput: one of the values is not a number.
+    """
+    if pixels.amax().isnan():  # not lost in the largest one, and in bytes it would be black
+        raise NonFiniteOutput("the decoder gave no image: not every value is a number")
     rounded = (pixels.float() * 255).round().to(torch.uint8)
     return fromarray(rounded.permute(1, 2, 0).contiguous().cpu().numpy())

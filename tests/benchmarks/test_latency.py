@@ -10,7 +10,7 @@ from benchmarks.latency import arguments, measure
 from benchmarks.profile_run import Told
 from benchmarks.synthetic import Source
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.compiled_blocks import CompiledBlocks
+from generator_service.pipelines.compiled_model import CompiledModel
 from shared.compilation import CompilationFailed
 
 SOURCE = Source(TINY, device="cpu")
@@ -81,7 +81,7 @@ def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytes
     def fail(*_: object) -> None:
         raise CompilationFailed
 
-    monkeypatch.setattr(CompiledBlocks, "preparing", fail)
+    monkeypatch.setattr(CompiledModel, "preparing", fail)
     told = measure(SOURCE, arguments().parse_args(["--smoke", "--profiles", "fast", "--sides", "64"]))
     assert told.steps == told.pictures == []
     assert "compile is left out" in told.left_out[0]["reason"]
