@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -126,7 +127,7 @@ Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 def serve_encoder() -> Serve:
     """Serves the text encoder with the demo model and the given settings."""
 
-    def serve(**settings: object) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    def serve(**settings: Any) -> AbstractAsyncContextManager[httpx.AsyncClient]:
         return served(create_encoder(TextEncoderSettings(model=str(WEIGHTS), **settings)))
 
     return serve
@@ -138,7 +139,7 @@ def serve_generator() -> Serve:
 
     @asynccontextmanager
     async def serve(
-        transport: httpx.AsyncBaseTransport | None = None, **settings: object
+        transport: httpx.AsyncBaseTransport | None = None, **settings: Any
     ) -> AsyncIterator[httpx.AsyncClient]:
         encoder = create_encoder(TextEncoderSettings(model=str(WEIGHTS)))
         generator_settings = GeneratorSettings(model=str(WEIGHTS), **settings)

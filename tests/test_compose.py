@@ -45,7 +45,13 @@ class Loader(yaml.SafeLoader):
     """Reads compose's own tags as what they stand before."""
 
 
-Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node, deep=True))
+def list_of(loader: Loader, node: yaml.Node) -> list[Any]:
+    """The list behind ``!override``."""
+    assert isinstance(node, yaml.SequenceNode)
+    return loader.construct_sequence(node, deep=True)
+
+
+Loader.add_constructor("!override", list_of)
 
 
 def read(name: str) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def choose(
     weight_bytes: int = 0,
     without: Collection[Optimisation] = (),
     has_adapters: bool = False,
-    backend: Backend = "inductor",
+    backend: "Backend" = "inductor",
 ) -> Performance:
     """What of a profile can be done.
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import card
 from benchmarks.card import PowerMeter, drawn, machine_card, show
@@ -33,7 +34,7 @@ def test_outside_a_git_tree_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatc
 def test_without_a_sensor_nothing_is_told(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool) -> None:
     """Where there is no GPU, or no NVML to read it with, the meter gives None."""
     sensor = FakeNvml(num_samples=1000)
-    monkeypatch.setattr(card.torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(card, "nvml", lambda: None if has_gpu else sensor)
     with PowerMeter() as meter:
         pass
@@ -86,7 +87,7 @@ def test_the_meter_samples_while_the_block_lasts(
 ) -> None:
     """Energy is power over the block's time; a sensor that fails ends the sampling, and nothing else."""
     sensor = FakeNvml(num_samples)
-    monkeypatch.setattr(card.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(card, "nvml", lambda: sensor)
     monkeypatch.setattr(card, "device_handle", lambda _pynvml: None)
     began = time.perf_counter()

@@ -46,7 +46,8 @@ def test_what_does_not_fit_is_told() -> None:
     """With no time left nothing is drawn, and every shape is listed as left out."""
     args = arguments().parse_args(["--smoke", "--budget-s", "0", "--profiles", "exact"])
     told = measure(SOURCE, args)
-    assert told.steps == told.pictures == []
+    assert told.steps == []
+    assert told.pictures == []
     assert [entry["shape"] for entry in told.left_out] == ["128x128", "64x64 + 1 reference"]
 
 
@@ -83,7 +84,8 @@ def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytes
 
     monkeypatch.setattr(CompiledModel, "preparing", fail)
     told = measure(SOURCE, arguments().parse_args(["--smoke", "--profiles", "fast", "--sides", "64"]))
-    assert told.steps == told.pictures == []
+    assert told.steps == []
+    assert told.pictures == []
     assert "compile is left out" in told.left_out[0]["reason"]
     assert "compile is left out" in told.performance["fast"]
 

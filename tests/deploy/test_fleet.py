@@ -85,7 +85,8 @@ def lost() -> Exception:
     """What Ray raises where a replica has died."""
     from ray.exceptions import ActorDiedError  # noqa: PLC0415 - optional
 
-    return ActorDiedError()
+    died: Exception = ActorDiedError()
+    return died
 
 
 def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:
@@ -97,7 +98,8 @@ def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:
 
 async def test_a_lost_generator_is_replaced() -> None:
     """The request goes to another generator; who follows is told again from the start."""
-    handle, told = FakeHandle([[Encoding(), BEGUN, lost], [Encoding(), BEGUN, DELIVERY]]), []
+    handle = FakeHandle([[Encoding(), BEGUN, lost], [Encoding(), BEGUN, DELIVERY]])
+    told: list[object] = []
     assert await fleet_of(handle).deliver([ORDER], told.append) == [DELIVERY]
     assert handle.asked == ["deliver", "deliver"]
     assert told[1:] == [Encoding(), BEGUN, Encoding(), BEGUN]

@@ -2,7 +2,7 @@
 
 import asyncio
 import gzip
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import partial
 
 import httpx
@@ -58,7 +58,7 @@ class Encoder:
 
 
 def client(
-    encoder: Callable[[httpx.Request], Awaitable[httpx.Response]],
+    encoder: Callable[[httpx.Request], Coroutine[None, None, httpx.Response]],
     *,
     url: str = "http://encoder",
     token: str | None = None,
@@ -327,7 +327,9 @@ async def fail_slowly(_request: httpx.Request) -> httpx.Response:
 
 
 @pytest.mark.parametrize("encoder", [hang, drip, fail_slowly])
-async def test_there_is_one_limit_of_time(encoder: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> None:
+async def test_there_is_one_limit_of_time(
+    encoder: Callable[[httpx.Request], Coroutine[None, None, httpx.Response]],
+) -> None:
     """The limit holds for all attempts together, whatever the encoder does meanwhile."""
     async with client(encoder, timeout_s=0.3) as sut:
         with pytest.raises(EncoderTimeout, match=r"0\.3 s") as caught:

@@ -109,7 +109,7 @@ async def test_a_latency_can_be_asked_for(serve_generator: Serve) -> None:
 
 async def test_a_latency_is_for_the_whole_request(serve_generator: Serve) -> None:
     """``max_latency_ms`` covers all ``num_images``: each of two images gets half of the steps that one would get."""
-    limit = {"max_latency_ms": round(1000 * 8.5 * STEP_S)}
+    limit: dict[str, Any] = {"max_latency_ms": round(1000 * 8.5 * STEP_S)}
     async with serve_generator() as http:
         one = await generate(http, **limit)
         two = await generate(http, {"Accept": "application/json"}, **limit, num_images=2)

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest, Previews
+from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.step_clock import Previews
 from shared.errors import ModelRefused
 from shared.wire import dump_safetensors, dump_torch
 from tests.conftest import Serve
@@ -24,7 +25,14 @@ from tests.control import ModelControl, until, until_queued
 
 pytestmark = pytest.mark.anyio
 
-SMALL = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 4, "seed": 7, "cache": "none"}
+SMALL: dict[str, Any] = {
+    "prompt": "a red circle",
+    "width": 64,
+    "height": 64,
+    "num_inference_steps": 4,
+    "seed": 7,
+    "cache": "none",
+}
 LONG = SMALL | {"num_inference_steps": 100, "width": 256, "height": 256}
 EMBEDDING_SHAPE = (1, 32, 384)
 JSON = {"content-type": "application/json"}

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.anyio
 
 async def ended(http: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
     """What is told of a job once it has ended."""
+    told: dict[str, Any]
     while (told := (await http.get(f"/jobs/{job_id}")).json())["status"] in ("queued", "running"):  # noqa: ASYNC110 - as a client would
         await asyncio.sleep(0.01)
     return told

@@ -1,5 +1,7 @@
 """``GET /modes``: what a picture takes in each cache mode."""
 
+from typing import Any
+
 import pytest
 
 from tests.conftest import Serve
@@ -48,7 +50,7 @@ async def test_the_defaults_are_those_of_the_service(serve_generator: Serve) -> 
         ({"depth": 3}, "depth", "depth: Extra inputs are not permitted"),
     ],
 )
-async def test_bad_input_is_refused(serve_generator: Serve, query: dict[str, object], param: str, detail: str) -> None:
+async def test_bad_input_is_refused(serve_generator: Serve, query: dict[str, Any], param: str, detail: str) -> None:
     """422 as of ``/generate``, with the field to blame."""
     async with serve_generator() as http:
         refused = await http.get("/modes", params=query)

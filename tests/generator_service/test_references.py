@@ -155,7 +155,12 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
     calls: list[int] = []
     vae = demo._parts.vae
     encode = vae.encode
-    monkeypatch.setattr(vae, "encode", lambda *a, **k: calls.append(1) or encode(*a, **k))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(vae, "encode", counted)
     embeds = torch.zeros(1, 32, demo.card.embedding_width)
     request = GenerationRequest(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (picture(112, 64),))
     first, second = demo.generate(request).latents, demo.generate(request).latents
@@ -220,7 +225,9 @@ async def test_several_pictures_have_their_own_seeds(serve_generator: Serve) -> 
     images = told.json()["images"]
     assert [image["x-seed"] for image in images] == ["7", "8", "9"]
     for part, image, single in zip(found, images, alone, strict=True):
-        assert np.array_equal(pixels(part.get_payload(decode=True)), pixels(single.content))
+        file = part.get_payload(decode=True)
+        assert isinstance(file, bytes)
+        assert np.array_equal(pixels(file), pixels(single.content))
         assert np.array_equal(pixels(base64.b64decode(image["image"])), pixels(single.content))
 
 

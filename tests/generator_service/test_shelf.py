@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,7 +96,7 @@ def test_names_and_numbers_mean_calibrated_schedules_where_they_fit() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_schedule_is_never_used_for_something_else(change: dict[str, object]) -> None:
+def test_a_schedule_is_never_used_for_something_else(change: dict[str, Any]) -> None:
     """Another model, length, size, guidance, task or dtype gets the published list; a name is refused with why."""
     wanted = replace(MADE_FOR, **change)
     assert SHELF.find("fast", wanted).source in ("published", "resampled")
@@ -108,7 +109,8 @@ def test_a_schedule_is_never_used_for_something_else(change: dict[str, object]) 
 @pytest.mark.parametrize("name", ["image_tokens", "guidance_scale", "task", "dtype"])
 def test_what_is_unknown_does_not_match(name: str) -> None:
     """A run of which something is unknown is not taken for one that the schedule was calibrated for."""
-    wanted = replace(MADE_FOR, **{name: None})
+    unknown: dict[str, Any] = {name: None}
+    wanted = replace(MADE_FOR, **unknown)
     assert SHELF.find("fast", wanted).source == "published"
     with pytest.raises(ScheduleMismatch, match=f"made for {name}"):
         SHELF.find("night", wanted)

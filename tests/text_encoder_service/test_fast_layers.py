@@ -43,7 +43,8 @@ def fast_encoder(
 
 def refuse_uncompiled() -> AbstractContextManager[None]:
     """Within the block it is an error to run what was not compiled before."""
-    return torch.compiler.set_stance("fail_on_recompile")
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("fail_on_recompile")
+    return stance
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
