@@ -21,7 +21,7 @@ KINDS: dict[str, Callable[[], Exception]] = {
     "triton": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
     "nccl": lambda: RuntimeError("NCCL Error 1: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
     "accelerator": accelerator_error,
-    "compiler": lambda: InductorError(RuntimeError("Triton Error [CUDA]: out of memory"), None),  # type: ignore[arg-type]
+    "compiler": lambda: InductorError(RuntimeError("Triton Error [CUDA]: out of memory"), None),
     "host": MemoryError,
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,6 @@ from benchmarks.drawing import Shape
 from benchmarks.language_model import empty_model
 from benchmarks.memory import (
     CASES,
-    META,
     SCHEDULE,
     Case,
     Peaks,
@@ -25,7 +24,7 @@ from benchmarks.memory import (
     workspace,
 )
 from benchmarks.memory_tables import CARDS, GIB, fitting, needs, verdicts
-from benchmarks.meta_model import Fp8Linear, meta_model, num_bytes, on_meta
+from benchmarks.meta_model import META, Fp8Linear, meta_model, num_bytes, on_meta
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.report import RESULTS
 from benchmarks.synthetic import Source, empty_parts
@@ -70,7 +69,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
     """The most bytes that PyTorch's allocator had given out at once while ``work`` ran, by PyTorch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    recorded = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # there is one by now
+    recorded = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
     now, peak = 0, 0
     for _, change in changes:
