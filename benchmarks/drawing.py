@@ -8,18 +8,19 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from generator_service.engine import Engine, generation_request
+from generator_service.engine import Engine, Runtime, generation_request
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.order import Order
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.references import Reference
+from shared.device_thread import DeviceThread
 from shared.metrics import Metrics
 
 GUIDANCE = 4.0
@@ -116,17 +117,20 @@ class Bench:
 def opened_bench(model: Flux2Model, embedding: torch.Tensor) -> Iterator[Bench]:
     """An engine around ``model`` whose device thread runs as long as the block does."""
     with asyncio.Runner() as runner:
-        engine = Engine(model, ReadyEncoder(embedding), Metrics(), max_waiting=1)
-        runner.run(entered(engine))
+        stack = AsyncExitStack()
+        engine = runner.run(opened_engine(stack, model, embedding))
         try:
             yield Bench(runner, engine, embedding)
         finally:
-            runner.run(engine.queue.__aexit__())
+            runner.run(stack.aclose())
 
 
-async def entered(engine: Engine) -> None:
-    """Start the engine's device thread."""
-    await engine.queue.__aenter__()
+async def opened_engine(stack: AsyncExitStack, model: Flux2Model, embedding: torch.Tensor) -> Engine:
+    """An engine whose thread and queue ``stack`` closes."""
+    thread = await stack.enter_async_context(DeviceThread())
+    engine = Engine(model, ReadyEncoder(embedding), Runtime(thread, Metrics()), max_waiting=1)
+    await stack.enter_async_context(engine.queue)
+    return engine
 
 
 def noise_reference(shape: Shape, seed: int) -> Reference:

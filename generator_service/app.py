@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Protocol
 
 import httpx
@@ -15,21 +14,24 @@ from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
 from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
-from generator_service.engine import Batching, Engine, PictureMaker, PromptEncoder
+from generator_service.engine import Batching, Engine, PictureMaker, PromptEncoder, Runtime
 from generator_service.jobs import JobStore
 from generator_service.order import open_shelf
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import PARTS
+from generator_service.pipelines.parts import PARTS, PartsReader, load_parts
 from generator_service.pipelines.performance import Machine, choose
 from generator_service.settings import GeneratorSettings
 from generator_service.upsampler import Upsampler
+from shared.compilation import Backend
+from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error, ModelRefused
-from shared.metrics import Metrics
+from shared.health import ReadyCheck
 from shared.model_folder import find_model, read_prompt_format
+from shared.report import Report, ignore
 from shared.schemas import EncoderInfo
-from shared.tracing import Tracing
-from shared.web import ReadyCheck, make_app, require_token
+from shared.version import product_version
+from shared.web import make_app, require_token
 
 logger = logging.getLogger("flux2")
 
@@ -50,20 +52,15 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
 
     @asynccontextmanager
     async def open_studio(app: FastAPI) -> AsyncIterator[Studio]:
-        metrics, tracing = app.state.metrics, app.state.tracing
-        model, shape = await asyncio.to_thread(load_model, settings)
-        client = EncoderClient(
-            str(settings.text_encoder_url),
-            shape,
-            token=settings.token_to_send(),
-            timeout_s=settings.text_encoder_timeout_s,
-            cache_bytes=settings.embedding_cache_bytes,
-            transport=transport,
-        )
-        client.trace(tracing)
-        upsampler = make_upsampler(settings, transport)
-        async with client, running_engine(settings, model, shape, client, metrics, tracing, upsampler) as engine:
-            yield Studio(engine, shape, Readiness(client, model.card, shape))
+        health, tracing = app.state.health, app.state.tracing
+        async with DeviceThread(health.device_lost.set) as thread:
+            runtime = Runtime(thread, app.state.metrics, tracing, health.report)
+            model, shape = await thread.call(load_model, settings, health.report)
+            client = make_encoder_client(settings, shape, transport)
+            client.trace(tracing)
+            upsampler = make_upsampler(settings, transport)
+            async with client, running_engine(settings, model, shape, client, runtime, upsampler) as engine:
+                yield Studio(engine, shape, Readiness(client, model.card, shape))
 
     return app_around(open_studio, settings)
 
@@ -80,11 +77,11 @@ def app_around(
             shelf = await asyncio.to_thread(open_shelf, settings, studio.engine.card)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
             app.state.generator = GeneratorState(settings, studio.engine, shelf, jobs, studio.embedding_shape)
-            app.state.ready = studio.ready
+            app.state.health.start_serving(studio.ready)
             yield
             await jobs.close()
 
-    app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
+    app = make_app("FLUX.2 generator", product_version(), settings, lifespan)
     for routes in (generate, job_routes, modes, openai):
         app.include_router(routes.router, dependencies=[require_token(settings.tokens())])
     app.include_router(page.router)
@@ -97,20 +94,31 @@ async def running_engine(
     model: Flux2Model,
     embedding_shape: tuple[int, int],
     encoder: PromptEncoder,
-    metrics: Metrics,
-    tracing: Tracing,
+    runtime: Runtime,
     upsampler: Upsampler | None,
 ) -> AsyncIterator[Engine]:
-    """An engine that is warm and whose device thread runs, for as long as the block does."""
+    """An engine that is warm and whose queue is served, for as long as the block does."""
     batching = Batching(settings.max_batch, settings.max_batch_pixels)
-    engine = Engine(
-        model, encoder, metrics, settings.max_waiting, settings.quality_sampling, tracing, upsampler, batching
-    )
-    metrics.watch_memory(model.device)
-    await asyncio.to_thread(engine.warm_up, embedding_shape, settings.warm_up_sizes)
+    engine = Engine(model, encoder, runtime, settings.max_waiting, settings.quality_sampling, upsampler, batching)
+    runtime.metrics.watch_memory(model.device)
+    await runtime.thread.call(engine.warm_up, embedding_shape, settings.warm_up_sizes)
     async with engine.queue, upsampler or nullcontext():
         yield engine
         await engine.close()
+
+
+def make_encoder_client(
+    settings: GeneratorSettings, embedding_shape: tuple[int, int], transport: httpx.AsyncBaseTransport | None
+) -> EncoderClient:
+    """The client of the text encoder that ``settings`` name."""
+    return EncoderClient(
+        str(settings.text_encoder_url),
+        embedding_shape,
+        token=settings.token_to_send(),
+        timeout_s=settings.text_encoder_timeout_s,
+        cache_bytes=settings.embedding_cache_bytes,
+        transport=transport,
+    )
 
 
 def make_upsampler(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None) -> Upsampler | None:
@@ -134,8 +142,21 @@ def warn_of_strangers(settings: GeneratorSettings) -> None:
         logger.warning(told, address)
 
 
-def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
-    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
+def load_model(
+    settings: GeneratorSettings,
+    report: Report = ignore,
+    read: PartsReader = load_parts,
+    backend: Backend = "inductor",
+) -> tuple[Flux2Model, tuple[int, int]]:
+    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings.
+
+    Args:
+        settings: the service's.
+        report: hears that it begins.
+        read: where the weights come from; benchmarks make some up.
+        backend: as ``torch.compile``'s.
+    """
+    report("loading the model")
     folder = find_model(settings.model, settings.revision, PARTS)
     device, dtype = settings.torch_device(), settings.torch_dtype()
     performance = choose(
@@ -144,10 +165,11 @@ def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]
         weight_bytes=folder.num_bytes("transformer", "vae"),
         without=settings.performance_without,
         has_adapters=settings.lora_dir is not None,
+        backend=backend,
     )
     if settings.lora_dir is not None and "offload" in performance.optimisations:
         raise ModelRefused("GENERATOR_LORA_DIR: adapters cannot be applied where GENERATOR_PERFORMANCE is offload")
-    model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance)
+    model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance, read)
     check_warm_up_sizes(settings, model.card)
     return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)
 
@@ -187,14 +209,4 @@ class Readiness:
             info = await self._encoder.info()
         except Flux2Error as error:
             return str(error)
-        return None if info is None else self._difference(info)
-
-    def _difference(self, info: EncoderInfo) -> str | None:
-        card = self._card
-        if info.embedding_shape != self._shape:
-            have, want = list(info.embedding_shape), list(self._shape)
-            return f"the text encoder's embeddings have shape {have}, this model takes {want}"
-        if (info.model, info.revision) != (card.name, card.revision):
-            has, wants = f"{info.model}@{info.revision}", f"{card.name}@{card.revision}"
-            return f"the text encoder serves {has}, this is {wants}"
-        return None
+        return None if info is None else info.mismatch(self._card.name, self._card.revision, self._shape)

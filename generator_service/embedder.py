@@ -11,7 +11,7 @@ import torch
 
 from generator_service.breaker import OPEN_S, Breaker
 from shared.byte_cache import ByteBoundedCache
-from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest
+from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
 
 MAX_ATTEMPTS = 4
 MAX_WAIT_S = 1.0
@@ -55,6 +55,7 @@ class Embedder:
             EncoderTimeout: no answer within ``timeout_s`` in all.
             BadEncoderResponse: the answer is not an embedding; after one retry.
             InvalidRequest: the service refuses the prompt.
+            OutOfMemory: the service has too little memory for the prompt.
         """
         cached = self._cache.get(prompt)
         if cached is not None:
@@ -70,7 +71,7 @@ class Embedder:
         except (EncoderUnavailable, EncoderTimeout):
             self._breaker.failed()
             raise
-        except (BadEncoderResponse, InvalidRequest):
+        except (BadEncoderResponse, InvalidRequest, OutOfMemory):
             self._breaker.answered()
             raise
         self._breaker.answered()

@@ -11,11 +11,11 @@ from typing import Self
 
 import httpx
 import torch
-from pydantic import SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from generator_service.embedder import Embedder
 from generator_service.http_body import IDENTITY, BodyRefused, read_body
-from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest
+from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
 from shared.logs import request_id
 from shared.schemas import EncoderInfo
 from shared.tracing import Tracing
@@ -36,6 +36,12 @@ CONNECT_TIMEOUT_S = 2.0
 """One lost packet is sent again after a second."""
 INFO_TIMEOUT_S = 5.0
 """Readiness probes are short."""
+
+
+class _ProblemCode(BaseModel):
+    """What of an error's body is read."""
+
+    code: str
 
 
 class EncoderClient:
@@ -104,6 +110,7 @@ class EncoderClient:
         tokens, width = self._shape
         limit = tokens * width * max(dtype.itemsize for dtype in EMBEDDING_DTYPES) + MAX_HEADER_BYTES
         async with self._answer("POST", "/predict", {"prompt": prompt}) as response:
+            await _raise_if_out_of_memory(response)
             _raise_for_status(response)
             body = await _read(response, limit)
             media_type = response.headers.get("content-type", "").split(";")[0]
@@ -129,6 +136,18 @@ class EncoderClient:
             raise EncoderTimeout("the text encoder did not answer in time") from error
         except httpx.TransportError as error:
             raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
+
+
+async def _raise_if_out_of_memory(response: httpx.Response) -> None:
+    """Asking again would end in the same way, so this must not look like a service that is overloaded."""
+    if response.status_code != OutOfMemory.status:
+        return
+    try:
+        problem = _ProblemCode.model_validate_json(await read_body(response, MAX_INFO_BYTES))
+    except (BodyRefused, ValidationError):
+        return  # the status says enough
+    if problem.code == OutOfMemory.code:
+        raise OutOfMemory("the text encoder has too little memory for this prompt now")
 
 
 def _raise_for_status(response: httpx.Response) -> None:

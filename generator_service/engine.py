@@ -7,15 +7,15 @@
 """
 
 import asyncio
-import hashlib
 import itertools
 import logging
 import math
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -37,14 +37,21 @@ from generator_service.pipelines.flux2 import (
 )
 from generator_service.pipelines.step_clock import Previews
 from generator_service.upsampler import Upsampler
+from shared.cpu_tensors import float32_sha256
 from shared.device_queue import Answer, DeviceQueue
-from shared.errors import Busy, NonFiniteOutput, OutOfMemory
+from shared.device_thread import DeviceThread
+from shared.errors import Busy, NonFiniteOutput, OutOfMemory, ShuttingDown
+from shared.gpu_lock import alone_on_gpu
 from shared.metrics import Metrics
+from shared.report import Report
+from shared.report import ignore as ignore_report
 from shared.tracing import Tracing
 
 WARM_UP_STEPS = 3
 BATCHED_ROWS = 2
 """What is compiled for this many rows holds for more; for one row PyTorch compiles something else."""
+WarmUpStage = tuple[str, Callable[[], object]]
+"""A name for people, and what is run."""
 NO_TRACING = Tracing()
 MAX_PSNR_DB = 120.0
 """Stands for equal pictures in the metrics: a histogram's sum takes no infinity."""
@@ -124,6 +131,17 @@ class PictureMaker(Protocol):
         """Make a request's pictures; as ``Engine.deliver``."""
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What a process provides for its engine."""
+
+    thread: DeviceThread
+    metrics: Metrics
+    tracing: Tracing = NO_TRACING
+    report: Report = ignore_report
+    """Hears how far the warm-up is."""
+
+
 class Engine:
     """Turns orders into pictures with one model. Its queue must have been entered by the app's lifespan."""
 
@@ -131,10 +149,9 @@ class Engine:
         self,
         model: Flux2Model,
         encoder: PromptEncoder,
-        metrics: Metrics,
+        runtime: Runtime,
         max_waiting: int,
         quality_sampling: float = 0.0,
-        tracing: Tracing = NO_TRACING,
         upsampler: Upsampler | None = None,
         batching: Batching = ALONE,
     ) -> None:
@@ -143,16 +160,18 @@ class Engine:
         self.encoder = encoder
         self._batching = batching
         self.queue = DeviceQueue[Job, GeneratedPicture](
-            self._run, max_waiting=max_waiting, max_batch=batching.max_batch, key=self._common
+            self._run, runtime.thread, max_waiting=max_waiting, max_batch=batching.max_batch, key=self._common
         )
         self.cost = CostModel()
         self._line = Line()
-        self._metrics = metrics
-        self._tracing = tracing
+        self._thread = runtime.thread
+        self._metrics = runtime.metrics
+        self._tracing = runtime.tracing
+        self._report = runtime.report
         self._upsampler = upsampler
         self._quality_sampling = quality_sampling
         self._samples: set[asyncio.Task[None]] = set()
-        metrics.queue_depth.set_function(lambda: self.queue.depth)
+        self._metrics.queue_depth.set_function(lambda: self.queue.depth)
 
     async def deliver(self, orders: Sequence[Order], listener: Listener | None = None) -> list[Delivery]:
         """Make a request's pictures, one after the other, in one place of the queue.
@@ -189,29 +208,41 @@ class Engine:
         """
         side = self.card.default_side
         nothing = torch.zeros(1, *embedding_shape)
-        schedules = (schedule_for("none", 1), schedule_for("none", WARM_UP_STEPS), schedule_for(1, WARM_UP_STEPS))
+        schedule = schedule_for(1, WARM_UP_STEPS)
+        stages: list[WarmUpStage] = []
         for width, height in sizes or [(side, side)]:
-            for schedule in schedules:
-                request = GenerationRequest(nothing, width, height, 4.0, 0, schedule)
-                picture = self.model.prepare(request)
-                if schedule.num_steps > 1:  # the first run also pays for what happens once
-                    self._learn(request, self.card.num_image_tokens(width, height), picture)
+            request = GenerationRequest(nothing, width, height, 4.0, 0, schedule)
+            stages.append((f"{width}x{height}", partial(self._warm_up_size, request)))
         if "compile" in self.model.performance.optimisations:
-            self.model.prepare(request, "any")
-            self._warm_up_batches(request)
+            stages.append(("other sizes", partial(self.model.prepare, request, "any")))
+            stages += self._batch_stages(request)
+        with alone_on_gpu(self.model.device, self._report):
+            for number, (name, run) in enumerate(stages, 1):
+                self._report(f"warming up: {number} of {len(stages)}, {name}")
+                run()
         logger.info("%s", self.model.performance)
 
-    def _warm_up_batches(self, request: GenerationRequest) -> None:
-        """Have runs of several pictures like ``request`` compiled, at the largest size that they are drawn at."""
+    def _warm_up_size(self, request: GenerationRequest) -> None:
+        """Generate at one size with each kind of step; the first run also pays for what happens once."""
+        self.model.prepare(replace(request, schedule=schedule_for("none", 1)))
+        for schedule in (schedule_for("none", WARM_UP_STEPS), request.schedule):
+            timed = replace(request, schedule=schedule)
+            self._learn(timed, self.card.num_image_tokens(request.width, request.height), self.model.prepare(timed))
+
+    def _batch_stages(self, request: GenerationRequest) -> list[WarmUpStage]:
+        """What runs of several images like ``request`` need, at the largest size that may share a run."""
         unit = self.card.pixels_per_token
         side = min(math.isqrt(self._batching.max_pixels) // unit * unit, self.card.default_side)
         if self._batching.max_batch == 1 or side == 0:
-            return
+            return []
+        return [("runs of several images", partial(self._warm_up_batch, replace(request, width=side, height=side)))]
+
+    def _warm_up_batch(self, request: GenerationRequest) -> None:
         try:
-            self.model.prepare_batch([replace(request, width=side, height=side)] * BATCHED_ROWS, "any")
+            self.model.prepare_batch([request] * BATCHED_ROWS, "any")
         except OutOfMemory as error:
             self._batching = ALONE
-            logger.warning("pictures will not share runs: %s", error)
+            logger.warning("images will not share runs: %s", error)
 
     def _learn(self, request: GenerationRequest, num_tokens: int, picture: GeneratedPicture) -> None:
         self.cost.observe(
@@ -229,7 +260,7 @@ class Engine:
             answer = await self._draw(job, within_s)
         picture = answer.value
         order = replace(job.order, schedule=picture.schedule)
-        record = provenance(order, self.model, embeddings)
+        record = await asyncio.to_thread(provenance, order, self.model, embeddings)
         with self._tracing.span("write"):
             data = await asyncio.to_thread(encode_image, picture.image, order.output_format, record, order.quality)
         comparison, side_by_side = None, b""
@@ -243,6 +274,7 @@ class Engine:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
         self._metrics.pictures.labels(mode_of(order)).observe(picture.denoise_s + picture.decode_s)
+        self._thread.refuse_if_lost()  # meanwhile: then what came before may be wrong, too
         return Delivery(order.without_inputs(), data, timings, comparison, side_by_side)
 
     async def _compared(self, job: Job, picture: GeneratedPicture) -> Comparison:
@@ -304,7 +336,7 @@ class Engine:
     async def _draw(self, job: Job, within_s: float | None) -> Answer[GeneratedPicture]:
         try:
             return await self.queue.submit(job, within_s)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ShuttingDown):
             job.cancelled.set()
             raise
 
@@ -388,9 +420,6 @@ def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequ
 
 def provenance(order: Order, model: Flux2Model, embeddings: torch.Tensor) -> Provenance:
     """The record that goes into the file."""
-    digest = None
-    if order.prompt is None:
-        digest = hashlib.sha256(embeddings.float().numpy().tobytes()).hexdigest()
     return Provenance(
         prompt=order.prompt,
         width=order.width,
@@ -404,7 +433,7 @@ def provenance(order: Order, model: Flux2Model, embeddings: torch.Tensor) -> Pro
         model=model.card.name,
         revision=model.card.revision,
         performance=model.performance.profile,
-        prompt_embeds_sha256=digest,
+        prompt_embeds_sha256=float32_sha256(embeddings) if order.prompt is None else None,
         lora=[asdict(adapter) for adapter in order.adapters],
         references_sha256=[reference.sha256 for reference in order.references],
     )

@@ -9,12 +9,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
-from shared.errors import Busy, DeadlineExceeded
+from shared.device_thread import DeviceThread, refuse_lost_device
+from shared.errors import Busy, DeadlineExceeded, DeviceLost, ShuttingDown
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -37,15 +37,28 @@ class _Entry(Generic[Work, Result]):
     answer: asyncio.Future[Answer[Result]]
     arrived: float
 
+    def finish(self, result: Result | Exception, queue_s: float) -> None:
+        """Answer, if the caller is still there."""
+        if isinstance(result, Exception):
+            self.fail(result)
+        elif not self.answer.done():
+            self.answer.set_result(Answer(result, queue_s))
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error, if the caller is still there."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
 
 class DeviceQueue(Generic[Work, Result]):
-    """Runs ``run(batch)`` on a thread of its own, for batches of at most ``max_batch`` that belong together.
+    """Runs ``run(batch)`` on the device's thread, for batches of at most ``max_batch`` that belong together.
 
     Who waits longest is always in the next batch; others may overtake only by joining it.
 
     Args:
         run: computes one result, or the exception that its caller gets, for each item of a batch, in order. An
             exception that it raises fails the whole batch.
+        thread: the device's.
         max_waiting: how many callers may wait while a batch runs.
         max_batch: the most items in one batch.
         max_wait_s: how long a batch that is not full waits for company.
@@ -55,6 +68,7 @@ class DeviceQueue(Generic[Work, Result]):
     def __init__(
         self,
         run: Callable[[Sequence[Work]], Sequence[Result | Exception]],
+        thread: DeviceThread,
         *,
         max_waiting: int,
         max_batch: int = 1,
@@ -67,10 +81,11 @@ class DeviceQueue(Generic[Work, Result]):
         self._max_batch = max_batch
         self._max_wait_s = max_wait_s
         self._waiting: deque[_Entry[Work, Result]] = deque()
+        self._running: list[_Entry[Work, Result]] = []
         self._num_places_taken = 0
         self._batch_s = FIRST_GUESS_S
         self._arrival = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._thread = thread
         self._loop_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -81,9 +96,7 @@ class DeviceQueue(Generic[Work, Result]):
         assert self._loop_task is not None
         self._loop_task.cancel()
         await asyncio.gather(self._loop_task, return_exceptions=True)
-        for entry in self._waiting:
-            entry.answer.cancel()
-        await asyncio.to_thread(self._thread.shutdown)
+        self._fail(ShuttingDown())
 
     @property
     def depth(self) -> int:
@@ -96,7 +109,9 @@ class DeviceQueue(Generic[Work, Result]):
 
         Raises:
             Busy: none is free; the error says when to come back.
+            DeviceLost: nothing can run any more.
         """
+        self._thread.refuse_if_lost()
         if self._num_places_taken >= self._max_waiting + self._max_batch:
             rounds = self._num_places_taken / self._max_batch
             raise Busy("the service is busy: the queue is full", retry_after_s=rounds * self._batch_s)
@@ -115,7 +130,10 @@ class DeviceQueue(Generic[Work, Result]):
 
         Raises:
             DeadlineExceeded: it waited longer; it was never run.
+            DeviceLost: the device failed before the result was there.
+            ShuttingDown: the queue was closed before the result was there.
         """
+        self._thread.refuse_if_lost()
         loop = asyncio.get_running_loop()
         entry = _Entry[Work, Result](work, loop.create_future(), time.monotonic())
         self._waiting.append(entry)
@@ -137,9 +155,10 @@ class DeviceQueue(Generic[Work, Result]):
             await self._arrival.wait()
             if self._max_batch > 1 and len(self._waiting) < self._max_batch:
                 await asyncio.sleep(self._max_wait_s)
-            batch = self._next_batch()
-            if batch:
-                await self._run_batch(batch)
+            self._running = self._next_batch()
+            if self._running:
+                await self._run_batch(self._running)
+            self._running = []
 
     def _next_batch(self) -> list[_Entry[Work, Result]]:
         waiting = [entry for entry in self._waiting if not entry.answer.done()]  # their callers are still there
@@ -156,19 +175,27 @@ class DeviceQueue(Generic[Work, Result]):
     async def _run_batch(self, batch: list[_Entry[Work, Result]]) -> None:
         began = time.monotonic()
         try:
-            loop = asyncio.get_running_loop()
-            results = await loop.run_in_executor(self._thread, self._run, [entry.work for entry in batch])
+            results = await self._thread.call(self._run_checked, [entry.work for entry in batch])
+        except DeviceLost as error:
+            self._fail(error)
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to the callers, the queue goes on
             for entry in batch:
-                if not entry.answer.done():
-                    entry.answer.set_exception(error)
+                entry.fail(error)
         else:
             for entry, result in zip(batch, results, strict=True):
-                if entry.answer.done():
-                    continue
-                if isinstance(result, Exception):
-                    entry.answer.set_exception(result)
-                else:
-                    entry.answer.set_result(Answer(result, began - entry.arrived))
+                entry.finish(result, began - entry.arrived)
         finally:
             self._batch_s += 0.3 * (time.monotonic() - began - self._batch_s)
+
+    def _run_checked(self, works: Sequence[Work]) -> Sequence[Result | Exception]:
+        """On the device's thread: no result of a device that was lost meanwhile is delivered."""
+        results = self._run(works)
+        for result in results:
+            if isinstance(result, Exception):
+                refuse_lost_device(result)
+        return results
+
+    def _fail(self, error: Exception) -> None:
+        """End everything that runs or waits with ``error``."""
+        for entry in [*self._running, *self._waiting]:
+            entry.fail(error)

@@ -17,11 +17,17 @@ Flux2Error                    500 internal_error
 ├── EncoderTimeout            504 encoder_timeout
 ├── DeadlineExceeded          504 deadline_exceeded
 ├── GeneratorUnavailable      503 generator_unavailable
+├── Starting                  503 starting
+├── ShuttingDown              503 shutting_down
+├── DeviceLost                503 device_lost
 ├── OutOfMemory               503 oom
 └── ModelRefused              (at start: the model folder cannot be used)
 """
 
 from typing import ClassVar
+
+SHORT_PAUSE_S = 5.0
+"""After which a request that met a service at its end is worth repeating."""
 
 
 class Flux2Error(Exception):
@@ -30,6 +36,8 @@ class Flux2Error(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     is_worth_retrying: ClassVar[bool] = True
+    asks_to_retry: ClassVar[bool] = False
+    """Whether clients are asked to repeat the request, which they might not do after this status by themselves."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -170,6 +178,34 @@ class DeadlineExceeded(Flux2Error):
     status = 504
     code = "deadline_exceeded"
     is_worth_retrying = False
+
+
+class Starting(Flux2Error):
+    """The service has not loaded its model yet; the message says how far it is."""
+
+    status = 503
+    code = "starting"
+
+
+class ShuttingDown(Flux2Error):
+    """The service ends before the request could be served."""
+
+    status = 503
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the service is shutting down", retry_after_s=SHORT_PAUSE_S)
+
+
+class DeviceLost(Flux2Error):
+    """The device has failed for good: this process can compute nothing more, and ends so that a new one starts."""
+
+    status = 503
+    code = "device_lost"
+    asks_to_retry = True
+
+    def __init__(self) -> None:
+        super().__init__("the GPU has failed; the service restarts", retry_after_s=SHORT_PAUSE_S)
 
 
 class OutOfMemory(Flux2Error):

@@ -51,3 +51,4 @@ def set_up_logs(level: str, log_format: LogFormat) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request of ours
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it logs its own start and end

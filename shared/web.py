@@ -1,4 +1,4 @@
-"""The skeleton of both services: request ids, limits, errors as problem+json, health and metrics."""
+"""The skeleton of both services: request ids, limits, keys, and errors as problem+json."""
 
 import asyncio
 import hashlib
@@ -8,22 +8,22 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared import logs
 from shared.errors import Flux2Error, InvalidRequest, MalformedBody, PayloadTooLarge, Unauthorized
+from shared.health import Health, add_health_routes
 from shared.metrics import Metrics
 from shared.schemas import ErrorDetail, Problem
 from shared.settings import ServiceSettings
@@ -38,8 +38,6 @@ CLIENT_CLOSED_REQUEST = 499
 """As nginx says it; nobody reads it but the metrics."""
 DISCONNECT_POLL_S = 0.1
 Result = TypeVar("Result")
-ReadyCheck = Callable[[], Awaitable[str | None]]
-"""Says why the service is not ready, or None."""
 
 
 def make_app(
@@ -48,20 +46,20 @@ def make_app(
     settings: ServiceSettings,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
-    """An app with everything but its own routes. ``lifespan`` may set ``app.state.ready`` to a ``ReadyCheck``."""
+    """An app with everything but its own routes. ``lifespan`` reports to ``app.state.health``."""
     errors: dict[int | str, dict[str, Any]] = {
         "default": {"description": "Any error", "content": {PROBLEM_MEDIA_TYPE: {"schema": problem_schema()}}}
     }
     app = FastAPI(title=title, version=version, lifespan=lifespan, responses=errors)
     app.state.metrics = Metrics()
     app.state.tracing = tracing_of(title)
-    app.state.ready = _still_loading
+    app.state.health = Health()
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext, metrics=app.state.metrics)
     app.add_exception_handler(Flux2Error, _on_flux2_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    _add_health_routes(app)
+    add_health_routes(app, app.state.health, app.state.metrics.registry)
     app.state.tracing.trace_app(app)
     return app
 
@@ -72,10 +70,6 @@ def problem_schema() -> dict[str, Any]:
     parts = schema.pop("$defs")
     schema["properties"]["error"] = parts["ErrorDetail"]
     return schema
-
-
-async def _still_loading() -> str | None:
-    return "the model is loading"
 
 
 class RequestContext:
@@ -180,29 +174,6 @@ def owner_of(request: Request) -> str:
 _bearer = HTTPBearer(auto_error=False)
 
 
-def _add_health_routes(app: FastAPI) -> None:
-    @app.get("/health/live", tags=["health"])
-    async def live() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "alive"}
-
-    @app.get("/health/ready", tags=["health"])
-    async def ready(response: Response) -> dict[str, str]:
-        """The service can do its work now; if not, 503 and why."""
-        reason = await app.state.ready()
-        if reason is None:
-            return {"status": "ready"}
-        response.status_code = 503
-        return {"status": "not ready", "reason": reason}
-
-    app.add_api_route("/health", ready, methods=["GET"], tags=["health"])
-
-    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(generate_latest(app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
     """The result of ``work``, or None if the client left before: then ``work`` is cancelled."""
     task = asyncio.create_task(work)
@@ -234,7 +205,9 @@ def problem_response(
 ) -> JSONResponse:
     """The answer to a request that failed."""
     problem = problem_of(request, error, status=status, code=code)
-    headers = {} if error.is_worth_retrying else {"x-should-retry": "false"}
+    headers = {}
+    if error.asks_to_retry or not error.is_worth_retrying:
+        headers["x-should-retry"] = str(error.asks_to_retry).lower()
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if problem.status == HTTPStatus.UNAUTHORIZED:

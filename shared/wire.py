@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
+from shared.cpu_tensors import compact, is_finite
+
 TORCH_MEDIA_TYPE = "application/octet-stream"
 SAFETENSORS_MEDIA_TYPE = "application/vnd.safetensors"
 TENSOR_NAME = "prompt_embeds"
@@ -30,15 +32,15 @@ class WireError(ValueError):
 
 
 def dump_torch(tensor: torch.Tensor) -> bytes:
-    """``torch.save`` of a plain CPU copy: at most the tensor's bytes + 4 KiB, whatever it was a view of."""
+    """``torch.save`` of the tensor on the CPU: at most its bytes + 4 KiB, whatever it is a view of."""
     buffer = io.BytesIO()
-    torch.save(tensor.detach().cpu().clone(memory_format=torch.contiguous_format), buffer)
+    torch.save(compact(tensor.detach().cpu()), buffer)
     return buffer.getvalue()
 
 
 def dump_safetensors(tensor: torch.Tensor) -> bytes:
     """A safetensors body with the tensor under ``TENSOR_NAME``."""
-    return save_safetensors({TENSOR_NAME: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)})
+    return save_safetensors({TENSOR_NAME: compact(tensor.detach().cpu())})
 
 
 def parse_torch(data: bytes, shape: Sequence[int | None]) -> torch.Tensor:
@@ -124,7 +126,7 @@ def _checked(loaded: object, shape: Sequence[int | None]) -> torch.Tensor:
         raise WireError(f"expected shape {_written(shape)}, found {_written(tensor.shape)}")
     if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
         raise WireError("expected a contiguous tensor that fills its storage")
-    if tensor.numel() == 0 or not torch.isfinite(tensor).all():
+    if tensor.numel() == 0 or not is_finite(tensor):
         raise WireError("expected finite values")
     return tensor
 

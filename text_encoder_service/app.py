@@ -1,19 +1,21 @@
 """Builds the text encoder's app; its lifespan owns the model, the queue and the cache."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import FastAPI
 
 from shared.byte_cache import ByteBoundedCache
 from shared.device_queue import DeviceQueue
+from shared.device_thread import DeviceThread
+from shared.gpu_lock import alone_on_gpu
 from shared.metrics import Metrics
 from shared.model_folder import find_model, read_prompt_format
+from shared.report import Report, ignore
 from shared.schemas import EncoderInfo
+from shared.version import product_version
 from shared.web import make_app, require_token
-from text_encoder_service.encoder import Embedding, MistralEncoder
+from text_encoder_service.encoder import Embedding, LanguageModelReader, MistralEncoder, load_language_model
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
 
@@ -26,20 +28,26 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running_encoder(settings, app.state.metrics) as state:
+        health = app.state.health
+        async with (
+            DeviceThread(health.device_lost.set) as thread,
+            running_encoder(settings, app.state.metrics, thread, health.report) as state,
+        ):
             app.state.encoder = state
-            app.state.ready = is_ready
+            health.start_serving(is_ready)
             yield
 
-    app = make_app("FLUX.2 text encoder", version("flux2-services"), settings, lifespan)
+    app = make_app("FLUX.2 text encoder", product_version(), settings, lifespan)
     app.include_router(router, dependencies=[require_token(settings.tokens())])
     return app
 
 
 @asynccontextmanager
-async def running_encoder(settings: TextEncoderSettings, metrics: Metrics) -> AsyncIterator[EncoderState]:
-    """The model, warm and with its device thread, for as long as the block runs."""
-    encoder, info = await asyncio.to_thread(load_encoder, settings)
+async def running_encoder(
+    settings: TextEncoderSettings, metrics: Metrics, thread: DeviceThread, report: Report
+) -> AsyncIterator[EncoderState]:
+    """The model, warm, for as long as the block runs."""
+    encoder, info = await thread.call(load_encoder, settings, report)
 
     def encode(prompts: Sequence[str]) -> Sequence[Embedding]:
         with metrics.seconds.labels("encode").time():
@@ -47,6 +55,7 @@ async def running_encoder(settings: TextEncoderSettings, metrics: Metrics) -> As
 
     queue = DeviceQueue(
         encode,
+        thread,
         max_waiting=settings.max_waiting,
         max_batch=settings.max_batch,
         max_wait_s=settings.max_wait_ms / 1000,
@@ -59,13 +68,24 @@ async def running_encoder(settings: TextEncoderSettings, metrics: Metrics) -> As
         yield EncoderState(settings, info, queue, ByteBoundedCache[Embedding](settings.embedding_cache_bytes), metrics)
 
 
-def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, EncoderInfo]:
-    """Find, check and load the model that ``settings`` name."""
+def load_encoder(
+    settings: TextEncoderSettings, report: Report = ignore, read: LanguageModelReader = load_language_model
+) -> tuple[MistralEncoder, EncoderInfo]:
+    """Find, check, load and compile the model that ``settings`` name.
+
+    Args:
+        settings: the service's.
+        report: hears how far it is.
+        read: where the weights come from; benchmarks make some up.
+    """
+    report("loading the model")
     folder = find_model(settings.model, settings.revision, PARTS)
     prompt_format = read_prompt_format(folder)
-    encoder = MistralEncoder(folder, prompt_format, settings.torch_device(), settings.torch_dtype(), settings.weights)
+    device, dtype = settings.torch_device(), settings.torch_dtype()
+    encoder = MistralEncoder(folder, prompt_format, device, dtype, settings.weights, read)
     if settings.profile() == "fast":
-        encoder.speed_up(settings.max_batch)
+        with alone_on_gpu(device, report):
+            encoder.speed_up(settings.max_batch, report=report)
     info = EncoderInfo(
         model=folder.name,
         revision=folder.revision,
@@ -73,7 +93,7 @@ def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, Encoder
         hidden_size=encoder.hidden_size,
         max_sequence_length=prompt_format.max_sequence_length,
         dtype=str(encoder.dtype).removeprefix("torch."),
-        version=version("flux2-services"),
+        version=product_version(),
     )
     return encoder, info
 

@@ -26,6 +26,7 @@ from shared.compilation import (
     log_failure,
     restore_parts,
 )
+from shared.report import Report, ignore
 from text_encoder_service.shapes import Shapes
 
 logger = logging.getLogger("flux2")
@@ -51,6 +52,11 @@ class Tokens:
     def longest(self) -> int:
         """How many tokens the longest prompt has, without padding."""
         return int(self.mask.sum(dim=1).max())
+
+    def halves(self) -> tuple["Tokens", "Tokens"]:
+        """The first half of the prompts, which is the smaller one, and the others."""
+        middle = len(self.ids) // 2
+        return Tokens(self.ids[:middle], self.mask[:middle]), Tokens(self.ids[middle:], self.mask[middle:])
 
 
 Forward = Callable[[Tokens], torch.Tensor]
@@ -84,8 +90,8 @@ class FastLayers:
             states = self._run(ids, mask)[:num_prompts]
         return states if self._padding is None else self._padded(states, tokens.mask[:, -length:])
 
-    def compile(self, backend: Backend) -> None:
-        """Compile the layers, in place, for all shapes.
+    def compile(self, backend: Backend, report: Report = ignore) -> None:
+        """Compile the layers, in place, for all shapes; ``report`` gets the progress.
 
         Raises:
             CompilationFailed: it does not work here; the layers are as they were.
@@ -93,7 +99,8 @@ class FastLayers:
         try:
             with compiling():
                 compile_parts(list(self._model.layers), backend)
-                for batch, length in self.shapes:
+                for number, (batch, length) in enumerate(self.shapes, 1):
+                    report(f"warming up: {number} of {len(self.shapes)}, {batch} x {length} tokens")
                     ones = torch.ones(batch, length, dtype=torch.long)
                     self._run(ones, ones)
         except CompilationFailed:
@@ -134,6 +141,7 @@ def fast_forward(
     exact: Forward,
     probes: Sequence[Tokens],
     backend: Backend = "inductor",
+    report: Report = ignore,
 ) -> Forward:
     """Fast layers that give what ``exact`` gives: trimmed and compiled, else compiled, else ``exact`` itself.
 
@@ -144,6 +152,7 @@ def fast_forward(
         exact: the library's forward pass.
         probes: prompts to compare by; the first has padding.
         backend: as ``torch.compile``'s.
+        report: gets the progress.
     """
     expected = [exact(tokens) for tokens in probes]
     tolerance = TOLERANCES[expected[0].dtype]
@@ -154,7 +163,7 @@ def fast_forward(
         layers = FastLayers(model, hidden_layers, shapes)
     began = time.monotonic()
     try:
-        layers.compile(backend)
+        layers.compile(backend, report)
     except CompilationFailed as error:
         logger.warning("%s: performance is exact", log_failure("the text encoder", error))
         return exact

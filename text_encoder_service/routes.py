@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from shared.byte_cache import ByteBoundedCache
+from shared.cpu_tensors import concatenate
 from shared.device_queue import DeviceQueue
 from shared.errors import InvalidRequest
 from shared.metrics import Metrics
@@ -32,8 +32,9 @@ class EncoderState:
     metrics: Metrics
 
 
-def encoder_state(request: Request) -> EncoderState:
-    """The state that the lifespan made."""
+async def encoder_state(request: Request) -> EncoderState:
+    """The state that the lifespan made; raises ``Starting`` while there is none."""
+    request.app.state.health.refuse_while_starting()
     state: EncoderState = request.app.state.encoder
     return state
 
@@ -64,7 +65,7 @@ async def predict(
     dump = dump_safetensors if wants_safetensors else dump_torch
     headers = {"x-truncated-prompts": ",".join(str(i) for i, e in enumerate(embeddings) if e.is_truncated)}
     return Response(
-        await asyncio.to_thread(lambda: dump(torch.cat([embedding.tensor for embedding in embeddings]))),
+        await asyncio.to_thread(lambda: dump(concatenate([embedding.tensor for embedding in embeddings]))),
         media_type=SAFETENSORS_MEDIA_TYPE if wants_safetensors else TORCH_MEDIA_TYPE,
         headers={name: value for name, value in headers.items() if value},
     )

@@ -1,17 +1,21 @@
 """The text encoder as a deployment: embeddings lie in Ray's object store, and callers get references."""
 
+import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import ray
 
 from shared.byte_cache import ByteBoundedCache
+from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error
 from shared.logs import set_up_logs
 from shared.metrics import Metrics
 from shared.schemas import EncoderInfo
 from text_encoder_service.app import running_encoder
 from text_encoder_service.settings import TextEncoderSettings
+
+logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,14 @@ class EncoderReplica:
         settings = TextEncoderSettings()
         set_up_logs(settings.log_level, settings.log_format)
         self._stack = AsyncExitStack()
-        self._state = await self._stack.enter_async_context(running_encoder(settings, Metrics()))
+        self._thread = await self._stack.enter_async_context(DeviceThread())
+        encoder = running_encoder(settings, Metrics(), self._thread, logger.info)
+        self._state = await self._stack.enter_async_context(encoder)
         self._stored = ByteBoundedCache[Stored](settings.embedding_cache_bytes)
+
+    def check_health(self) -> None:
+        """Raise if the device is lost: Serve asks every few seconds, and replaces a replica that raises."""
+        self._thread.refuse_if_lost()
 
     async def info(self) -> EncoderInfo:
         """What its embeddings are."""

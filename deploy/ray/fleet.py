@@ -21,7 +21,7 @@ from generator_service.happenings import Happening, Listener, StepBegun, ignore
 from generator_service.line import Line
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
-from shared.errors import Busy, DeadlineExceeded, Flux2Error, GeneratorUnavailable
+from shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, GeneratorUnavailable
 from shared.metrics import Metrics
 
 logger = logging.getLogger("flux2")
@@ -125,6 +125,8 @@ class Fleet:
         stream = Context().run(ask)
         try:
             async for event in stream:
+                if isinstance(event, DeviceLost):
+                    raise GeneratorUnavailable("a generator's GPU has failed") from event
                 if isinstance(event, Flux2Error):
                     raise event
                 yield event

@@ -1,6 +1,6 @@
 """The generator as a deployment: an engine without the API, which tells what happens as a stream."""
 
-import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 from deploy.ray.remote_encoder import RemoteEncoder
 from generator_service.app import load_model, make_upsampler, running_engine
 from generator_service.cost import Cost
-from generator_service.engine import Delivery
+from generator_service.engine import Delivery, Runtime
 from generator_service.happenings import Happening, StepBegun
 from generator_service.line import Queued
 from generator_service.order import Order
@@ -18,10 +18,12 @@ from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.progress import Progress
 from generator_service.settings import GeneratorSettings
+from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error
 from shared.logs import set_up_logs
 from shared.metrics import Metrics
-from shared.tracing import Tracing
+
+logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,17 @@ class GeneratorReplica:
     async def __init__(self, encoder: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = GeneratorSettings()
         set_up_logs(settings.log_level, settings.log_format)
-        model, self._shape = await asyncio.to_thread(self.load, settings)
-        remote, upsampler = RemoteEncoder(encoder, settings), make_upsampler(settings, None)
-        engine = running_engine(settings, model, self._shape, remote, Metrics(), Tracing(), upsampler)
         self._stack = AsyncExitStack()
+        self._thread = await self._stack.enter_async_context(DeviceThread())
+        model, self._shape = await self._thread.call(self.load, settings)
+        remote, upsampler = RemoteEncoder(encoder, settings), make_upsampler(settings, None)
+        runtime = Runtime(self._thread, Metrics(), report=logger.info)
+        engine = running_engine(settings, model, self._shape, remote, runtime, upsampler)
         self._engine = await self._stack.enter_async_context(engine)
+
+    def check_health(self) -> None:
+        """Raise if the device is lost: Serve asks every few seconds, and replaces a replica that raises."""
+        self._thread.refuse_if_lost()
 
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
         """The model, and the shape of its prompt embeddings."""

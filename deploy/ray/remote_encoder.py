@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 
 from generator_service.embedder import Embedder
 from generator_service.settings import GeneratorSettings
-from shared.errors import EncoderTimeout, EncoderUnavailable, Flux2Error
+from shared.errors import EncoderTimeout, EncoderUnavailable, Flux2Error, OutOfMemory
 from shared.schemas import EncoderInfo
 
 INFO_TIMEOUT_S = 5.0
@@ -58,6 +58,8 @@ class RemoteEncoder:
         try:
             # Outside of the caller's context: who cancels is this task's business, not Serve's.
             stored = await Context().run(self._handle.embed.remote, prompt)
+            if isinstance(stored, OutOfMemory):
+                raise stored  # asking again would end in the same way
             if isinstance(stored, Flux2Error):
                 raise EncoderUnavailable(str(stored), retry_after_s=stored.retry_after_s) from stored
             tensor: torch.Tensor = await stored.reference  # from the encoder's machine to this one, past all others

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
+from starlette.types import Receive, Scope, Send
 
 from generator_service.engine import Delivery
 from generator_service.happenings import Encoding, Happening, Preview, Rewritten, StepBegun
@@ -27,24 +28,49 @@ Told = AsyncIterator[tuple[str, dict[str, Any]]]
 """Names and data of events."""
 
 
-def respond(request: Request, told: Told, error_name: str = "error") -> EventSourceResponse:
-    """A stream of events; what goes wrong in ``told`` becomes the last one, with the problem that would be the body."""
+def do_nothing() -> None:
+    """A stream's end changes nothing."""
+
+
+def respond(request: Request, told: Told, on_end: Callable[[], None] = do_nothing) -> EventSourceResponse:
+    """A stream of events; what goes wrong in ``told`` becomes the last one, with the problem that would be the body.
+
+    Args:
+        request: the one that is answered.
+        told: the events.
+        on_end: called when the stream ends in whatever way, also when the client left before its first byte.
+    """
 
     async def events() -> AsyncIterator[ServerSentEvent]:
         try:
             async for name, data in told:
                 yield ServerSentEvent(json.dumps(data), event=name)
         except Flux2Error as error:
-            yield _failure(error_name, request, error)
+            yield _failure(request, error)
         except Exception as error:
             logger.exception("a streamed generation failed")
-            yield _failure(error_name, request, unknown_error(error))
+            yield _failure(request, unknown_error(error))
 
-    return EventSourceResponse(events(), ping=PING_S)
+    return _EventStream(events(), on_end)
 
 
-def _failure(name: str, request: Request, error: Flux2Error) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(problem_of(request, error).model_dump()), event=name)
+class _EventStream(EventSourceResponse):
+    """Calls back at its end. A generator that was never started would not run its ``finally``."""
+
+    def __init__(self, events: AsyncIterator[ServerSentEvent], on_end: Callable[[], None]) -> None:
+        super().__init__(events, ping=PING_S)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+def _failure(request: Request, error: Flux2Error) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(problem_of(request, error).model_dump()), event="error")
 
 
 def queued(place: Queued) -> dict[str, Any]:

@@ -70,7 +70,8 @@ async def answer(body: GenerateRequest, request: Request, state: GeneratorState,
     orders = order.siblings(body.num_images)
     if events.MEDIA_TYPE in accept:
         progress = await Progress.start(partial(state.engine.deliver, orders))
-        return events.respond(request, events.native_events(progress, order.schedule.num_steps, as_json))
+        told = events.native_events(progress, order.schedule.num_steps, as_json)
+        return events.respond(request, told, progress.cancel)
     deliveries = await while_connected(request, state.engine.deliver(orders))
     if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

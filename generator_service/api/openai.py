@@ -155,7 +155,8 @@ async def answer(
     told = description(order)
     usage = usage_of(order, state)
     if body.stream:
-        return events.respond(request, openai_events(await Progress.start(deliver), prefix, told, usage))
+        progress = await Progress.start(deliver)
+        return events.respond(request, openai_events(progress, prefix, told, usage), progress.cancel)
     deliveries = await while_connected(request, deliver())
     if deliveries is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -16,6 +16,7 @@ from shared.errors import NonFiniteOutput, OutOfMemory
 from tests.conftest import Serve
 from tests.control import ModelControl, until, until_queued
 from tests.generator_service.test_generate import SMALL, events, metrics, pixels
+from tests.memory_errors import KINDS
 
 TOLERANCE = 1e-4
 """Of final latents, whose values are around 1: float32 rounding over a run, since products of more rows are summed up
@@ -151,6 +152,27 @@ async def test_a_batch_that_fails_is_drawn_one_by_one(
 ) -> None:
     """What several pictures together cannot do harms none of them."""
     batches.fails_with = error
+    async with serve_generator(max_batch=4) as http:
+        answers = await drawn_behind_another(http, model_control, [small(1), small(2)])
+    assert batches.seeds == [[1, 2]]
+    assert [answer.status_code for answer in answers] == [200] * 2
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["torch", "cublas", "cudnn", "compiler"])
+async def test_a_batch_that_does_not_fit_is_drawn_one_by_one(
+    serve_generator: Serve, model_control: ModelControl, batches: Batches, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whichever library has too little memory for several pictures together, each of them is delivered."""
+    alone = Flux2Model._generate
+
+    def generate(model: Flux2Model, requests: Sequence[GenerationRequest], *more: Any) -> Any:
+        if len(requests) > 1:
+            error = KINDS[kind]()
+            raise error
+        return alone(model, requests, *more)
+
+    monkeypatch.setattr(Flux2Model, "_generate", generate)
     async with serve_generator(max_batch=4) as http:
         answers = await drawn_behind_another(http, model_control, [small(1), small(2)])
     assert batches.seeds == [[1, 2]]

@@ -13,7 +13,14 @@ from pydantic import SecretStr
 
 from generator_service.breaker import FAILURES_TO_OPEN
 from generator_service.encoder_client import EncoderClient
-from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, Flux2Error, InvalidRequest
+from shared.errors import (
+    BadEncoderResponse,
+    EncoderTimeout,
+    EncoderUnavailable,
+    Flux2Error,
+    InvalidRequest,
+    OutOfMemory,
+)
 from shared.schemas import EncoderInfo
 from shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
 
@@ -109,6 +116,34 @@ async def test_safetensors_are_preferred() -> None:
     asked = encoder.requests[0].headers
     assert asked["accept"] == "application/vnd.safetensors, application/octet-stream;q=0.9"
     assert asked["accept-encoding"] == "identity"
+
+
+def problem(code: str) -> Reply:
+    """A 503 of our own service."""
+    return lambda: httpx.Response(503, json={"code": code, "detail": "secret", "status": 503})
+
+
+async def test_too_little_memory_in_the_encoder_is_not_tried_again() -> None:
+    """It reaches the client as ``oom``, is asked for once, and does not count as a failure of the encoder."""
+    encoder = Encoder(problem("oom"))
+    async with client(encoder) as sut:
+        for _ in range(2 * FAILURES_TO_OPEN):
+            with pytest.raises(OutOfMemory) as caught:
+                await sut.embed("a")
+    assert len(encoder.requests) == 2 * FAILURES_TO_OPEN
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "reply", [problem("starting"), problem("busy"), status(503), lambda: httpx.Response(503, json=1)]
+)
+async def test_any_other_503_is_tried_again(reply: Reply) -> None:
+    """Whatever its body says, the encoder may be back in a moment."""
+    encoder = Encoder(reply)
+    async with client(encoder) as sut:
+        with pytest.raises(EncoderUnavailable):
+            await sut.embed("a")
+    assert len(encoder.requests) == NUM_ATTEMPTS
 
 
 async def test_the_token_is_sent() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from shared.device_queue import DeviceQueue
+from shared.device_thread import DeviceThread
 from shared.errors import Busy, DeadlineExceeded
 
 pytestmark = pytest.mark.anyio
@@ -35,7 +36,7 @@ async def ask(queue: DeviceQueue[int, int], number: int) -> int:
 async def test_one_runs_and_the_rest_wait_or_are_refused() -> None:
     """Of 200 callers at once, with 8 places to wait in, 9 are served and 191 are told when to come back."""
     gate = Gate()
-    async with DeviceQueue[int, int](gate, max_waiting=8) as queue:
+    async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=8) as queue:
         calls = [asyncio.create_task(ask(queue, number)) for number in range(200)]
         await asyncio.sleep(0.05)
         gate.opened.set()
@@ -50,7 +51,10 @@ async def test_work_that_arrives_together_shares_a_batch() -> None:
     """Up to ``max_batch`` items that arrive within the wait are one batch, in order of arrival."""
     gate = Gate()
     gate.opened.set()
-    async with DeviceQueue[int, int](gate, max_waiting=20, max_batch=4, max_wait_s=0.02) as queue:
+    async with (
+        DeviceThread() as thread,
+        DeviceQueue[int, int](gate, thread, max_waiting=20, max_batch=4, max_wait_s=0.02) as queue,
+    ):
         assert await asyncio.gather(*(ask(queue, n) for n in range(6))) == [0, 2, 4, 6, 8, 10]
     assert gate.batches == [[0, 1, 2, 3], [4, 5]]
 
@@ -58,7 +62,7 @@ async def test_work_that_arrives_together_shares_a_batch() -> None:
 async def test_work_whose_caller_left_never_reaches_the_device() -> None:
     """A cancelled caller's place is free again and its work is dropped when the batch is formed."""
     gate = Gate()
-    async with DeviceQueue[int, int](gate, max_waiting=2) as queue:
+    async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=2) as queue:
         first, second, third = (asyncio.create_task(ask(queue, n)) for n in range(3))
         await asyncio.sleep(0.02)
         second.cancel()
@@ -77,7 +81,7 @@ async def test_a_failure_belongs_to_its_batch() -> None:
             raise ValueError("odd")
         return list(batch)
 
-    async with DeviceQueue[int, int](fail_on_odd, max_waiting=4) as queue:
+    async with DeviceThread() as thread, DeviceQueue[int, int](fail_on_odd, thread, max_waiting=4) as queue:
         results = await asyncio.gather(*(ask(queue, n) for n in range(4)), return_exceptions=True)
         assert results[0] == 0
         assert results[2] == 2
@@ -88,7 +92,7 @@ async def test_a_failure_belongs_to_its_batch() -> None:
 async def test_the_event_loop_goes_on_while_the_device_works() -> None:
     """Other coroutines run while a batch is on the device."""
     gate = Gate()
-    async with DeviceQueue[int, int](gate, max_waiting=1) as queue:
+    async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=1) as queue:
         call = asyncio.create_task(ask(queue, 1))
         for _ in range(10):
             await asyncio.sleep(0.001)
@@ -105,7 +109,7 @@ async def test_work_whose_deadline_has_passed_never_runs() -> None:
         with pytest.raises(DeadlineExceeded), queue.place():
             await queue.submit(number, within_s=0.05)
 
-    async with DeviceQueue[int, int](gate, max_waiting=30) as queue:
+    async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=30) as queue:
         first = asyncio.create_task(ask(queue, 1))
         await asyncio.gather(*(late(number) for number in range(2, 22)))
         assert not first.done()
@@ -119,7 +123,10 @@ async def test_what_belongs_together_may_overtake_by_joining() -> None:
     """Who waits longest is in the next batch, with those of the same key, wherever they wait; None joins nobody."""
     gate = Gate()
     keys = {0: None, 1: "odd", 2: "even", 3: "odd", 4: None, 5: "odd", 6: "even", 7: None}
-    async with DeviceQueue[int, int](gate, max_waiting=20, max_batch=2, key=keys.get) as queue:
+    async with (
+        DeviceThread() as thread,
+        DeviceQueue[int, int](gate, thread, max_waiting=20, max_batch=2, key=keys.get) as queue,
+    ):
         calls = [asyncio.create_task(ask(queue, number)) for number in keys]
         await asyncio.sleep(0.05)
         gate.opened.set()
@@ -133,7 +140,10 @@ async def test_an_error_of_one_is_its_own() -> None:
     def halve(batch: Sequence[int]) -> list[int | Exception]:
         return [ValueError("odd") if number % 2 else number // 2 for number in batch]
 
-    async with DeviceQueue[int, int](halve, max_waiting=4, max_batch=2, max_wait_s=0.02) as queue:
+    async with (
+        DeviceThread() as thread,
+        DeviceQueue[int, int](halve, thread, max_waiting=4, max_batch=2, max_wait_s=0.02) as queue,
+    ):
         odd, even = await asyncio.gather(ask(queue, 1), ask(queue, 4), return_exceptions=True)
     assert isinstance(odd, ValueError)
     assert even == 2

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from safetensors.torch import save as save_safetensors
 
 from shared.wire import (
     MAX_HEADER_BYTES,
@@ -194,6 +195,16 @@ def test_a_view_weighs_no_more_than_itself() -> None:
     """A row of a batch is saved without the batch: the file is at most the tensor + 4 KiB."""
     row = torch.zeros(64, 512, 16, dtype=torch.bfloat16)[3:4]
     assert len(dump_torch(row)) <= row.nbytes + MAX_HEADER_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bodies_are_what_the_libraries_write(dtype: torch.dtype) -> None:
+    """Of a tensor and of a view of it, the bytes are those that the libraries write of a plain copy."""
+    batch = torch.stack([embedding(dtype)[0], embedding(dtype)[0] + 1])
+    for tensor in (embedding(dtype), batch[1:], batch.transpose(1, 2)):
+        copy = tensor.clone(memory_format=torch.contiguous_format)
+        assert dump_torch(tensor) == saved(copy)
+        assert dump_safetensors(tensor) == save_safetensors({"prompt_embeds": copy})
 
 
 def test_dimensions_may_be_left_open() -> None:

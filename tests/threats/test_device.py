@@ -4,19 +4,21 @@ import asyncio
 import io
 import json
 import random
+from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from generator_service.pipelines.flux2 import Flux2Model
 from tests.conftest import Serve, Times
 from tests.control import ModelControl, until, until_queued
 from tests.generator_service.test_generate import events, metrics, steps_run
+from tests.memory_errors import KINDS
 
 pytestmark = pytest.mark.anyio
 
@@ -32,26 +34,29 @@ def pixels(data: bytes) -> np.ndarray:
 real = Flux2Model.generate
 
 
-def without_memory_at_step_7(model: Flux2Model, request: Any, on_step: Any, previews: Any) -> Any:
+def without_memory_at_step_7(error: Callable[[], Exception]) -> Callable[..., Any]:
     """``Flux2Model.generate`` on a device that is too small."""
 
-    def fail(step: int, is_computed: bool) -> None:
-        on_step(step, is_computed)
-        if step == 7:
-            raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
+    def generate(model: Flux2Model, request: Any, on_step: Any, previews: Any) -> Any:
+        def fail(step: int, is_computed: bool) -> None:
+            on_step(step, is_computed)
+            if step == 7:
+                raise error()
 
-    return real(model, request, fail, previews)
+        return real(model, request, fail, previews)
+
+    return generate
 
 
 async def test_a_picture_that_does_not_fit_harms_no_other(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch, times: Times
 ) -> None:
-    """Out of memory at step 7 is 503 ``oom``, not to be tried again, and the next picture is right, each time."""
+    """Out of memory at step 7, of any kind, is 503 ``oom``, and the next picture is right, each time."""
     async with serve_generator() as http:
         expected = pixels((await http.post("/generate", json=SMALL)).content)
-        for seed in range(times(5, 100)):
+        for seed, error in zip(range(times(len(KINDS), 100)), cycle(KINDS.values()), strict=False):
             with monkeypatch.context() as broken:
-                broken.setattr(Flux2Model, "generate", without_memory_at_step_7)
+                broken.setattr(Flux2Model, "generate", without_memory_at_step_7(error))
                 refused = await http.post("/generate", json=SMALL | {"seed": seed, "width": 96})
             assert (refused.status_code, refused.json()["code"]) == (503, "oom")
             assert refused.headers["x-should-retry"] == "false"
@@ -125,9 +130,49 @@ async def test_those_who_leave_take_nothing_with_them(generator_url: str, times:
 async def test_a_stream_that_fails_ends_with_its_problem(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure in mid-run ends the stream with what went wrong, never with a picture."""
+    """A failure in mid-run, in all three attempts, ends the stream with what went wrong, never with a picture."""
     async with serve_generator() as http:
-        monkeypatch.setattr(Flux2Model, "generate", without_memory_at_step_7)
+        monkeypatch.setattr(Flux2Model, "generate", without_memory_at_step_7(KINDS["torch"]))
         told = events((await http.post("/generate", json=SMALL, headers={"Accept": "text/event-stream"})).text)
-    assert [name for name, _ in told] == ["step"] * 8 + ["error"]
+    assert [name for name, _ in told] == ["step"] * 8 * 3 + ["error"]
     assert told[-1][1]["code"] == "oom"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "headers"),
+    [
+        ("/generate", LONG, [(b"accept", b"text/event-stream")]),
+        ("/v1/images/generations", {"prompt": "a", "stream": True, "num_inference_steps": 100, "cache": "none"}, []),
+    ],
+)
+async def test_a_client_that_leaves_before_the_first_byte_takes_nothing_with_it(
+    serve_generator: Serve, route: str, body: dict[str, Any], headers: list[tuple[bytes, bytes]]
+) -> None:
+    """A stream whose first byte cannot be sent frees its place at once, and its generation stops."""
+    messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": route,
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), *headers],
+    }
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(_message: Any) -> None:
+        raise OSError("the client has left")
+
+    async with serve_generator(max_waiting=1) as http:
+        app: Any = http._transport.app  # type: ignore[attr-defined]
+        before = await steps_run(http)
+        with pytest.raises(OSError, match="has left"):
+            await app(scope, receive, send)
+
+        await until_queued(http, 0)
+        assert await steps_run(http) - before < 50  # of 100
+        assert (await http.post("/generate", json=SMALL)).status_code == 200

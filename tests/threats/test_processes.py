@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 from demo_model.services import WEIGHTS
 from tests.conftest import Times
-from tests.e2e.test_services import PATIENCE_S, ROOT, answers, free_port, wait_for
+from tests.e2e.test_services import PATIENCE_S, ROOT, free_port, has_started, wait_for
 
 TINY = {"width": 64, "height": 64, "num_inference_steps": 2, "cache": 1, "seed": 7}
 EMBEDS = base64.b64encode(save({"prompt_embeds": torch.zeros(1, 32, 384)})).decode()
@@ -38,7 +38,7 @@ def process(module: str, port: int, **environment: str) -> Iterator[tuple[subpro
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen([sys.executable, "-m", module], env=settings) as started:
         try:
-            wait_for(lambda: answers(f"{url}/health/live"))
+            wait_for(lambda: has_started(url))
             yield started, url
         finally:
             started.kill()

@@ -1,0 +1,90 @@
+"""The one thread of a service that uses its device: it loads the model, checks it, warms it up and runs it.
+
+Each further thread that computes with PyTorch starts OpenMP threads of its own, which compete for the same cores, and
+CUDA has a current device for each thread. So everything that a service does with its model happens here.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self, TypeVar
+
+import torch
+
+from shared.device_errors import is_device_lost
+from shared.errors import DeviceLost, Flux2Error
+
+Result = TypeVar("Result")
+
+
+class DeviceThread:
+    """Runs functions on one thread, one after the other, until the device is lost.
+
+    After an error that leaves the device unusable (a "sticky" CUDA error) everything is refused: only a new process
+    gets a new context.
+
+    Args:
+        on_lost: called on the event loop, once, when the device is lost.
+    """
+
+    def __init__(self, on_lost: Callable[[], None] = lambda: None) -> None:
+        self._on_lost = on_lost
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self.is_lost = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.is_lost:
+            self._executor.shutdown(wait=False, cancel_futures=True)  # the thread may hang in the driver
+        else:
+            await asyncio.to_thread(self._executor.shutdown)
+
+    async def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """The result of ``function(*args)``, computed on the device's thread.
+
+        Raises:
+            DeviceLost: the function, or one before it, left the device unusable.
+        """
+        self.refuse_if_lost()
+        loop = asyncio.get_running_loop()
+        try:
+            result = await loop.run_in_executor(self._executor, _checked, function, args)
+        except DeviceLost:
+            if not self.is_lost:
+                self.is_lost = True
+                self._on_lost()
+            raise
+        self.refuse_if_lost()  # it was lost meanwhile
+        return result
+
+    def refuse_if_lost(self) -> None:
+        """Raise ``DeviceLost`` if the device was lost."""
+        if self.is_lost:
+            raise DeviceLost
+
+
+def refuse_lost_device(error: Exception) -> None:
+    """Raise ``DeviceLost`` if ``error`` means that the device is lost. Call it on the device's thread.
+
+    An error that is not known is checked by asking the device: after a sticky error every call fails.
+    """
+    if is_device_lost(error):
+        raise DeviceLost from error
+    if isinstance(error, RuntimeError) and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as answer:
+            if is_device_lost(answer):
+                raise DeviceLost from error
+
+
+def _checked(function: Callable[..., Result], args: tuple[Any, ...]) -> Result:
+    try:
+        return function(*args)
+    except Flux2Error:
+        raise
+    except Exception as error:
+        refuse_lost_device(error)
+        raise

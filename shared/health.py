@@ -1,0 +1,87 @@
+"""What a service says of itself: that it is starting and how far it is, that it is ready, or that it must restart."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+
+from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from shared.errors import Starting
+
+logger = logging.getLogger("flux2")
+
+ReadyCheck = Callable[[], Awaitable[str | None]]
+"""Says why the service is not ready, or None."""
+RETRY_STARTING_S = 10.0
+
+
+class Health:
+    """The state of a service between its start and its end."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._stage = "starting"
+        self._check: ReadyCheck | None = None
+        self.device_lost = asyncio.Event()
+
+    def report(self, stage: str) -> None:
+        """Note what the service does while it starts; a ``shared.report.Report``."""
+        self._stage = stage
+        logger.info("%s", stage)
+
+    def start_serving(self, check: ReadyCheck) -> None:
+        """From now on the service is ready whenever ``check`` says so."""
+        self._check = check
+
+    @property
+    def progress(self) -> str:
+        """What the service does while it starts, and for how long it has been starting."""
+        return f"{self._stage}, {time.monotonic() - self._began:.0f} s since the start"
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the service does not serve yet."""
+        return self._check is None
+
+    def refuse_while_starting(self) -> None:
+        """Raise ``Starting`` until the service serves."""
+        if self.is_starting:
+            raise Starting(f"the service is starting: {self.progress}", retry_after_s=RETRY_STARTING_S)
+
+    async def why_not_ready(self) -> str | None:
+        """Why the service cannot do its work now, or None."""
+        if self.device_lost.is_set():
+            return "the GPU has failed; the service restarts"
+        return self.progress if self._check is None else await self._check()
+
+
+def add_health_routes(app: FastAPI, health: Health, metrics: CollectorRegistry) -> None:
+    """Routes for orchestrators and monitoring; they need no key."""
+
+    @app.get("/health/live", tags=["health"])
+    async def live(response: Response) -> dict[str, str]:
+        """The process answers, and has not lost its device; after a 500 it must be restarted."""
+        if health.device_lost.is_set():
+            response.status_code = HTTPStatus.INTERNAL_SERVER_ERROR
+            return {"status": "failed", "reason": "the GPU has failed"}
+        return {"status": "alive"}
+
+    @app.get("/health/ready", tags=["health"])
+    async def ready(response: Response) -> dict[str, str]:
+        """The service can do its work now; if not, 503 and why."""
+        reason = await health.why_not_ready()
+        if reason is None:
+            return {"status": "ready"}
+        response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+        return {"status": "starting" if health.is_starting else "not ready", "reason": reason}
+
+    app.add_api_route("/health", ready, methods=["GET"], tags=["health"])
+
+    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(metrics), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,164 @@
+"""The server around an app: from its first moment to its end, as a process."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from shared.server import LAST_ANSWERS_S, LAST_MOMENT_S
+from tests.e2e.test_services import PATIENCE_S, ROOT, answers, free_port, wait_for
+
+SERVICE = """
+import asyncio, sys, threading
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+from fastapi import Request
+
+from shared.device_queue import DeviceQueue
+from shared.device_thread import DeviceThread
+from shared.errors import ModelRefused
+from shared.server import serve
+from shared.settings import ServiceSettings
+from shared.web import make_app
+
+folder = Path(sys.argv[2])
+
+
+class Settings(ServiceSettings):
+    port: int = int(sys.argv[1])
+    max_body_bytes: int = 1000
+    max_waiting: int = 8
+
+
+def wait_for(name):
+    while not (folder / name).exists():
+        threading.Event().wait(0.02)
+
+
+def load():
+    wait_for("loaded")
+    if (folder / "refused").exists():
+        raise ModelRefused("the model is not one")
+
+
+def run(batch):
+    wait_for("run")
+    if (folder / "broken").exists():
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    return batch
+
+
+def create_app(settings):
+    @asynccontextmanager
+    async def lifespan(app):
+        health = app.state.health
+        async with DeviceThread(health.device_lost.set) as thread:
+            health.report("warming up: 3 of 8, 1024x1024")
+            await thread.call(load)
+            async with DeviceQueue(run, thread, max_waiting=8) as queue:
+                app.state.queue = queue
+                app.state.metrics.queue_depth.set_function(lambda: queue.depth)
+                health.start_serving(ready)
+                yield
+
+    async def ready():
+        return None
+
+    app = make_app("test", "0", settings, lifespan)
+
+    @app.post("/work")
+    async def work(request: Request):
+        app.state.health.refuse_while_starting()
+        with app.state.queue.place():
+            return (await app.state.queue.submit(1)).value
+
+    return app
+
+
+serve(Settings, create_app)
+"""
+Service = tuple[subprocess.Popen[str], str]
+
+
+@contextmanager
+def service(folder: Path) -> Iterator[Service]:
+    """The service as a process, and its address. Files that appear in ``folder`` say what it does next."""
+    port = free_port()
+    command = [sys.executable, "-c", SERVICE, str(port), str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(lambda: answers(f"http://127.0.0.1:{port}/health/live"))
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+def tell(folder: Path, *names: str) -> None:
+    """Have the service do something."""
+    for name in names:
+        (folder / name).touch()
+
+
+def is_ready(url: str) -> bool:
+    """Whether the service is."""
+    return httpx.get(f"{url}/health/ready").status_code == 200
+
+
+def test_a_service_answers_while_it_starts(tmp_path: Path) -> None:
+    """It is alive at once; readiness says how far it is, and work is refused with 503 ``starting`` until it serves."""
+    with service(tmp_path) as (process, url):
+        ready = httpx.get(f"{url}/health/ready")
+        assert (ready.status_code, ready.json()["status"]) == (503, "starting")
+        assert re.fullmatch(r"warming up: 3 of 8, 1024x1024, \d+ s since the start", ready.json()["reason"])
+        refused = httpx.post(f"{url}/work")
+        assert (refused.status_code, refused.json()["code"]) == (503, "starting")
+        assert "3 of 8, 1024x1024" in refused.json()["detail"]
+        assert int(refused.headers["retry-after"]) >= 1
+        assert process.poll() is None
+        tell(tmp_path, "loaded", "run")
+        wait_for(lambda: is_ready(url))
+        assert httpx.post(f"{url}/work").json() == 1
+
+
+def test_what_cannot_start_ends_in_one_line(tmp_path: Path) -> None:
+    """The service listens while it loads, and still ends with status 1 and one line when the model is refused."""
+    with service(tmp_path) as (process, _):
+        tell(tmp_path, "refused", "loaded")
+        assert process.wait(PATIENCE_S) == 1
+        assert process.stderr is not None
+        assert [line for line in process.stderr.read().splitlines() if line.startswith("flux2:")] == [
+            "flux2: the model is not one"
+        ]
+
+
+def test_the_start_can_be_interrupted(tmp_path: Path) -> None:
+    """SIGTERM while the model loads ends the process at once, with status 0, although loading goes on."""
+    with service(tmp_path) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0  # nothing ever says "loaded"
+
+
+def test_a_service_that_lost_its_device_ends(tmp_path: Path) -> None:
+    """Running and waiting requests get a 503 that asks to be repeated; live is 500; then the status is 1."""
+    with service(tmp_path) as (process, url), ThreadPoolExecutor(4) as clients:
+        tell(tmp_path, "loaded", "broken")
+        wait_for(lambda: is_ready(url))
+        waiting = [clients.submit(httpx.post, f"{url}/work", timeout=PATIENCE_S) for _ in range(4)]
+        wait_for(lambda: "flux2_queue_depth 4.0" in httpx.get(f"{url}/metrics").text)
+        tell(tmp_path, "run")
+        for answer in (client.result() for client in waiting):
+            assert (answer.status_code, answer.json()["code"]) == (503, "device_lost")
+            assert answer.headers["x-should-retry"] == "true"
+            assert int(answer.headers["retry-after"]) >= 1
+        live, ready = (httpx.get(f"{url}/health/{name}") for name in ("live", "ready"))
+        assert (live.status_code, ready.status_code) == (500, 503)
+        assert process.wait(PATIENCE_S) == 1
+    assert LAST_ANSWERS_S < LAST_MOMENT_S < 5
