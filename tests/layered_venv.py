@@ -1,4 +1,4 @@
-"""Lets the venv whose Python runs this see the packages of another one: ``.venv-ray/bin/python <this> .venv/bin/python``.
+"""Lets the venv whose Python runs this see the packages of another venv, whose Python is the argument.
 
 Its own packages come first. pip then installs only what the other one lacks.
 """
