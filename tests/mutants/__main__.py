@@ -87,9 +87,15 @@ def try_mutant(mutant: Mutant, tree: Path) -> Outcome:
         return Outcome(mutant, Verdict.TIMED_OUT, time.monotonic() - began, f"after {TIMEOUT_S} s")
     finally:
         mutant.undo(tree, before)
-    verdicts = {0: Verdict.SURVIVED, TESTS_FAILED: Verdict.KILLED}
-    verdict = verdicts.get(done.returncode, Verdict.BROKEN)
-    return Outcome(mutant, verdict, time.monotonic() - began, first_failure(done.stdout))
+    return Outcome(mutant, verdict_of(done), time.monotonic() - began, first_failure(done.stdout))
+
+
+def verdict_of(done: subprocess.CompletedProcess[str]) -> Verdict:
+    """What a run of pytest means. A process that crashes after a test has failed has noticed the mutant, too."""
+    if done.returncode == 0:
+        return Verdict.SURVIVED
+    has_failed = done.returncode == TESTS_FAILED or re.search(r"^FAILED ", done.stdout, re.MULTILINE)
+    return Verdict.KILLED if has_failed else Verdict.BROKEN
 
 
 def first_failure(output: str) -> str:
