@@ -26,6 +26,7 @@ from shared.compilation import (
     log_failure,
     restore_parts,
 )
+from shared.compile_cache import warn_of_unwritable_caches
 from shared.report import Report, ignore
 from text_encoder_service.shapes import Shapes
 
@@ -161,6 +162,7 @@ def fast_forward(
     if not worst <= tolerance:  # also NaN
         logger.warning("the text encoder trimmed is off by %.2g, more than rounding: prompts are padded", worst)
         layers = FastLayers(model, hidden_layers, shapes)
+    warn_of_unwritable_caches()
     began = time.monotonic()
     try:
         layers.compile(backend, report)
