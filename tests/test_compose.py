@@ -274,10 +274,11 @@ def test_every_variable_is_known(name: str) -> None:
 
 
 def test_bases_are_pinned() -> None:
-    """Every image has a version that a variable can change, and none comes from anywhere but the default registry."""
+    """Every image has a version and a digest, both in a variable, and none is of a registry but the default one."""
     (argument,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     foreign = [argument, SERVICES["prometheus"]["image"], SERVICES["grafana"]["image"]]
-    assert all(re.fullmatch(r"[\w-]+(/[\w-]+)?:v?\d+\.\d+\.\d+[\w.-]*", image) for image in foreign)
+    pinned = re.compile(r"[\w-]+(/[\w-]+)?:v?\d+\.\d+\.\d+[\w.-]*@sha256:[0-9a-f]{64}")
+    assert all(pinned.fullmatch(image) for image in foreign)
     assert {stage.split()[0] for stage in stages().values()} == {
         "scratch",
         "${PYTHON_IMAGE}",
