@@ -29,6 +29,7 @@ from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Spread, Stopwatch
 from demo_model.services import WEIGHTS
 from shared.compilation import Backend, CompilationFailed, log_failure, num_compilations
+from shared.device import resolve_device
 from text_encoder_service.encoder import on_cpu, run_library
 from text_encoder_service.fast_layers import FastLayers, Forward, difference
 from text_encoder_service.quantisation import Weights, quantize
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure, at most")
     parser.add_argument("--repeats", type=int, default=30, help="of each figure, at most")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device("auto", "device")
     args.backend = "inductor" if device.type == "cuda" else "eager"  # there, graphs are only to be seen to be captured
     if args.smoke:
         args.repeats = 2

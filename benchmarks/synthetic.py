@@ -24,6 +24,7 @@ from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.parts import PARTS, Parts, load_parts
 from generator_service.pipelines.performance import Machine, choose
 from generator_service.settings import ProfileName
+from shared.device import resolve_device
 from shared.model_folder import ModelFolder, find_model, read_prompt_format
 
 SEED = 20260101
@@ -125,7 +126,7 @@ class Source:
         if self.device.type != "cuda":  # there, compiled code is only to be seen to run
             performance = replace(performance, backend="eager")
         folder = self.folder or ModelFolder(self.name, "local", Path("random weights"))
-        return Flux2Model(folder, parts, performance=performance)
+        return Flux2Model.load(folder, self.device, self.dtype, performance=performance, parts=parts)
 
 
 class NotWhole(Exception):
@@ -150,7 +151,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def source_of(args: argparse.Namespace) -> Source:
     """What the options ask for: full size on a GPU, tiny on a CPU, where full size would take hours."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device("auto", "device")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = TINY if args.smoke or device.type == "cpu" else FULL
     if args.model is None:

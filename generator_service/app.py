@@ -136,8 +136,8 @@ def warn_of_strangers(settings: GeneratorSettings) -> None:
 
 def load_model(settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
     """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
+    device, dtype = settings.torch_device(), settings.torch_dtype()  # refused before anything is downloaded
     folder = find_model(settings.model, settings.revision, PARTS)
-    device, dtype = settings.torch_device(), settings.torch_dtype()
     performance = choose(
         settings.performance,
         Machine.of(device),

@@ -61,9 +61,10 @@ async def running_encoder(settings: TextEncoderSettings, metrics: Metrics) -> As
 
 def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, EncoderInfo]:
     """Find, check and load the model that ``settings`` name."""
+    device, dtype = settings.torch_device(), settings.torch_dtype()  # refused before anything is downloaded
     folder = find_model(settings.model, settings.revision, PARTS)
     prompt_format = read_prompt_format(folder)
-    encoder = MistralEncoder(folder, prompt_format, settings.torch_device(), settings.torch_dtype(), settings.weights)
+    encoder = MistralEncoder(folder, prompt_format, device, dtype, settings.weights)
     if settings.profile() == "fast":
         encoder.speed_up(settings.max_batch)
     info = EncoderInfo(

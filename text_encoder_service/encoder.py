@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, MistralModel
 from transformers.utils import logging as transformers_logging
 
 from shared.compilation import Backend
+from shared.device import use_device
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
@@ -61,6 +62,8 @@ class MistralEncoder:
         weights: Weights = "full",
     ) -> None:
         self.prompt_format = prompt_format
+        self._device = device
+        use_device(device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
         if not self._tokenizer.chat_template:
             raise ModelRefused("the tokenizer has no chat template: not FLUX.2's")
@@ -85,6 +88,7 @@ class MistralEncoder:
         prompts = ["circle " * (length * share // 8) for share in (0, 1, 3, 5, 8)]
         probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
+        use_device(self._device)
         try:
             self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
         except torch.OutOfMemoryError as error:
@@ -98,6 +102,7 @@ class MistralEncoder:
         Raises:
             OutOfMemory: the device has too little memory for so many prompts.
         """
+        use_device(self._device)
         tokens = self._tokenize(prompts)
         try:
             rows = on_cpu(self._forward(tokens).flatten(2))  # [B, L, layers, H] -> [B, L, layers * H]
