@@ -12,15 +12,21 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 
 from shared.errors import ModelRefused
 
 UNSAFE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py"}
 """Weights that unpickle, and code."""
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Of a part."""
+FILES_BESIDE_PARTS = ("model_index.json", "text_encoder/config.json", "chat_template.*", "processor/chat_template.*")
+"""Small ones that are wanted whatever the parts: what describes the pipeline, and where a chat template may be."""
 FINGERPRINT_BYTES = 2**20
 """Files up to this size enter a folder's fingerprint whole, larger ones by name, size, and evenly spread blocks."""
 NUM_BLOCKS = 16
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What the libraries raise for files that are missing or broken, or do not fit the configuration."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,7 @@ def read_prompt_format(folder: ModelFolder) -> PromptFormat:
 
 
 def _fetch(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:
-    patterns = ["model_index.json", "text_encoder/config.json"]
-    patterns += [f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES]
+    patterns = [*FILES_BESIDE_PARTS, *(f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES)]
     try:
         # One file after the other: files that are there in full are kept, so an interruption costs one at most.
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, max_workers=1))

@@ -21,6 +21,7 @@ from generator_service.lemica import PREDICTORS
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.performance import Performance
+from generator_service.pipelines.prompt import embed_prompts
 from generator_service.pipelines.step_clock import Previews
 from generator_service.settings import GeneratorSettings, Optimisation
 from shared.model_folder import ModelFolder, read_prompt_format
@@ -146,6 +147,15 @@ def test_a_benchmark_loads_as_the_service_does() -> None:
     assert source.device == DEVICE
     with source.parts() as parts:
         assert source.model(parts, "exact").device == DEVICE
+
+
+def test_prompts_are_embedded_there_for_the_command_line() -> None:
+    """The whole text encoder is read straight to the GPU, and nothing of it is left there."""
+    (embedding,) = embed_prompts(FOLDER, ["a red circle"], DEVICE, torch.float32)
+    assert not isinstance(embedding, OnGpu)
+    assert torch.cuda.memory_allocated() == 0
+    (expected,) = embed_prompts(FOLDER, ["a red circle"], CPU, torch.float32)
+    assert torch.allclose(embedding, expected, atol=1e-4)
 
 
 def test_what_is_pretended_refuses_and_notes() -> None:

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, MistralModel
+from transformers import AutoConfig, MistralModel
 from transformers.utils import logging as transformers_logging
 
 from shared.compilation import Backend
 from shared.device import use_device
 from shared.errors import ModelRefused, OutOfMemory
-from shared.model_folder import ModelFolder, PromptFormat
+from shared.model_folder import LOADING_ERRORS, ModelFolder, PromptFormat
+from shared.tokenizer import load_tokenizer
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
 from text_encoder_service.quantisation import Weights, quantize
 from text_encoder_service.shapes import Shapes
@@ -64,9 +65,7 @@ class MistralEncoder:
         self.prompt_format = prompt_format
         self._device = device
         use_device(device)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
-        if not self._tokenizer.chat_template:
-            raise ModelRefused("the tokenizer has no chat template: not FLUX.2's")
+        self._tokenizer = load_tokenizer(folder)
         num_layers = max(prompt_format.hidden_layers)
         self._model: Any = load_language_model(folder.path / "text_encoder", num_layers, dtype).eval()
         if weights != "full":
@@ -184,21 +183,28 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def load_language_model(folder: Path, num_layers: int, dtype: torch.dtype) -> MistralModel:
-    """The first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without its final norm."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "mistral3" or config.text_config.num_hidden_layers < num_layers:
-        raise ModelRefused(f"the text encoder is no Mistral 3 of at least {num_layers} layers")
-    text_config = config.text_config
-    text_config.num_hidden_layers = num_layers
+    """The first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without its final norm.
+
+    Raises:
+        ModelRefused: it is not one, or a file is missing or broken.
+    """
     transformers_logging.disable_progress_bar()
-    loaded: Any = _FirstLayers.from_pretrained(
-        folder,
-        config=text_config,
-        dtype=dtype,
-        use_safetensors=True,
-        key_mapping=LANGUAGE_MODEL_KEYS,
-        output_loading_info=True,
-    )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "mistral3" or config.text_config.num_hidden_layers < num_layers:
+            raise ModelRefused(f"the text encoder is no Mistral 3 of at least {num_layers} layers")
+        text_config = config.text_config
+        text_config.num_hidden_layers = num_layers
+        loaded: Any = _FirstLayers.from_pretrained(
+            folder,
+            config=text_config,
+            dtype=dtype,
+            use_safetensors=True,
+            key_mapping=LANGUAGE_MODEL_KEYS,
+            output_loading_info=True,
+        )
+    except LOADING_ERRORS as error:
+        raise ModelRefused("the text encoder cannot be loaded: a file is missing or broken") from error
     model, report = loaded
     if report["missing_keys"]:
         raise ModelRefused(f"the text encoder's checkpoint lacks {len(report['missing_keys'])} tensors")
