@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline
 from safetensors.torch import load_file, save_file
+from transformers import Mistral3ForConditionalGeneration
 
 from demo_model.services import WEIGHTS
 from generator_service.app import load_model
@@ -192,6 +193,6 @@ def test_too_little_memory_is_not_called_a_broken_file(dev: Path, monkeypatch: p
     def from_pretrained(*_: object, **_more: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(prompt.Mistral3ForConditionalGeneration, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(Mistral3ForConditionalGeneration, "from_pretrained", from_pretrained)
     with pytest.raises(OutOfMemory, match="does not fit into the memory of cpu"):
         embed_by_command_line(dev)

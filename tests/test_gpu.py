@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -91,7 +92,7 @@ def drawn(model: Flux2Model, request: GenerationRequest, previews: Previews | No
 async def test_the_services_start_on_any_gpu(encoder_device: str, generator_device: str, used: set[int]) -> None:
     """From the setting to the image, on the GPU that is named and on no other, whatever thread works."""
     with pretended_gpu.pretended(count=2):
-        common = {"model": str(WEIGHTS), "dtype": "float32", "performance": "exact"}
+        common: dict[str, Any] = {"model": str(WEIGHTS), "dtype": "float32", "performance": "exact"}
         encoder = create_encoder(TextEncoderSettings(device=encoder_device, **common))
         settings = GeneratorSettings(device=generator_device, **common)
         generator = create_generator(settings, httpx.ASGITransport(encoder))
@@ -116,8 +117,8 @@ async def test_the_services_start_on_any_gpu(encoder_device: str, generator_devi
         lambda: torch.cuda.synchronize(1),
         lambda: torch.cuda.mem_get_info("cuda:1"),
         lambda: torch.cuda.get_device_capability(1),
-        lambda: torch.cuda.Event(block=True),
-        lambda: torch.cuda.Event().record(0),  # type: ignore[arg-type]
+        lambda: torch.cuda.Event(block=True),  # type: ignore[call-arg, no-untyped-call]
+        lambda: torch.cuda.Event().record(0),  # type: ignore[arg-type, no-untyped-call]
         lambda: torch.empty(1, device="cuda:1"),
     ],
 )
@@ -131,7 +132,7 @@ def test_each_thread_has_a_current_gpu() -> None:
     """It is the first one until the thread sets another, and what names no index goes there."""
     with pretended_gpu.pretended(count=2), ThreadPoolExecutor(1) as pool:
         torch.cuda.set_device(1)
-        here, there = torch.empty(1, device="cuda"), pool.submit(torch.empty, 1, device="cuda").result()
+        here, there = torch.empty(1, device="cuda"), pool.submit(lambda: torch.empty(1, device="cuda")).result()
         assert (str(here.device), str(there.device)) == ("cuda:1", "cuda:0")
         with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
             here + there
@@ -144,9 +145,9 @@ def test_each_thread_has_a_current_gpu() -> None:
 def test_a_benchmark_loads_as_the_service_does() -> None:
     """Its model comes from ``Flux2Model.load``, on a device with an index."""
     source = source_of(argparse.Namespace(smoke=True, model=WEIGHTS))
-    assert source.device == DEVICE
-    with source.parts() as parts:
-        assert source.model(parts, "exact").device == DEVICE
+    assert source.torch_device == DEVICE
+    with source.model("exact") as model:
+        assert model.device == DEVICE
 
 
 def test_prompts_are_embedded_there_for_the_command_line() -> None:
