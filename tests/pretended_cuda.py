@@ -128,9 +128,9 @@ def mem_get_info(device: Any = None) -> tuple[int, int]:
 
 def get_device_properties(device: Any = None) -> SimpleNamespace:
     """Those that a Hopper has, as far as anyone asks."""
-    index_of(device)
-    major, minor = CAPABILITY
-    return SimpleNamespace(name="pretended", major=major, minor=minor, total_memory=MEMORY_BYTES)
+    index, (major, minor) = index_of(device), CAPABILITY
+    uuid = f"pretended-{index}"
+    return SimpleNamespace(name="pretended", major=major, minor=minor, total_memory=MEMORY_BYTES, uuid=uuid)
 
 
 REPLACED: dict[str, Any] = {
