@@ -75,6 +75,7 @@ def load_encoder(settings: TextEncoderSettings) -> tuple[MistralEncoder, Encoder
         max_sequence_length=prompt_format.max_sequence_length,
         dtype=str(encoder.dtype).removeprefix("torch."),
         version=version("flux2-services"),
+        attention=encoder.attention,
     )
     return encoder, info
 

@@ -4,6 +4,7 @@ FLUX.2 joins the hidden states of some layers (10, 20 and 30 of 40 for [dev]), t
 after the last of them, the norm, the head and the vision tower are never loaded. Knows nothing of HTTP or caches.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, MistralModel
 from transformers.utils import logging as transformers_logging
 
+from shared.attention import Attention, NonFiniteStates, check_finite, run_finite
 from shared.compilation import Backend
 from shared.device import use_device
 from shared.errors import ModelRefused, OutOfMemory
@@ -27,6 +29,9 @@ from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
 """A Mistral 3 checkpoint's names for its language model, old and new, to that model's own names."""
+SHORT_PROMPT = "a red circle"
+"""Nearly all of its row is padding."""
+logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,21 @@ class MistralEncoder:
         self.dtype = dtype
         self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
         self._forward: Forward = self._exact
+        self.attention: Attention = "any"
+        """The kernels that PyTorch may choose from."""
+        self._check_attention()
+
+    @torch.inference_mode()
+    def _check_attention(self) -> None:
+        """Rule out attention kernels that give NaN for padding; ``NonFiniteStates`` if all do."""
+        tokens = self._tokenize([SHORT_PROMPT])
+        _, self.attention = run_finite(lambda: check_finite(self._exact(tokens)), self.attention)
 
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: Backend = "inductor") -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
+
+        Attention kernels that give NaN for padding here, but did not before, are ruled out.
 
         Raises:
             OutOfMemory: the device has too little memory for such batches.
@@ -88,8 +104,16 @@ class MistralEncoder:
         probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
         use_device(self._device)
+
+        def fast() -> Forward:
+            return fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
+
         try:
-            self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend)
+            self._forward, self.attention = run_finite(fast, self.attention)
+        except NonFiniteStates:
+            logger.warning("the text encoder gives NaN where it is trimmed or compiled: performance is exact")
+            self.attention = "math"
+            self._check_attention()
         except torch.OutOfMemoryError as error:
             told = f"batches of {max_batch} prompts do not fit into the GPU's memory: lower TEXT_ENCODER_MAX_BATCH"
             raise OutOfMemory(told) from error
