@@ -94,6 +94,7 @@ def load_encoder(
         max_sequence_length=prompt_format.max_sequence_length,
         dtype=str(encoder.dtype).removeprefix("torch."),
         version=product_version(),
+        attention=encoder.attention,
     )
     return encoder, info
 

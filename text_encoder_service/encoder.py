@@ -4,6 +4,7 @@ FLUX.2 joins the hidden states of some layers (10, 20 and 30 of 40 for [dev]), t
 after the last of them, the norm, the head and the vision tower are never loaded. Knows nothing of HTTP or caches.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, MistralModel
 from transformers.utils import logging as transformers_logging
 
+from shared.attention import Attention, NonFiniteStates, check_finite, run_finite
 from shared.compilation import Backend
 from shared.device import use_device
 from shared.device_memory import run_within_memory
@@ -30,6 +32,9 @@ from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
 """A Mistral 3 checkpoint's names for its language model, old and new, to that model's own names."""
+SHORT_PROMPT = "a red circle"
+"""Nearly all of its row is padding."""
+logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,15 @@ class MistralEncoder:
         self.dtype = dtype
         self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
         self._forward: Forward = self._exact
+        self.attention: Attention = "any"
+        """The kernels that PyTorch may choose from."""
+        self._check_attention()
+
+    @torch.inference_mode()
+    def _check_attention(self) -> None:
+        """Rule out attention kernels that give NaN for padding; ``NonFiniteStates`` if all do."""
+        tokens = self._tokenize([SHORT_PROMPT])
+        _, self.attention = run_finite(lambda: check_finite(self._exact(tokens)), self.attention)
 
     @property
     def language_model(self) -> MistralModel:
@@ -103,6 +117,8 @@ class MistralEncoder:
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
+
+        Attention kernels that give NaN for padding here, but did not before, are ruled out.
 
         Args:
             max_batch: the most prompts that share a forward pass.
@@ -117,10 +133,19 @@ class MistralEncoder:
         probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
         use_device(self._device)
-        self._forward = run_within_memory(
-            lambda: fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report),
-            f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
-        )
+
+        def fast() -> Forward:
+            return run_within_memory(
+                lambda: fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report),
+                f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
+            )
+
+        try:
+            self._forward, self.attention = run_finite(fast, self.attention)
+        except NonFiniteStates:
+            logger.warning("the text encoder gives NaN where it is trimmed or compiled: performance is exact")
+            self.attention = "math"
+            self._check_attention()
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:

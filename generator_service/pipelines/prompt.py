@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_
 from transformers import Mistral3ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from shared.attention import check_finite, run_finite
 from shared.device import use_device
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import LOADING_ERRORS, ModelFolder, PromptFormat, read_prompt_format
@@ -34,7 +36,7 @@ def embed_prompts(
     """
     use_device(device)
     prompt_format = read_prompt_format(folder)
-    embeddings = _embed(load_pipeline(folder, device, dtype), prompts, prompt_format)
+    embeddings, _ = run_finite(partial(_embed, load_pipeline(folder, device, dtype), prompts, prompt_format))
     gc.collect()  # modules that refer to each other stay until then, and the transformer needs their memory now
     torch.cuda.empty_cache()
     return embeddings
@@ -80,5 +82,5 @@ def _embed(pipeline: Flux2Pipeline, prompts: Sequence[str], prompt_format: Promp
             max_sequence_length=prompt_format.max_sequence_length,
             text_encoder_out_layers=prompt_format.hidden_layers,
         )
-        embeddings.append(embedding.cpu())
+        embeddings.append(check_finite(embedding.cpu()))
     return embeddings
