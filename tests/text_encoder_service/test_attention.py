@@ -122,7 +122,7 @@ def test_damaged_weights_are_refused_at_the_start(tmp_path: Path) -> None:
 
 def test_the_command_line_rules_them_out_too(expected: list[torch.Tensor]) -> None:
     """``flux2 calibrate`` and ``flux2 generate --local`` embed with a kernel that passes, or say that there is none."""
-    with broken_kernels(("cudnn",)):
+    with broken_kernels(["cudnn"]):
         ours = embed_prompts(FOLDER, PROMPTS, CPU, torch.float32)
         assert chosen() == "flash"
     check(ours, expected)
@@ -165,7 +165,7 @@ def test_one_value_is_enough(value: float) -> None:
 @pytest.mark.anyio
 async def test_info_says_which_kernels_are_used(serve_encoder: Serve) -> None:
     """``GET /info`` tells of the restriction; what an older service answers is understood."""
-    with broken_kernels(("cudnn",)):
+    with broken_kernels(["cudnn"]):
         async with serve_encoder() as http:
             info = (await http.get("/info")).json()
     assert info["attention"] == "without_cudnn"
