@@ -7,7 +7,8 @@ import pytest
 from benchmarks.architectures import TINY
 from benchmarks.drawing import Shape, noise_reference, opened_bench
 from benchmarks.latency import arguments, measure
-from benchmarks.profile_run import Told
+from benchmarks.profile_run import Steps, Told
+from benchmarks.stopwatch import Spread
 from benchmarks.synthetic import Source
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.compiled_model import CompiledModel
@@ -90,10 +91,18 @@ def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytes
     assert "compile is left out" in told.performance["fast"]
 
 
-def test_pictures_that_do_not_fit_are_estimated() -> None:
-    """A picture that would end too late is left out with an estimate from its steps, under that name."""
-    command = ["--smoke", "--profiles", "exact", "--sides", "64", "--repeats", "1", "--steps", "20000"]
-    told = measure(SOURCE, arguments().parse_args([*command, "--budget-s", "8", "--modes", "none"]))
+def test_a_picture_is_estimated_from_its_steps() -> None:
+    """An estimate is the cost of the computed and of the reused steps, of decoding, and of what is neither."""
+    computed_s, reused_s, decode_s = (Spread.of([seconds]) for seconds in (2.0, 0.5, 3.0))
+    steps = Steps("exact", "64x64", 16, 0.0, computed_s, reused_s, 4.0, decode_s, None, None)
+    assert steps.estimate_s(schedule_for(2, 5)) == 2 * 2.0 + 3 * 0.5 + 3.0 + 4.0
+
+
+def test_pictures_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that would end too late by its estimate is left out with it, under that name."""
+    monkeypatch.setattr(Steps, "estimate_s", lambda _steps, _schedule: 1000.0)
+    command = ["--smoke", "--profiles", "exact", "--sides", "64", "--repeats", "1", "--steps", "2"]
+    told = measure(SOURCE, arguments().parse_args([*command, "--budget-s", "900", "--modes", "none"]))
     assert [row.shape for row in told.steps] == ["64x64"]
     assert told.pictures == []
-    assert told.left_out[0]["estimated_from_steps_s"] > 8
+    assert told.left_out[0]["estimated_from_steps_s"] == 1000.0
