@@ -338,8 +338,8 @@ def test_what_the_operator_says_of_the_allocator_holds(of_operator: dict[str, st
     """PyTorch takes the image's value unless a container sets the variable, or its older name, to another."""
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | of_operator
     code = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == settings
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == settings
 
 
 def test_nothing_private_reaches_a_build() -> None:

@@ -70,10 +70,10 @@ class Optimised:
         logger.warning("%s", self.performance)
 
     def _note_eager_decoder(self, reason: Exception) -> None:
-        """The decoder alone runs as it was, and it is said why."""
-        told = f"{log_failure('the decoder', reason)}: it runs uncompiled"
-        self.performance = replace(self.performance, left_out=(*self.performance.left_out, told))
-        logger.warning("%s", told)
+        """Log and keep why the decoder alone runs uncompiled."""
+        line = f"{log_failure('the decoder', reason)}: it runs uncompiled"
+        self.performance = replace(self.performance, left_out=(*self.performance.left_out, line))
+        logger.warning("%s", line)
 
     def _quantise(self, transformer: Any) -> None:
         try:

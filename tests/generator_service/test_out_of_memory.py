@@ -42,15 +42,15 @@ class Shortage:
     at_step: int = 0
     step: int = 0
     """Of the running attempt."""
-    told: list[tuple[int, bool]] = field(default_factory=list)
-    """The steps that were told, of all attempts."""
+    reported: list[tuple[int, bool]] = field(default_factory=list)
+    """The steps of all attempts, as they were reported."""
     held: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
     """What the frames of the failed attempts hold."""
 
     def on_step(self, step: int, is_computed: bool) -> None:
-        """As a generation tells it."""
+        """As a generation calls it."""
         self.step = step
-        self.told.append((step, is_computed))
+        self.reported.append((step, is_computed))
 
     def __call__(self, *_: object) -> None:
         """As a hook of a module."""
@@ -63,8 +63,8 @@ class Shortage:
 
     @property
     def steps(self) -> list[int]:
-        """Those that were told."""
-        return [step for step, _ in self.told]
+        """Their numbers."""
+        return [step for step, _ in self.reported]
 
 
 @contextmanager
@@ -92,8 +92,8 @@ def test_one_failure_changes_nothing(demo: Flux2Model, kind: str, at_step: int) 
         picture = demo.generate(request, shortage.on_step)
     assert torch.equal(picture.latents, expected)
     assert picture.schedule is request.schedule
-    told = [(step, request.schedule.is_computed(step)) for step in range(STEPS)]
-    assert shortage.told == told[: at_step + 1] + told
+    steps = [(step, request.schedule.is_computed(step)) for step in range(STEPS)]
+    assert shortage.reported == steps[: at_step + 1] + steps
     assert torch.equal(demo.generate(request).latents, expected)
 
 
@@ -125,7 +125,7 @@ def test_after_two_failures_every_step_is_computed(demo: Flux2Model, kind: str) 
         picture = demo.generate(wanted(), shortage.on_step)
     assert picture.schedule == schedule_for("none", STEPS)
     assert torch.equal(picture.latents, demo.generate(wanted("none")).latents)
-    assert shortage.told[-STEPS:] == [(step, True) for step in range(STEPS)]
+    assert shortage.reported[-STEPS:] == [(step, True) for step in range(STEPS)]
     assert torch.equal(demo.generate(wanted()).latents, demo.generate(wanted()).latents)
 
 
@@ -199,7 +199,7 @@ def test_numbers_that_are_not_finite_are_still_refused(demo: Flux2Model) -> None
 
 @EVERY_KIND
 def test_a_batch_that_does_not_fit_says_so_at_once(demo: Flux2Model, kind: str) -> None:
-    """Several pictures are not tried again together: whoever asked for them may try them one by one."""
+    """Several pictures are not tried again together: the caller tries them one by one."""
     shortage = Shortage(kind, num_failures=100)
     with hooked(last_part(demo), shortage), pytest.raises(OutOfMemory, match="a run of 2 pictures of 64x64"):
         demo.generate_batch([wanted(), wanted()], shortage.on_step)
