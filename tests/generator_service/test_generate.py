@@ -522,7 +522,7 @@ async def test_the_line_can_be_watched(serve_generator: Serve) -> None:
         for body in (LONG | {"num_inference_steps": 20}, SMALL, SMALL):
             tasks.append(asyncio.create_task(http.post("/generate", json=body, headers=STREAM)))
             async with asyncio.timeout(10):
-                while queue.depth < len(tasks):  # noqa: ASYNC110 - in this order
+                while queue.num_in_flight < len(tasks):  # noqa: ASYNC110 - in this order
                     await asyncio.sleep(0.001)
         streams = await asyncio.gather(*tasks)
     first, second, third = (all_events(stream.text) for stream in streams)
