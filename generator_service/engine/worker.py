@@ -82,7 +82,7 @@ class Worker:
         """What images that share a run have in common; None for one that runs alone."""
         request, order = work.params, work.order
         is_small = request.width * request.height <= self.batching.max_pixels
-        if not is_small or request.references or request.adapters or previews_of(work):
+        if not is_small or request.references or request.adapters or order.preview_steps:
             return None
         embeds = request.prompt_embeds
         return (order.width, order.height, request.guidance_scale, request.schedule, embeds.shape, embeds.dtype)
