@@ -31,8 +31,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # The user of most hosts' first account, so that its secret files can be read. A new volume takes the folder's owner.
 RUN useradd --uid 1000 --no-create-home flux2 && install --directory --owner flux2 --group flux2 /weights /compiled
 # The root is read-only: /weights holds the hub's cache, /tmp whatever a library wants to write.
+# Beside the weights a GPU has little room, and images of different sizes need pieces of different sizes: segments that
+# grow leave no gaps. A container may set this variable to something else, or PYTORCH_CUDA_ALLOC_CONF, which wins.
 ENV HF_HOME=/weights \
-    HOME=/tmp
+    HOME=/tmp \
+    PYTORCH_ALLOC_CONF=expandable_segments:True
 
 # Both services and Ray, for deploy/ray/rayservice.yaml. KubeRay brings the command, and asks how it is with wget.
 FROM runtime AS ray

@@ -23,15 +23,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.architectures import FULL
 from benchmarks.card import machine_card, show
-from benchmarks.language_model import Model, checkpoint, full_size
+from benchmarks.language_model import EncoderSource, Model
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Spread, Stopwatch
 from demo_model.services import WEIGHTS
 from shared.compilation import Backend, CompilationFailed, log_failure, num_compilations
 from text_encoder_service.encoder import on_cpu, run_library
 from text_encoder_service.fast_layers import FastLayers, Forward, difference
-from text_encoder_service.quantisation import Weights, quantize
+from text_encoder_service.settings import Weights
 from text_encoder_service.shapes import NUM_LENGTHS, Shapes
 
 BATCHES = (1, 8, 2, 4)
@@ -173,19 +174,16 @@ def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:
 
 
 def measure(
-    made: Callable[[], Model], args: argparse.Namespace, on_found: Callable[[Told], None] = lambda _told: None
+    source: EncoderSource, args: argparse.Namespace, on_found: Callable[[Told], None] = lambda _told: None
 ) -> Told:
     """Both profiles, with each kind of weights; ``on_found`` is called whenever there is more."""
-    told = Told()
+    told = Told(source.name)
     until, last_s = time.perf_counter() + args.budget_s, 0.0
     for weights in args.weights:
         if time.perf_counter() >= until:
             told.left_out.append(f"{weights} weights: no time was left")
             continue
-        model = made()
-        told.weights = model.name
-        if weights != "full":
-            quantize(model.language_model.layers, weights, model.language_model.device)
+        model = source.load(weights)
         watch = partial(Stopwatch, args.seconds, args.repeats)
         run = Run(model, weights, until, watch, told, partial(on_found, told), args.backend)
         with torch.inference_mode():
@@ -222,16 +220,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure, at most")
     parser.add_argument("--repeats", type=int, default=30, help="of each figure, at most")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.backend = "inductor" if device.type == "cuda" else "eager"  # there, graphs are only to be seen to be captured
+    is_gpu = EncoderSource(FULL).settings().torch_device().type == "cuda"
+    args.backend = "inductor" if is_gpu else "eager"  # there, graphs are only to be seen to be captured
     if args.smoke:
         args.repeats = 2
-    path = args.model or (WEIGHTS if args.smoke or device.type == "cpu" else None)
+    path = args.model or (None if is_gpu and not args.smoke else WEIGHTS)
     card = machine_card()
     show(card)
     result = Result({"benchmark": "encoder", "card": card}, args.so_far)
-    made = partial(checkpoint, path, device) if path else partial(full_size, device)
-    told = measure(made, args, lambda told: result.keep(asdict(told)))
+    source = EncoderSource(path.resolve(), has_weights=True) if path else EncoderSource(FULL)
+    told = measure(source, args, lambda told: result.keep(asdict(told)))
     Console(width=110, file=sys.stdout).print(table_of(told.rows))
     for line in told.left_out:
         print(f"left out: {line}")

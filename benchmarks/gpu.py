@@ -71,10 +71,10 @@ class Part:
 
 
 PARTS = (
-    Part("latency", ("--budget-s", "185"), ("--steps", "8", "--repeats", "1", "--budget-s", "15"), 230),
+    Part("latency", ("--budget-s", "185"), ("--steps", "8", "--repeats", "1", "--budget-s", "200"), 230),
     Part("peers", ("--budget-s", "120"), ("--steps", "10", "--computed", "4", "--repeats", "1"), 160),
     Part("trace", (), (), 60),
-    Part("encoder", ("--budget-s", "35"), ("--budget-s", "15"), 60),
+    Part("encoder", ("--budget-s", "35"), ("--budget-s", "100"), 60),
     Part("reuse", (), ("--steps", "20"), 60),
 )
 

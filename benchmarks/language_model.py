@@ -1,31 +1,23 @@
-"""FLUX.2's language model for measurements: at full size with random weights, or a checkpoint's."""
+"""FLUX.2's language model for measurements, loaded by the text encoder's own ``load_encoder``.
+
+At full size its weights are random, made on the device itself; a checkpoint's are read as the service reads them.
+"""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import MistralConfig, MistralModel
+from transformers import AutoConfig, MistralModel
 
-from shared.model_folder import PromptFormat, find_model, read_prompt_format
+from demo_model.services import WEIGHTS
+from shared.model_folder import ModelFolder, PromptFormat, read_prompt_format
+from text_encoder_service.app import load_encoder
 from text_encoder_service.encoder import load_language_model
 from text_encoder_service.fast_layers import Tokens
+from text_encoder_service.settings import TextEncoderSettings, Weights
 
-FLUX2_DEV = MistralConfig(
-    vocab_size=131072,
-    hidden_size=5120,
-    intermediate_size=32768,
-    num_hidden_layers=30,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e9},
-    sliding_window=None,
-    pad_token_id=11,
-)
-"""The language model of FLUX.2 [dev]'s text encoder, as far as it runs: 30 of its 40 layers."""
 SHARE = 100 / 512
 """Of its row, that a short prompt fills."""
 
@@ -52,19 +44,52 @@ class Model:
         return length, int(length * SHARE)
 
 
-def full_size(device: torch.device, config: MistralConfig = FLUX2_DEV) -> Model:
-    """FLUX.2 [dev]'s, drawn on ``device`` itself."""
+@dataclass(frozen=True)
+class EncoderSource:
+    """Loads the same language model again and again, as the service does."""
+
+    path: Path
+    """A model's folder."""
+    has_weights: bool = False
+    """Whether the folder has weights; else they are random."""
+    device: str = "auto"
+    """As ``TEXT_ENCODER_DEVICE``."""
+
+    @property
+    def name(self) -> str:
+        """Where the weights come from."""
+        if not self.has_weights:
+            return f"random weights, {self.path.name} size"
+        return "the demo model" if self.path == WEIGHTS else self.path.name
+
+    def settings(self, weights: Weights = "full") -> TextEncoderSettings:
+        """Those of a service with this model, which is left as it is loaded."""
+        return TextEncoderSettings(
+            model=str(self.path), revision="local", device=self.device, weights=weights, performance="exact"
+        )
+
+    def load(self, weights: Weights) -> Model:
+        """A fresh one, whose layers' weights are stored in ``weights``."""
+        settings = self.settings(weights)
+        made_up = partial(random_language_model, device=settings.torch_device())
+        encoder, _ = load_encoder(settings, read=load_language_model if self.has_weights else made_up)
+        return Model(self.name, encoder.language_model, encoder.prompt_format)
+
+
+def random_language_model(folder: Path, num_layers: int, dtype: torch.dtype, *, device: torch.device) -> MistralModel:
+    """The first layers of the architecture in ``folder``, without its final norm, made on ``device`` itself."""
+    config = AutoConfig.from_pretrained(folder).text_config
+    config.num_hidden_layers = num_layers
     made: Any = MistralModel
     with device:
-        model = made._from_config(config, dtype=torch.bfloat16)  # noqa: SLF001 - as from_pretrained does
+        model = made._from_config(config, dtype=dtype)  # noqa: SLF001 - as from_pretrained does
     model.norm = torch.nn.Identity()
-    return Model("random weights, full size", model.eval(), PromptFormat())
+    return cast("MistralModel", model)
 
 
-def checkpoint(path: Path, device: torch.device) -> Model:
-    """A checkpoint's, on a CPU in float32."""
-    folder = find_model(str(path), "local", ("text_encoder",))
-    prompt_format = read_prompt_format(folder)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model: Any = load_language_model(folder.path / "text_encoder", max(prompt_format.hidden_layers), dtype)
-    return Model(folder.name, model.eval().to(device), prompt_format)
+def empty_model(path: Path) -> Model:
+    """The architecture in a model's folder on the meta device, in bfloat16."""
+    prompt_format = read_prompt_format(ModelFolder(path.name, "local", path))
+    num_layers = max(prompt_format.hidden_layers)
+    layers = random_language_model(path / "text_encoder", num_layers, torch.bfloat16, device=torch.device("meta"))
+    return Model(f"{path.name} size", layers, prompt_format)

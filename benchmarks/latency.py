@@ -34,9 +34,9 @@ def measure(source: Source, args: argparse.Namespace, on_found: Callable[[Told],
     until = time.perf_counter() + args.budget_s
     for number, profile in enumerate(args.profiles):
         share_s = (until - time.perf_counter()) / (len(args.profiles) - number)
-        with source.parts() as parts, opened_bench(source.model(parts, profile), source.embedding(parts)) as bench:
-            model = bench.engine.model
-            run = ProfileRun(bench, parts.transformer.config, args, told, time.perf_counter() + share_s)
+        with source.model(profile) as model, opened_bench(model, source.embedding()) as bench:
+            config = model.parts.transformer.config
+            run = ProfileRun(bench, config, args, told, time.perf_counter() + share_s)
             for _ in run.measured(profile, shapes_of(args)):
                 told.performance[profile] = str(model.performance)  # compiling may have failed
                 on_found(told)
@@ -71,7 +71,7 @@ def main() -> None:
     source = source_of(args)
     card = machine_card()
     show(card)
-    about = {"benchmark": "latency", "card": card, "weights": source.name, "dtype": str(source.dtype)}
+    about = {"benchmark": "latency", "card": card, "weights": source.name, "dtype": str(source.torch_dtype)}
     result = Result(about, args.so_far)
     told = asdict(measure(source, args, lambda told: result.keep(asdict(told))))
     show_latency(told)

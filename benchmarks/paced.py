@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from deploy.ray.generator import GeneratorReplica
-from generator_service.pipelines.compiled_blocks import Kind
+from generator_service.pipelines.compiled_model import Kind
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest, StepListener
 from generator_service.pipelines.parts import PARTS, load_parts
 from generator_service.pipelines.step_clock import Previews

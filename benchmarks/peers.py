@@ -22,12 +22,13 @@ from diffusers import Flux2Pipeline
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.architectures import TINY
 from benchmarks.caches import Peer, eager_mag_cache, even_taylor_seer, fixed_mask
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Spread, Stopwatch
-from benchmarks.synthetic import TINY, Source, add_source_options, check_whole, pipeline_of, source_of
+from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import GenerationRequest
 from generator_service.settings import ProfileName
@@ -69,7 +70,7 @@ class Race:
         self._on_found = on_found
         self._longest_s = 0.0
         self._until = time.perf_counter() + args.budget_s
-        self._clock = time.perf_counter if source.device.type == "cuda" else time.process_time
+        self._clock = time.perf_counter if source.torch_device.type == "cuda" else time.process_time
         self.rows: list[Row] = []
         self.left_out: list[str] = []
 
@@ -81,7 +82,7 @@ class Race:
         peers += [eager_mag_cache(computed, steps), even_taylor_seer(computed, steps)]
         counts = {steps, computed, *self._counts(peers)}
         ours = [(f"ours, {name}", partial(self._ours, name, counts)) for name in self._args.profiles]
-        compiled = COMPILED if self._source.device.type == "cuda" else NOT_COMPILED
+        compiled = COMPILED if self._source.torch_device.type == "cuda" else NOT_COMPILED
         ways = [(PLAIN, partial(self._library, PLAIN, lambda _pipeline: None))]
         ways += ours[:1]
         ways += [(peer.name, partial(self._cache, peer)) for peer in peers]
@@ -106,10 +107,10 @@ class Race:
     def _counts(self, peers: list[Peer]) -> set[int]:
         """How many steps the peers compute: on a tiny model, since none of them looks at what it predicts."""
         counts = set()
-        tiny = replace(self._source, size=TINY, folder=None)
+        tiny = replace(self._source, path=TINY, has_weights=False)
         for peer in peers:
             with tiny.parts() as parts, suppress(Exception):  # it will fail again where that is told
-                pipeline, embedding = pipeline_of(parts), tiny.embedding(parts)
+                pipeline, embedding = pipeline_of(parts), tiny.embedding()
                 count = peer.install(pipeline, peer.knobs[0])
                 for _ in range(2):  # as the run that warms up, and one that counts
                     self._call(pipeline, embedding, self._args.steps, tiny.default_side)
@@ -118,7 +119,7 @@ class Race:
 
     def _library(self, name: str, change: Callable[[Flux2Pipeline], None]) -> None:
         with self._source.parts() as parts:
-            pipeline, embedding = pipeline_of(parts), self._source.embedding(parts)
+            pipeline, embedding = pipeline_of(parts), self._source.embedding()
             change(pipeline)
 
             def draw(num_steps: int) -> int:
@@ -128,12 +129,12 @@ class Race:
             self._time(name, draw, warm_up_steps=2)
 
     def _compile(self, pipeline: Flux2Pipeline) -> None:
-        backend = {} if self._source.device.type == "cuda" else {"backend": "eager"}
+        backend = {} if self._source.torch_device.type == "cuda" else {"backend": "eager"}
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, **backend)
 
     def _cache(self, peer: Peer) -> None:
         with self._source.parts() as parts:
-            pipeline, embedding = pipeline_of(parts), self._source.embedding(parts)
+            pipeline, embedding = pipeline_of(parts), self._source.embedding()
             count = peer.install(pipeline, peer.knobs[0])
 
             def draw(num_steps: int) -> int:
@@ -143,8 +144,8 @@ class Race:
             self._time(peer.name, draw, warm_up_steps=self._args.steps)  # a cache counts the steps of whole runs
 
     def _ours(self, profile: ProfileName, counts: set[int]) -> None:
-        with self._source.parts() as parts:
-            model, embedding = self._source.model(parts, profile), self._source.embedding(parts)
+        with self._source.model(profile) as model:
+            embedding = self._source.embedding()
             check_whole(model)
             for num_computed in (2, 1):
                 model.prepare(self._request(embedding, num_computed, 2))
@@ -163,7 +164,7 @@ class Race:
 
     def _call(self, pipeline: Flux2Pipeline, embedding: torch.Tensor, num_steps: int, side: int | None = None) -> None:
         pipeline(
-            prompt_embeds=embedding.to(self._source.device),
+            prompt_embeds=embedding.to(self._source.torch_device),
             width=side or self._args.side,
             height=side or self._args.side,
             num_inference_steps=num_steps,
@@ -236,9 +237,15 @@ def main() -> None:
     args.side = args.side or source.default_side
     card = machine_card()
     show(card)
-    about = {"benchmark": "peers", "card": card, "weights": source.name, "dtype": str(source.dtype), "side": args.side}
+    about = {
+        "benchmark": "peers",
+        "card": card,
+        "weights": source.name,
+        "dtype": str(source.torch_dtype),
+        "side": args.side,
+    }
     result = Result(about | {"num_steps": args.steps}, args.so_far)
-    has_seconds = source.device.type == "cuda"
+    has_seconds = source.torch_device.type == "cuda"
 
     def found(race: Race) -> dict[str, Any]:
         return {"rows": compared(race.rows, has_seconds=has_seconds), "left_out": race.left_out}

@@ -13,6 +13,7 @@ from textwrap import fill
 from typing import Any
 
 from benchmarks.floor import BF16_FLOP_PER_S, FLUX2_DEV, step_work
+from benchmarks.memory_tables import memory_section, paragraph
 from benchmarks.report_tables import SECTIONS, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images" / "performance"
 TITLES = {
+    "memory": "Memory",
     "latency": "A picture, from the request to the bytes of its PNG file",
     "peers": "Beside other ways to draw it",
     "trace": "Inside the denoising loop",
@@ -85,9 +87,12 @@ def read_results(folder: Path) -> list[Result]:
 
 def render(results: Sequence[Result]) -> str:
     """The page."""
-    of_gpu = [result for result in results if result.is_of_gpu]
-    of_cpu = [result for result in results if not result.is_of_gpu]
-    parts = [INTRODUCTION, HOW_TO, floors(), published(), "\n## On a GPU\n"]
+    measured = [result for result in results if result.kind != "memory"]
+    of_gpu = [result for result in measured if result.is_of_gpu]
+    of_cpu = [result for result in measured if not result.is_of_gpu]
+    parts = [INTRODUCTION, HOW_TO, floors()]
+    parts += [memory(result) for result in results if result.kind == "memory"]
+    parts += [published(), "\n## On a GPU\n"]
     parts += [section(result) for result in of_gpu] or [NO_GPU]
     parts += ["\n## On a CPU\n", "\nThese say nothing about FLUX.2 [dev] on a GPU; ratios and counts may still hold.\n"]
     parts += [section(result) for result in of_cpu]
@@ -154,6 +159,14 @@ layers of the blocks in fp8 (attention stays bf16). Nothing that computes all of
 
 """
     return text + markdown(header, rows)
+
+
+def memory(result: Result) -> str:
+    """What was counted on tensors without memory, with which libraries."""
+    card = result.told["card"]
+    versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
+    origin = f"Counted {card['date']} with {versions}. [The result](../benchmarks/results/{result.name})."
+    return "\n## Memory\n" + "".join(memory_section(result.told)) + paragraph(origin)
 
 
 def published() -> str:

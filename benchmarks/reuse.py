@@ -23,7 +23,6 @@ from benchmarks.synthetic import Source, add_source_options, check_whole, pipeli
 from demo_model.services import WEIGHTS
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
-from generator_service.pipelines.parts import Parts
 from shared.compilation import num_compilations
 
 AFTER_WARM_UP = (("none", 4), (2, 4), ("medium", 9), ("fast", 12))
@@ -48,13 +47,13 @@ def step_seconds(model: Flux2Model, request: GenerationRequest) -> dict[bool, li
 
 def measure_reuse(source: Source, side: int, schedule: Schedule, num_runs: int) -> dict[str, Any]:
     """Both kinds of step under ``exact``, after a run that does not count."""
-    with source.parts() as parts:
-        model, embedding = source.model(parts, "exact"), source.embedding(parts)
+    with source.model("exact") as model:
+        embedding = source.embedding()
         request = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule)
         step_seconds(model, request)
         runs = [step_seconds(model, request) for _ in range(num_runs)]
         computed, reused = (Spread.of([s for run in runs for s in run[kind]]) for kind in (True, False))
-        is_equal = equals_diffusers(parts, model, GenerationRequest(embedding, side, side, GUIDANCE, 7, few_steps()))
+        is_equal = equals_diffusers(model, GenerationRequest(embedding, side, side, GUIDANCE, 7, few_steps()))
     return {
         "mode": schedule.name,
         "computed_s": vars(computed),
@@ -69,9 +68,9 @@ def few_steps() -> Schedule:
     return schedule_for("none", 4)
 
 
-def equals_diffusers(parts: Parts, model: Flux2Model, request: GenerationRequest) -> bool:
+def equals_diffusers(model: Flux2Model, request: GenerationRequest) -> bool:
     """Whether the model's final latents are, bit for bit, those of the library's pipeline."""
-    expected = pipeline_of(parts)(
+    expected = pipeline_of(model.parts)(
         prompt_embeds=request.prompt_embeds.to(model.device),
         width=request.width,
         height=request.height,
@@ -89,8 +88,8 @@ def compilations_after_warm_up(source: Source, side: int) -> int:
     Raises:
         NotWhole: it could not be compiled.
     """
-    with source.parts() as parts:
-        model, embedding = source.model(parts, "fast"), source.embedding(parts)
+    with source.model("fast") as model:
+        embedding = source.embedding()
         once = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
         model.prepare(once)
         model.prepare(once, "any")

@@ -1,131 +1,107 @@
 """FLUX.2's architecture with random weights, made where they are used, or the weights of a checkpoint.
 
-Times do not depend on the values, so a full-size model with random weights measures FLUX.2 [dev]'s speed truly. It says
-nothing of its pictures, nor of how much fp8 or a cache changes them. The weights are scaled so that activations stay
-finite: each layer keeps the variance of what it is given, and 56 blocks add to the residual stream what a block adds.
+Both are loaded by the service's own ``load_model``; only where the weights come from differs. Times do not depend on
+the values, so a full-size model with random weights measures FLUX.2 [dev]'s speed truly. It says nothing of its
+pictures, nor of how much fp8 or a cache changes them. The weights are scaled so that activations stay finite: each
+layer keeps the variance of what it is given, and 56 blocks add to the residual stream what a block adds.
 """
 
 import argparse
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
 from torch import nn
 
+from benchmarks.architectures import FULL, TINY
 from demo_model.services import WEIGHTS
+from generator_service.app import load_model
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import PARTS, Parts, load_parts
-from generator_service.pipelines.performance import Machine, choose
-from generator_service.settings import ProfileName
+from generator_service.pipelines.parts import PARTS, Parts, PartsReader, load_parts
+from generator_service.settings import GeneratorSettings, ProfileName
 from shared.model_folder import ModelFolder, find_model, read_prompt_format
 
 SEED = 20260101
-SCHEDULER: Mapping[str, Any] = MappingProxyType(
-    {
-        "num_train_timesteps": 1000,
-        "shift": 3.0,
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-        "time_shift_type": "exponential",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Size:
-    """An architecture: the arguments of diffusers' classes, whose defaults are FLUX.2 [dev]'s."""
-
-    name: str
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    num_text_tokens: int
-
-
-FULL = Size("full", {}, {}, 512)
-TINY = Size(
-    "tiny",
-    {
-        "in_channels": 32,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 96,
-        "timestep_guidance_channels": 32,
-        "axes_dims_rope": (4, 4, 4, 4),
-    },
-    {
-        "block_out_channels": (8, 16, 16, 16),
-        "latent_channels": 8,
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "sample_size": 128,
-    },
-    16,
-)
-SIZES = MappingProxyType({size.name: size for size in (FULL, TINY)})
 
 
 @dataclass(frozen=True)
 class Source:
-    """Makes the same parts again and again; none of what was done to the last ones stays."""
+    """Loads the same model again and again, as the service does; none of what was done to the last one stays."""
 
-    size: Size
-    device: torch.device
-    dtype: torch.dtype
-    folder: ModelFolder | None = None
-    """Of a checkpoint, instead of random weights."""
+    path: Path
+    """A model's folder."""
+    has_weights: bool = False
+    """Whether the folder has weights; else they are random."""
+    device: str = "auto"
+    """As ``GENERATOR_DEVICE``."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """As ``GENERATOR_DTYPE``."""
 
     @property
     def name(self) -> str:
         """Where the weights come from."""
-        if self.folder is None:
-            return f"random weights, {self.size.name} size"
-        return "the demo model" if self.folder.path == WEIGHTS else self.folder.name
+        if not self.has_weights:
+            return f"random weights, {self.path.name} size"
+        return "the demo model" if self.path == WEIGHTS else self.path.name
+
+    def settings(self, profile: ProfileName = "exact") -> GeneratorSettings:
+        """Those of a service with this model."""
+        return GeneratorSettings(
+            model=str(self.path), revision="local", device=self.device, dtype=self.dtype, performance=profile
+        )
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where the model is loaded."""
+        return self.settings().torch_device()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What it is loaded in."""
+        return self.settings().torch_dtype()
 
     @property
     def default_side(self) -> int:
         """Of a picture whose size nobody says."""
-        if self.folder is not None:
-            config = json.loads((self.folder.path / "vae" / "config.json").read_text(encoding="utf-8"))
-            return int(config["sample_size"])
-        return int(self.size.vae.get("sample_size", 1024))
+        return int(read_config(self.path, "vae")["sample_size"])
+
+    @contextmanager
+    def model(self, profile: ProfileName) -> Iterator[Flux2Model]:
+        """A fresh model; its weights are freed after the block: a GPU has room for one model at full size."""
+        backend = "inductor" if self.torch_device.type == "cuda" else "eager"  # there, it is only to be seen to run
+        model, _ = load_model(self.settings(profile), read=self._read, backend=backend)
+        try:
+            yield model
+        finally:
+            discard(model.parts)
 
     @contextmanager
     def parts(self) -> Iterator[Parts]:
-        """Fresh parts, whose weights are freed after the block: a GPU has room for one model at full size."""
-        parts = load_parts(self.folder, self.device, self.dtype) if self.folder else self._random_parts()
+        """Fresh parts alone, for other code than the service's; likewise freed after the block."""
+        settings = self.settings()
+        folder = find_model(settings.model, settings.revision, PARTS)
+        parts = self._read(folder, settings.torch_device(), settings.torch_dtype())
         try:
             yield parts
         finally:
             discard(parts)
 
-    def _random_parts(self) -> Parts:
-        return random_parts(self.size, self.device, self.dtype)
-
-    def embedding(self, parts: Parts, seed: int = 0) -> torch.Tensor:
+    def embedding(self, seed: int = 0) -> torch.Tensor:
         """A ready embedding ``[1, L, D]`` on the CPU, of random numbers."""
+        num_tokens = read_prompt_format(ModelFolder(self.name, "local", self.path)).max_sequence_length
+        width = int(read_config(self.path, "transformer")["joint_attention_dim"])
         noise = torch.Generator("cpu").manual_seed(seed)
-        shape = (1, self.size.num_text_tokens, parts.transformer.config.joint_attention_dim)
-        return torch.randn(shape, generator=noise).to(self.dtype)
+        return torch.randn((1, num_tokens, width), generator=noise).to(self.torch_dtype)
 
-    def model(self, parts: Parts, profile: ProfileName) -> Flux2Model:
-        """The generator's model around ``parts``, which are changed in place as ``profile`` says."""
-        performance = choose(profile, Machine.of(self.device))
-        if self.device.type != "cuda":  # there, compiled code is only to be seen to run
-            performance = replace(performance, backend="eager")
-        folder = self.folder or ModelFolder(self.name, "local", Path("random weights"))
-        return Flux2Model(folder, parts, performance=performance)
+    @property
+    def _read(self) -> PartsReader:
+        return load_parts if self.has_weights else random_parts
 
 
 class NotWhole(Exception):
@@ -150,14 +126,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def source_of(args: argparse.Namespace) -> Source:
     """What the options ask for: full size on a GPU, tiny on a CPU, where full size would take hours."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = TINY if args.smoke or device.type == "cpu" else FULL
-    if args.model is None:
-        return Source(size, device, dtype)
-    folder = find_model(str(args.model), "local", PARTS)
-    size = replace(size, num_text_tokens=read_prompt_format(folder).max_sequence_length)
-    return Source(size, device, dtype, folder)
+    if args.model is not None:
+        return Source(args.model.resolve(), has_weights=True)
+    is_small = args.smoke or Source(TINY).torch_device.type == "cpu"
+    return Source(TINY if is_small else FULL)
 
 
 def pipeline_of(parts: Parts) -> Flux2Pipeline:
@@ -169,18 +141,35 @@ def pipeline_of(parts: Parts) -> Flux2Pipeline:
     return made
 
 
-def random_parts(size: Size, device: torch.device, dtype: torch.dtype) -> Parts:
-    """The architecture with random weights, drawn on ``device`` itself: full size takes seconds on a GPU."""
+def random_parts(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
+) -> Parts:
+    """The architecture in ``folder`` with random weights, made on ``device`` itself; a ``PartsReader``.
+
+    Full size takes seconds on a GPU, and never goes through host memory.
+    """
+    parts = empty_parts(folder.path, dtype)
+    for module, place in ((parts.transformer, transformer_device or device), (parts.vae, device)):
+        module.to_empty(device=place)
+        fill(module, torch.Generator(place).manual_seed(SEED))
+    return parts
+
+
+def empty_parts(path: Path, dtype: torch.dtype) -> Parts:
+    """The architecture in a folder, on the meta device: with the sizes of all weights, and no memory for them."""
     with torch.device("meta"):
-        transformer = Flux2Transformer2DModel(**size.transformer)
-        vae = AutoencoderKLFlux2(**size.vae)
-    noise = torch.Generator(device).manual_seed(SEED)
+        transformer = Flux2Transformer2DModel.from_config(read_config(path, "transformer"))
+        vae = AutoencoderKLFlux2.from_config(read_config(path, "vae"))
     for module in (transformer, vae):
         nn.Module.to(module, dtype)  # diffusers' own would warn of layers that must stay float32: there are none
-        module.to_empty(device=device)
-        fill(module, noise)
         module.eval().requires_grad_(requires_grad=False)
-    return Parts(transformer, vae, FlowMatchEulerDiscreteScheduler(**SCHEDULER))
+    return Parts(transformer, vae, FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler"))
+
+
+def read_config(path: Path, part: str) -> dict[str, Any]:
+    """The configuration of a part of the model in a folder."""
+    config: dict[str, Any] = json.loads((path / part / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def discard(parts: Parts) -> None:

@@ -168,8 +168,8 @@ def main() -> None:
     card = machine_card()
     show(card)
     side = args.side or source.default_side
-    with source.parts() as parts:
-        model, embedding = source.model(parts, args.profile), source.embedding(parts)
+    with source.model(args.profile) as model:
+        embedding = source.embedding()
         runs = [GenerationRequest(embedding, side, side, GUIDANCE, 0, alternating(count)) for count in (2, 4, 12, 6)]
         model.prepare(runs[0])
         model.generate(runs[1])
@@ -181,7 +181,7 @@ def main() -> None:
     console = Console(width=120, file=sys.stdout)
     for step in told["steps"]:
         console.print(table_of(step))
-    is_gpu = source.device.type == "cuda"
+    is_gpu = source.torch_device.type == "cuda"
     console.print("waits inside the loop:", told["waits"] or ("none" if is_gpu else "not on a CPU"), highlight=False)
     result.tell(told)
 

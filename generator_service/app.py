@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Protocol
 
 import httpx
@@ -21,10 +20,11 @@ from generator_service.engine.worker import Batching
 from generator_service.order import open_shelf
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import PARTS
+from generator_service.pipelines.parts import PARTS, PartsReader, load_parts
 from generator_service.pipelines.performance import Machine, choose
 from generator_service.settings import GeneratorSettings
 from generator_service.upsampler import Upsampler
+from shared.compilation import Backend
 from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error, ModelRefused
 from shared.health import ReadyCheck
@@ -32,6 +32,7 @@ from shared.model_folder import find_model, read_prompt_format
 from shared.report import Report, ignore
 from shared.schemas import EncoderInfo
 from shared.thread_pool import ThreadPool
+from shared.version import product_version
 from shared.web import make_app, require_token
 
 logger = logging.getLogger("flux2")
@@ -82,7 +83,7 @@ def app_around(
             yield
             jobs.close()
 
-    app = make_app("FLUX.2 generator", version("flux2-services"), settings, lifespan)
+    app = make_app("FLUX.2 generator", product_version(), settings, lifespan)
     for routes in (generate, job_routes, modes, openai):
         app.include_router(routes.router, dependencies=[require_token(settings.tokens())])
     app.include_router(page.router)
@@ -142,8 +143,20 @@ def warn_of_strangers(settings: GeneratorSettings) -> None:
         logger.warning(told, address)
 
 
-def load_model(settings: GeneratorSettings, report: Report = ignore) -> tuple[Flux2Model, tuple[int, int]]:
-    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings."""
+def load_model(
+    settings: GeneratorSettings,
+    report: Report = ignore,
+    read: PartsReader = load_parts,
+    backend: Backend = "inductor",
+) -> tuple[Flux2Model, tuple[int, int]]:
+    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings.
+
+    Args:
+        settings: the service's.
+        report: hears that it begins.
+        read: where the weights come from; benchmarks make some up.
+        backend: as ``torch.compile``'s.
+    """
     report("loading the model")
     folder = find_model(settings.model, settings.revision, PARTS)
     device, dtype = settings.torch_device(), settings.torch_dtype()
@@ -153,10 +166,11 @@ def load_model(settings: GeneratorSettings, report: Report = ignore) -> tuple[Fl
         weight_bytes=folder.num_bytes("transformer", "vae"),
         without=settings.performance_without,
         has_adapters=settings.lora_dir is not None,
+        backend=backend,
     )
     if settings.lora_dir is not None and "offload" in performance.optimisations:
         raise ModelRefused("GENERATOR_LORA_DIR: adapters cannot be applied where GENERATOR_PERFORMANCE is offload")
-    model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance)
+    model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance, read)
     check_warm_up_sizes(settings, model.card)
     return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)
 
@@ -196,14 +210,4 @@ class Readiness:
             info = await self._encoder.info()
         except Flux2Error as error:
             return str(error)
-        return None if info is None else self._difference(info)
-
-    def _difference(self, info: EncoderInfo) -> str | None:
-        card = self._card
-        if info.embedding_shape != self._shape:
-            have, want = list(info.embedding_shape), list(self._shape)
-            return f"the text encoder's embeddings have shape {have}, this model takes {want}"
-        if (info.model, info.revision) != (card.name, card.revision):
-            has, wants = f"{info.model}@{info.revision}", f"{card.name}@{card.revision}"
-            return f"the text encoder serves {has}, this is {wants}"
-        return None
+        return None if info is None else info.mismatch(self._card.name, self._card.revision, self._shape)

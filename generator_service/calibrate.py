@@ -28,8 +28,11 @@ from generator_service.lemica import (
 )
 from generator_service.pipelines import flux2, parts, prompt
 from generator_service.settings import GeneratorSettings
+from shared.device_memory import run_within_memory
 from shared.errors import InvalidRequest
 from shared.model_folder import find_model
+
+TOO_LARGE = "the runs and a batch do not fit into the device's memory together: try a smaller --batch, or --keep cpu"
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Recording:
         request = flux2.GenerationRequest(
             embedding, size.width, size.height, size.guidance_scale, seed, schedule_for("none", size.num_steps)
         )
-        return self._model.record(request, self._predictor.trace, keep)
+        return run_within_memory(lambda: self._model.record(request, self._predictor.trace, keep), TOO_LARGE)
 
 
 def calibrate(
@@ -171,10 +174,14 @@ def calibrate(
 
     Raises:
         CalibrationMismatch: that file is of another calibration.
+        OutOfMemory: the runs and a batch do not fit into memory together.
     """
     checkpoint = output.with_name(f"{output.name}.unfinished")
     calibration = recording.calibration(batch_size)
-    graph = calibration.measure(recording.signature, max_skip, checkpoint, on_progress, is_exact=is_exact)
+    graph = run_within_memory(
+        lambda: calibration.measure(recording.signature, max_skip, checkpoint, on_progress, is_exact=is_exact),
+        TOO_LARGE,
+    )
     graph.save(output)
     checkpoint.unlink(missing_ok=True)
     return graph
@@ -197,13 +204,14 @@ def refine_all(
     Raises:
         CalibrationMismatch: a graph was made for something else than the runs.
         NoSuchPath: a budget that a graph has no path for.
+        OutOfMemory: the runs and a batch do not fit into memory together.
     """
     for graph in graphs:
         difference = graph.signature.difference(recording.signature) if graph.signature else "made for unknown runs"
         if difference is not None:
             raise CalibrationMismatch(f"a graph was {difference}")
     planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in sorted(budgets)}
-    measure = recording.calibration(batch_size).errors_of_schedule
+    measure = errors_within_memory(recording, batch_size)
     found: dict[int, Schedule] = {}
     for budget, plans in planned.items():
         if budget - 1 in found:
@@ -221,6 +229,12 @@ def refine_all(
         if plans and (other := refine(plans, measure, max_rounds)).evidence["error"] < found[budget].evidence["error"]:
             found[budget] = other
             yield other
+
+
+def errors_within_memory(recording: Recording, batch_size: int) -> Callable[[Schedule], Sequence[float]]:
+    """What measures a schedule's error on each sample of ``recording``; it may raise ``OutOfMemory``."""
+    calibration = recording.calibration(batch_size)
+    return lambda schedule: run_within_memory(lambda: calibration.errors_of_schedule(schedule), TOO_LARGE)
 
 
 def graphs_of(schedule: Schedule, graphs: Sequence[ErrorGraph]) -> list[ErrorGraph]:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from generator_service import schedules_cli, weights
 from generator_service.client import stream_generate
+from generator_service.doctor.cli import doctor
 from generator_service.imaging import ImageFormat, NoProvenance, Provenance, read_provenance
 from generator_service.terminal import one_line_errors, parse_size, step_strip
 
@@ -21,6 +22,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.add_typer(schedules_cli.schedules, name="schedules")
 app.command()(schedules_cli.calibrate)
 app.command()(weights.weights)
+app.command()(doctor)
 out = Console()
 err = Console(stderr=True)
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from shared.device_errors import is_device_lost, is_out_of_memory
+
 MAX_SHAPES = 64
 """How many shapes of one part are kept compiled; PyTorch's own limit, 8, is meant to find mistakes."""
 
@@ -46,16 +48,17 @@ def compiling() -> Iterator[None]:
     """Within the block every new shape of a compiled part is compiled: for the start of a service.
 
     Raises:
-        CompilationFailed: instead of any error in the block but too little memory. Compilers fail in many ways, some
-            of them only when what they made is first run; what the error really was shows without compiling.
+        CompilationFailed: instead of any error in the block but too little memory and a lost device. Compilers fail in
+            many ways, some of them only when what they made is first run; what the error really was shows without
+            compiling.
     """
     limits: dict[str, Any] = {"recompile_limit": MAX_SHAPES, "accumulated_recompile_limit": 4 * MAX_SHAPES}
     with torch._dynamo.config.patch(**limits):  # noqa: SLF001 - where PyTorch documents these settings
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error) or is_device_lost(error):
+                raise
             raise CompilationFailed from error
 
 

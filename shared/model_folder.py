@@ -115,12 +115,16 @@ def read_prompt_format(folder: ModelFolder) -> PromptFormat:
         raise ModelRefused("flux2_prompt_format of the text encoder has an unknown key") from error
 
 
-def _fetch(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:
+def wanted_patterns(parts: tuple[str, ...]) -> list[str]:
+    """Which files of a model on the hub are fetched for ``parts``."""
     patterns = ["model_index.json", "text_encoder/config.json"]
-    patterns += [f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES]
+    return patterns + [f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES]
+
+
+def _fetch(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:
     try:
         # One file after the other: files that are there in full are kept, so an interruption costs one at most.
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, max_workers=1))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=wanted_patterns(parts), max_workers=1))
     except RepositoryNotFoundError as error:
         raise ModelRefused(f"the hub has no model {name!r}, or its licence must be accepted with HF_TOKEN") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:

@@ -41,6 +41,15 @@ class EncoderInfo(BaseModel):
         """Tokens and width of one prompt's embedding."""
         return self.max_sequence_length, len(self.hidden_layers) * self.hidden_size
 
+    def mismatch(self, model: str, revision: str, embedding_shape: tuple[int, int] | None) -> str | None:
+        """Why these embeddings are not for a generator of this model, or None; a shape of None is not compared."""
+        if embedding_shape is not None and self.embedding_shape != embedding_shape:
+            have, want = list(self.embedding_shape), list(embedding_shape)
+            return f"the text encoder's embeddings have shape {have}, this model takes {want}"
+        if (self.model, self.revision) != (model, revision):
+            return f"the text encoder serves {self.model}@{self.revision}, this is {model}@{revision}"
+        return None
+
 
 class ErrorDetail(BaseModel):
     """The part of an error that OpenAI's and Hugging Face's clients read."""

@@ -1,17 +1,18 @@
 """Settings that both services have, read once from the environment (or a ``.env`` file) at start."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import ModelRefused
 from shared.logs import LogFormat
 
+if TYPE_CHECKING:
+    import torch
+
 FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
@@ -57,12 +58,14 @@ class ServiceSettings(BaseSettings):
         alone = [self.token.get_secret_value()] if self.token else []
         return (*alone, *(read_keys(self.keys_file) if self.keys_file else ()))
 
-    def torch_device(self) -> torch.device:
+    def torch_device(self) -> "torch.device":
         """The device to use, ``auto`` resolved.
 
         Raises:
             ModelRefused: it is a GPU, and there is none that PyTorch can use.
         """
+        import torch  # noqa: PLC0415 - settings can be read and checked where torch cannot be imported
+
         is_usable = torch.cuda.is_available()
         device = torch.device(("cuda" if is_usable else "cpu") if self.device == "auto" else self.device)
         if device.type == "cuda" and not is_usable:
@@ -71,8 +74,10 @@ class ServiceSettings(BaseSettings):
             raise ModelRefused(told)
         return device
 
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The dtype to load the model in, ``auto`` resolved."""
+        import torch  # noqa: PLC0415 - as above
+
         if self.dtype == "auto":
             return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
-        return DTYPES[self.dtype]
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,10 +23,11 @@ from generator_service.app import create_app as create_generator
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.settings import GeneratorSettings
 from shared.model_folder import ModelFolder
+from tests import OUR_PREFIXES
+from tests.control import Clock, ModelControl
 from text_encoder_service.app import create_app as create_encoder
 from text_encoder_service.settings import TextEncoderSettings
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 CPU = torch.device("cpu")
 
 
@@ -47,15 +49,33 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Services that outlive a test start in an empty folder, so that they read no ``.env`` file either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of the person who runs the tests reaches them."""
+    """No setting that a fixture of longer life has made reaches a test, nor does a ``.env`` file."""
     for name in list(os.environ):
-        if name.startswith(
-            ("FLUX2_", "GENERATOR_", "TEXT_ENCODER_", "OTEL_", "LOG_", "SCHEDULES_DIR", "MODEL", "REVISION")
-        ):
+        if name.startswith(OUR_PREFIXES):
             monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)  # and no .env file
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def clock() -> Clock:
+    """The clock of this process, for a test to move forward."""
+    return Clock()
+
+
+@pytest.fixture
+def model_control(monkeypatch: pytest.MonkeyPatch) -> ModelControl:
+    """Hooks into the models that this test serves."""
+    return ModelControl(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +127,7 @@ Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 def serve_encoder() -> Serve:
     """Serves the text encoder with the demo model and the given settings."""
 
-    def serve(**settings: object) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    def serve(**settings: Any) -> AbstractAsyncContextManager[httpx.AsyncClient]:
         return served(create_encoder(TextEncoderSettings(model=str(WEIGHTS), **settings)))
 
     return serve
@@ -119,7 +139,7 @@ def serve_generator() -> Serve:
 
     @asynccontextmanager
     async def serve(
-        transport: httpx.AsyncBaseTransport | None = None, **settings: object
+        transport: httpx.AsyncBaseTransport | None = None, **settings: Any
     ) -> AsyncIterator[httpx.AsyncClient]:
         encoder = create_encoder(TextEncoderSettings(model=str(WEIGHTS)))
         generator_settings = GeneratorSettings(model=str(WEIGHTS), **settings)

@@ -59,7 +59,7 @@ class OnGpu(torch.Tensor):
     @staticmethod
     def __new__(cls: type["OnGpu"], held: torch.Tensor) -> "OnGpu":
         """As large, with the same strides."""
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(
             cls,
             held.shape,
             strides=held.stride(),
@@ -84,7 +84,9 @@ class OnGpu(torch.Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # PyTorch's documentation has a class method, its types have not
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Every operation on one."""
         return run(func, args, kwargs or {})
 

@@ -42,6 +42,7 @@ def denoise(
 ) -> torch.Tensor:
     """Final latents ``[1, tokens, C]`` of a run whose steps outside ``computed`` reuse the last residual."""
     model, generator = pipeline.transformer, torch.Generator().manual_seed(seed)
+    latents: torch.Tensor
     latents, image_ids = pipeline.prepare_latents(
         1, model.config.in_channels // 4, height, width, embeddings.dtype, "cpu", generator
     )

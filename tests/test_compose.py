@@ -1,7 +1,10 @@
 """The containers' policy, read from the files: what is started, what may reach what, and what each may do."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,13 @@ class Loader(yaml.SafeLoader):
     """Reads compose's own tags as what they stand before."""
 
 
-Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node, deep=True))
+def list_of(loader: Loader, node: yaml.Node) -> list[Any]:
+    """The list behind ``!override``."""
+    assert isinstance(node, yaml.SequenceNode)
+    return loader.construct_sequence(node, deep=True)
+
+
+Loader.add_constructor("!override", list_of)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -228,6 +237,20 @@ def test_secrets_are_files() -> None:
             assert value == "" or not variable.endswith("_TOKEN")
 
 
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("text-encoder", {"TEXT_ENCODER_KEYS_FILE"}),
+        ("generator", {"GENERATOR_KEYS_FILE", "TEXT_ENCODER_KEYS_FILE"}),
+        ("demo", {"GENERATOR_KEYS_FILE"}),
+    ],
+)
+def test_keys_are_read(name: str, variables: set[str]) -> None:
+    """A service whose keys are mounted is also told to ask for them: without the variable it would serve everyone."""
+    given = {variable for variable in SERVICES[name]["environment"] if variable.endswith("_KEYS_FILE")}
+    assert given == variables
+
+
 def test_no_keys_are_shipped() -> None:
     """The file that stands in for absent keys holds none."""
     assert GeneratorSettings(keys_file=ROOT / "deploy" / "no-keys").tokens() == ()
@@ -273,6 +296,39 @@ def test_an_image_holds_what_its_service_needs(target: str, module: str) -> None
     assert "COPY" not in stage
     assert re.findall(r"^USER (\d+):", stage, re.MULTILINE) == ["1000"]
     assert json.loads(stage.split("CMD ")[1]) == ["python", "-m", module]
+
+
+ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+
+
+def test_gpu_memory_does_not_fragment() -> None:
+    """Every image has PyTorch's allocator grow its segments; nothing is in the way of another value in ``.env``."""
+    assert set(re.findall(r"\bPYTORCH_\w+=\S+", stages()["runtime"])) == {"PYTORCH_ALLOC_CONF=expandable_segments:True"}
+    assert {name for name, stage in stages().items() if stage.startswith("runtime ")} == {
+        "text-encoder",
+        "generator",
+        "ray",
+    }
+    for name in (*OURS, "weights"):
+        assert ALLOCATOR_VARIABLES.isdisjoint(SERVICES[name]["environment"])
+        assert ALLOCATOR_VARIABLES.isdisjoint(SERVICES[name]["build"]["args"])
+    assert all(SERVICES[name]["env_file"] == [{"path": ".env", "required": False}] for name in ON_GPUS)
+
+
+@pytest.mark.parametrize(
+    ("of_operator", "settings"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+    ],
+)
+def test_what_the_operator_says_of_the_allocator_holds(of_operator: dict[str, str], settings: str) -> None:
+    """PyTorch takes the image's value unless a container sets the variable, or its older name, to another."""
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | of_operator
+    code = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == settings
 
 
 def test_nothing_private_reaches_a_build() -> None:

@@ -61,7 +61,7 @@ def variables(settings: type[ServiceSettings]) -> dict[str, str]:
 
 def compose_variables() -> dict[str, str]:
     """The variables that the compose files read, with their defaults."""
-    found = {}
+    found: dict[str, str] = {}
     for name in ("docker-compose.one-gpu.yml", "docker-compose.yml"):  # the default of the second holds
         text = text_of(name)
         found |= dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
@@ -95,7 +95,7 @@ def test_documented_defaults_of_compose_hold(name: str) -> None:
     assert {k: documented[k] for k in alone} == alone
 
 
-NOTHING = (None, (), frozenset())
+NOTHING: tuple[object, ...] = (None, (), frozenset())
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -133,7 +133,8 @@ def test_every_metric_is_documented() -> None:
 
 def test_every_error_is_documented() -> None:
     """``docs/wire-format.md`` names exactly the statuses and codes that clients can meet."""
-    clients_meet = {Flux2Error, *Flux2Error.__subclasses__()} - {ModelRefused}
+    clients_meet: set[type[Flux2Error]] = {Flux2Error, *Flux2Error.__subclasses__()}
+    clients_meet.remove(ModelRefused)
     documented = {(row[0], row[1].strip("`")) for row in rows(text_of("docs/wire-format.md")) if row[0].isdigit()}
     assert documented == {(str(error.status), error.code) for error in clients_meet}
 

@@ -133,6 +133,13 @@ def test_variables_are_settings(pod: dict[str, Any]) -> None:
     assert ours <= set(known)
 
 
+def test_every_pod_runs_one_of_our_images(pod: dict[str, Any]) -> None:
+    """What the images set for PyTorch's allocator holds in every pod: no manifest sets it otherwise."""
+    image = container_of(pod)["image"].rpartition("/")[2].partition(":")[0]
+    assert image in {"flux2-text-encoder", "flux2-generator", "flux2-ray"}
+    assert {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}.isdisjoint(variables_of(pod))
+
+
 def test_one_model_everywhere() -> None:
     """Every pod names the same model at the same fixed commit, which is that of Compose."""
     compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import FastAPI
 
@@ -12,10 +11,11 @@ from shared.device_thread import DeviceThread
 from shared.gpu_lock import alone_on_gpu
 from shared.metrics import Metrics
 from shared.model_folder import find_model, read_prompt_format
-from shared.report import Report
+from shared.report import Report, ignore
 from shared.schemas import EncoderInfo
+from shared.version import product_version
 from shared.web import make_app, require_token
-from text_encoder_service.encoder import Embedding, MistralEncoder
+from text_encoder_service.encoder import Embedding, LanguageModelReader, MistralEncoder, load_language_model
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
 
@@ -37,7 +37,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
             health.start_serving(is_ready)
             yield
 
-    app = make_app("FLUX.2 text encoder", version("flux2-services"), settings, lifespan)
+    app = make_app("FLUX.2 text encoder", product_version(), settings, lifespan)
     app.include_router(router, dependencies=[require_token(settings.tokens())])
     return app
 
@@ -68,14 +68,23 @@ async def running_encoder(
         yield EncoderState(settings, info, queue, ByteBoundedCache[Embedding](settings.embedding_cache_bytes), metrics)
 
 
-def load_encoder(settings: TextEncoderSettings, report: Report) -> tuple[MistralEncoder, EncoderInfo]:
-    """Find, check, load and compile the model that ``settings`` name."""
+def load_encoder(
+    settings: TextEncoderSettings, report: Report = ignore, read: LanguageModelReader = load_language_model
+) -> tuple[MistralEncoder, EncoderInfo]:
+    """Find, check, load and compile the model that ``settings`` name.
+
+    Args:
+        settings: the service's.
+        report: hears how far it is.
+        read: where the weights come from; benchmarks make some up.
+    """
     report("loading the model")
     folder = find_model(settings.model, settings.revision, PARTS)
     prompt_format = read_prompt_format(folder)
-    encoder = MistralEncoder(folder, prompt_format, settings.torch_device(), settings.torch_dtype(), settings.weights)
+    device, dtype = settings.torch_device(), settings.torch_dtype()
+    encoder = MistralEncoder(folder, prompt_format, device, dtype, settings.weights, read)
     if settings.profile() == "fast":
-        with alone_on_gpu(settings.torch_device(), report):
+        with alone_on_gpu(device, report):
             encoder.speed_up(settings.max_batch, report=report)
     info = EncoderInfo(
         model=folder.name,
@@ -84,7 +93,7 @@ def load_encoder(settings: TextEncoderSettings, report: Report) -> tuple[Mistral
         hidden_size=encoder.hidden_size,
         max_sequence_length=prompt_format.max_sequence_length,
         dtype=str(encoder.dtype).removeprefix("torch."),
-        version=version("flux2-services"),
+        version=product_version(),
     )
     return encoder, info
 

@@ -4,7 +4,7 @@ FLUX.2 joins the hidden states of some layers (10, 20 and 30 of 40 for [dev]), t
 after the last of them, the norm, the head and the vision tower are never loaded. Knows nothing of HTTP or caches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoTokenizer, MistralModel
 from transformers.utils import logging as transformers_logging
 
 from shared.compilation import Backend
+from shared.device_memory import run_within_memory
 from shared.errors import ModelRefused, OutOfMemory
 from shared.model_folder import ModelFolder, PromptFormat
 from shared.report import Report, ignore
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
-from text_encoder_service.quantisation import Weights, quantize
+from text_encoder_service.quantisation import quantize
+from text_encoder_service.settings import Weights
 from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
@@ -41,6 +43,10 @@ class Embedding:
         return self.tensor.nbytes
 
 
+LanguageModelReader = Callable[[Path, int, torch.dtype], MistralModel]
+"""The first layers of a text encoder: its folder, how many, their dtype. ``load_language_model`` reads their files."""
+
+
 class _FirstLayers(MistralModel):
     """A language model that finds more in its checkpoint than it wants, and says nothing of it."""
 
@@ -51,6 +57,17 @@ class MistralEncoder:
     """Encodes batches of prompts as ``Flux2Pipeline.encode_prompt`` does with the whole text encoder.
 
     Bit for bit; after ``speed_up`` up to rounding, with quantised ``weights`` nearly.
+
+    Args:
+        folder: a checked model.
+        prompt_format: the model's.
+        device: where it computes.
+        dtype: of the weights, and of embeddings.
+        weights: how the layers' weights are stored.
+        read: where the weights come from, if not from the files of ``folder``; benchmarks make some up.
+
+    Raises:
+        ModelRefused: the text encoder or its tokenizer cannot be used.
     """
 
     def __init__(
@@ -60,13 +77,14 @@ class MistralEncoder:
         device: torch.device,
         dtype: torch.dtype,
         weights: Weights = "full",
+        read: LanguageModelReader | None = None,
     ) -> None:
         self.prompt_format = prompt_format
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
         if not self._tokenizer.chat_template:
             raise ModelRefused("the tokenizer has no chat template: not FLUX.2's")
         num_layers = max(prompt_format.hidden_layers)
-        self._model: Any = load_language_model(folder.path / "text_encoder", num_layers, dtype).eval()
+        self._model: Any = (read or load_language_model)(folder.path / "text_encoder", num_layers, dtype).eval()
         if weights != "full":
             quantize(self._model.layers, weights, device)
         self._model.to(device)
@@ -74,6 +92,11 @@ class MistralEncoder:
         self.dtype = dtype
         self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
         self._forward: Forward = self._exact
+
+    @property
+    def language_model(self) -> MistralModel:
+        """The layers that run, without the final norm."""
+        return cast("MistralModel", self._model)
 
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:
@@ -91,29 +114,39 @@ class MistralEncoder:
         prompts = ["circle " * (length * share // 8) for share in (0, 1, 3, 5, 8)]
         probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
-        try:
-            self._forward = fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report)
-        except torch.OutOfMemoryError as error:
-            told = f"batches of {max_batch} prompts do not fit into the GPU's memory: lower TEXT_ENCODER_MAX_BATCH"
-            raise OutOfMemory(told) from error
+        self._forward = run_within_memory(
+            lambda: fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report),
+            f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
+        )
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:
         """One embedding for each prompt, in order. Rows of a batch do not depend on each other.
 
+        A batch that does not fit into memory is divided; a single prompt is tried once more.
+
         Raises:
-            OutOfMemory: the device has too little memory for so many prompts.
+            OutOfMemory: the device has too little memory for one of them.
         """
         tokens = self._tokenize(prompts)
-        try:
-            rows = on_cpu(self._forward(tokens).flatten(2))  # [B, L, layers, H] -> [B, L, layers * H]
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"{len(prompts)} prompts do not fit into the memory of the GPU now") from error
         return [
             Embedding(row, self._is_truncated(prompt, mask))
-            for row, prompt, mask in zip(rows, prompts, tokens.mask, strict=True)
+            for row, prompt, mask in zip(self._rows(tokens), prompts, tokens.mask, strict=True)
         ]
+
+    def _rows(self, tokens: Tokens) -> list[torch.Tensor]:
+        """``[1, L, layers * H]`` of each prompt, on the CPU."""
+        num_prompts = len(tokens.ids)
+        what = "a prompt" if num_prompts == 1 else f"a batch of {num_prompts} prompts"
+        refusal = f"{what} does not fit into the device's memory now"
+        try:
+            return run_within_memory(
+                lambda: on_cpu(self._forward(tokens).flatten(2)), refusal, num_attempts=1 if num_prompts > 1 else 2
+            )
+        except OutOfMemory:
+            if num_prompts == 1:
+                raise
+        return [row for half in tokens.halves() for row in self._rows(half)]
 
     def _tokenize(self, prompts: Sequence[str]) -> Tokens:
         """The prompts in their template, cut or padded to the model's length."""

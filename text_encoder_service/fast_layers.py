@@ -53,6 +53,11 @@ class Tokens:
         """How many tokens the longest prompt has, without padding."""
         return int(self.mask.sum(dim=1).max())
 
+    def halves(self) -> tuple["Tokens", "Tokens"]:
+        """The first half of the prompts, which is the smaller one, and the others."""
+        middle = len(self.ids) // 2
+        return Tokens(self.ids[:middle], self.mask[:middle]), Tokens(self.ids[middle:], self.mask[middle:])
+
 
 Forward = Callable[[Tokens], torch.Tensor]
 """Tokens to the wanted hidden states, ``[B, L, layers, H]`` on the model's device."""

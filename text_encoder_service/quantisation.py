@@ -4,14 +4,13 @@ Only the weights are stored so; activations and arithmetic keep the model's dtyp
 for: it is an optional extra, and its import prints what it finds no kernels for.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from shared.errors import ModelRefused
-
-Weights = Literal["full", "int8", "int4"]
+from text_encoder_service.settings import Weights
 
 
 def quantize(layers: nn.ModuleList, weights: Weights, device: torch.device) -> None:

@@ -2,12 +2,15 @@
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from shared.settings import ServiceSettings
-from text_encoder_service.quantisation import Weights
+
+Profile = Literal["exact", "fast"]
+Weights = Literal["full", "int8", "int4"]
+AMPERE = (8, 0)
+"""The compute capability from which on compiled layers pay."""
 
 
 class TextEncoderSettings(ServiceSettings):
@@ -29,10 +32,15 @@ class TextEncoderSettings(ServiceSettings):
     weights: Weights = "full"
     """How the decoder layers' weights are stored; ``int8`` and ``int4`` need the extra ``quantization``."""
 
-    def profile(self) -> Literal["exact", "fast"]:
+    def profile(self) -> Profile:
         """The performance profile, ``auto`` resolved."""
+        import torch  # noqa: PLC0415 - settings can be read and checked where torch cannot be imported
+
+        device = self.torch_device()
+        return self.profile_on(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+
+    def profile_on(self, capability: tuple[int, int] | None) -> Profile:
+        """The performance profile on a GPU of this compute capability, or on the CPU (None)."""
         if self.performance != "auto":
             return self.performance
-        device = self.torch_device()
-        is_fast_there = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return "fast" if is_fast_there else "exact"
+        return "fast" if capability is not None and capability >= AMPERE else "exact"

@@ -8,11 +8,10 @@ does, or leaves undone, can reach another.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from cachetools import LRUCache
@@ -34,14 +33,15 @@ from generator_service.lemica import (
     schedule_for,
 )
 from generator_service.pipelines.card import ModelCard
-from generator_service.pipelines.compiled_blocks import Kind
+from generator_service.pipelines.compiled_model import Kind
 from generator_service.pipelines.lora import Adapter, Adapters
 from generator_service.pipelines.optimised import Optimised
-from generator_service.pipelines.parts import CPU, Parts, load_parts
+from generator_service.pipelines.parts import CPU, Parts, PartsReader, load_parts
 from generator_service.pipelines.performance import EXACT, Performance
 from generator_service.pipelines.step_clock import Previews, PreviewTaker, StepClock
 from shared.byte_cache import ByteBoundedCache
 from shared.compilation import CompilationFailed
+from shared.device_memory import run_within_memory
 from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
 
@@ -53,6 +53,8 @@ logger = logging.getLogger("flux2")
 
 REFERENCE_CACHE_BYTES = 256 * 2**20
 """For the latents of reference images, on the device; one of 1024x1024 takes 1 MiB in bfloat16."""
+ATTEMPTS = 2
+"""How often a picture that does not fit into memory is tried as it is."""
 StepListener = Callable[[int, bool], None]
 
 
@@ -148,8 +150,18 @@ class Flux2Model:
         lora_dir: Path | None = None,
         max_loras: int = 1,
         performance: Performance = EXACT,
-    ) -> "Flux2Model":
+        read: PartsReader = load_parts,
+    ) -> Self:
         """The model in a checked folder.
+
+        Args:
+            folder: a diffusers pipeline.
+            device: where it computes.
+            dtype: of its weights.
+            lora_dir: where LoRA adapters lie.
+            max_loras: how many of them are kept on the device.
+            performance: how it is made fast.
+            read: where the weights come from; benchmarks make some up.
 
         Raises:
             ModelRefused: it is no FLUX.2 pipeline that can be used.
@@ -157,8 +169,13 @@ class Flux2Model:
         is_offloaded = "offload" in performance.optimisations
         if device.type == "cuda":
             torch.cuda.set_device(device)  # for libraries that ask for no GPU in particular
-        parts = load_parts(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
+        parts = read(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
         return cls(folder, parts, lora_dir, max_loras, performance)
+
+    @property
+    def parts(self) -> Parts:
+        """The modules that run, as ``performance`` left them."""
+        return self._parts
 
     @property
     def performance(self) -> Performance:
@@ -179,7 +196,8 @@ class Flux2Model:
 
     def prepare_batch(self, requests: Sequence[GenerationRequest], kind: Kind) -> list[GeneratedPicture]:
         """As ``prepare``, for pictures that are drawn together."""
-        with fits_in_memory(requests):
+
+        def prepare() -> list[GeneratedPicture]:
             try:
                 with self._optimised.preparing(kind):
                     return self._generate(requests)
@@ -187,24 +205,35 @@ class Flux2Model:
                 self._optimised.give_up_compiling(error)
             return self._generate(requests)
 
+        return run_within_memory(prepare, refusal(requests), num_attempts=ATTEMPTS)
+
     def generate(
         self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
     ) -> GeneratedPicture:
         """Make one picture.
 
+        What does not fit into memory is tried once more with nothing cached by the allocator. If it still does not
+        fit, or leaves no finite numbers, it is tried with every step computed and nothing kept of the steps before.
+
         Args:
             request: what to make.
-            on_step: called with each step's number and whether it is computed; ``GenerationCancelled`` raised there
-                ends the generation.
-            previews: what is shown meanwhile; it does not change the picture.
+            on_step: called with each step's number and whether it is computed, from 0 on in each attempt;
+                ``GenerationCancelled`` raised there ends the generation.
+            previews: what is shown meanwhile, each once; it does not change the picture.
 
         Raises:
             OutOfMemory: the device has too little memory for a picture of this size.
             NonFiniteOutput: the latents are no finite numbers, even with every step computed.
             InvalidRequest: a LoRA adapter is none of this model.
         """
-        with self._serving([request]):
-            return self._finite(request, on_step, previews)
+        try:
+            return self._serve([request], on_step, previews, ATTEMPTS)[0]
+        except (NonFiniteOutput, OutOfMemory) as error:
+            if request.schedule.num_computed == request.schedule.num_steps:
+                raise
+            logger.warning("%s; trying again with every step computed, instead of %s", error, request.schedule)
+        everything = schedule_for("none", request.schedule.num_steps)
+        return self._serve([replace(request, schedule=everything)], on_step, previews)[0]
 
     def generate_batch(
         self, requests: Sequence[GenerationRequest], on_step: StepListener | None = None
@@ -219,26 +248,22 @@ class Flux2Model:
             OutOfMemory: the device has too little memory for so many.
             NonFiniteOutput: the latents of one of them are no finite numbers.
         """
-        with self._serving(requests):
-            return self._generate(requests, on_step)
+        return self._serve(requests, on_step)
 
-    @contextmanager
-    def _serving(self, requests: Sequence[GenerationRequest]) -> Iterator[None]:
-        """The block draws ``requests``, with the first one's adapters and without compiling anything."""
-        adapters = requests[0].adapters
-        with fits_in_memory(requests), self._optimised.serving(), self.adapters.applied(adapters):
-            yield
+    def _serve(
+        self,
+        requests: Sequence[GenerationRequest],
+        on_step: StepListener | None,
+        previews: Previews | None = None,
+        num_attempts: int = 1,
+    ) -> list[GeneratedPicture]:
+        """Generate with the first request's adapters, without compiling anything."""
 
-    def _finite(
-        self, request: GenerationRequest, on_step: StepListener | None, previews: Previews | None
-    ) -> GeneratedPicture:
-        """A picture, drawn once more with every step computed if it is none."""
-        try:
-            return self._generate([request], on_step, previews)[0]
-        except NonFiniteOutput:
-            logger.warning("latents are not finite with %s: drawing again without a cache", request.schedule)
-        everything = schedule_for("none", request.schedule.num_steps)
-        return self._generate([replace(request, schedule=everything)], on_step, previews)[0]
+        def serve() -> list[GeneratedPicture]:
+            with self._optimised.serving(), self.adapters.applied(requests[0].adapters):
+                return self._generate(requests, on_step, previews)
+
+        return run_within_memory(serve, refusal(requests), num_attempts=num_attempts)
 
     def _generate(
         self,
@@ -364,20 +389,20 @@ class _RememberingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers sh
         return found
 
 
-@contextmanager
-def fits_in_memory(requests: Sequence[GenerationRequest]) -> Iterator[None]:
-    """The block draws ``requests``; ``OutOfMemory`` says that the device is too small for them."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        first = requests[0]
-        what = "a picture" if len(requests) == 1 else f"a run of {len(requests)} pictures"
-        told = f"{what} of {first.width}x{first.height} does not fit into the memory of the GPU now"
-        raise OutOfMemory(told) from error
+def refusal(requests: Sequence[GenerationRequest]) -> str:
+    """What the client reads if the device has too little memory for ``requests``."""
+    first = requests[0]
+    what = "a picture" if len(requests) == 1 else f"a run of {len(requests)} pictures"
+    return f"{what} of {first.width}x{first.height} does not fit into the device's memory now"
 
 
 def picture_of(pixels: torch.Tensor) -> Image:
-    """``[3, H, W]`` from 0 to 1, rounded on their device as the library rounds them on the host: a quarter to copy."""
+    """``[3, H, W]`` from 0 to 1, rounded on their device as the library rounds them on the host: a quarter to copy.
+
+    Raises:
+        NonFiniteOutput: one of the values is not a number.
+    """
+    if pixels.amax().isnan():  # not lost in the largest one, and in bytes it would be black
+        raise NonFiniteOutput("the decoder gave no image: not every value is a number")
     rounded = (pixels.float() * 255).round().to(torch.uint8)
     return fromarray(rounded.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -68,9 +68,9 @@ class Adapters:
             return
         for adapter in adapters:
             self._load(adapter.name, {other.name for other in adapters})
-        self._transformer.enable_adapters()
-        self._transformer.set_adapters([adapter.name for adapter in adapters], [adapter.scale for adapter in adapters])
         try:
+            self._transformer.enable_adapters()
+            self._transformer.set_adapters([each.name for each in adapters], [each.scale for each in adapters])
             yield
         finally:
             self._transformer.disable_adapters()

@@ -51,7 +51,9 @@ def offload_blocks(transformer: Any, device: torch.device) -> None:
         offload_type="block_level",
         num_blocks_per_group=1,
         use_stream=is_gpu,
-        record_stream=is_gpu,
+        # A block's weights are freed when the GPU has used them. With True the host would not wait for that: where
+        # computing takes longer than copying, it would run ahead until the copies of all blocks fill the GPU.
+        record_stream=False,
     )
     _chain(ordered)
 
@@ -67,11 +69,16 @@ def gather_weights(block: nn.Module, *, is_pinned: bool) -> None:
         is_pinned: whether a GPU can copy from there by itself.
     """
     parameters = list(block.parameters())
-    sizes = [-(-parameter.nbytes // ALIGNMENT) * ALIGNMENT for parameter in parameters]
+    sizes = gathered_sizes(block)
     memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=is_pinned)
     for parameter, piece in zip(parameters, torch.split(memory, sizes), strict=True):
         place = piece[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         parameter.data = place.copy_(parameter.data)
+
+
+def gathered_sizes(block: nn.Module) -> list[int]:
+    """The bytes that each parameter of a block takes in its piece of host memory."""
+    return [-(-parameter.nbytes // ALIGNMENT) * ALIGNMENT for parameter in block.parameters()]
 
 
 def _chain(blocks: list[nn.Module]) -> None:

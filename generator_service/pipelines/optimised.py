@@ -2,18 +2,18 @@
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from generator_service.pipelines.attention import fastest_attention, use_attention
-from generator_service.pipelines.compiled_blocks import CompiledBlocks, Kind
+from generator_service.pipelines.compiled_model import CompiledModel, Kind
 from generator_service.pipelines.offload import offload_blocks
 from generator_service.pipelines.parts import Parts
 from generator_service.pipelines.performance import Performance
 from generator_service.pipelines.quantisation import quantise_blocks
-from shared.compilation import compile_parts, compiling_nothing_new, log_failure, restore_parts
+from shared.compilation import compiling_nothing_new, log_failure
 
 logger = logging.getLogger("flux2")
 SEPARATE_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -30,8 +30,7 @@ class Optimised:
 
     def __init__(self, parts: Parts, performance: Performance, num_tokens: int) -> None:
         self.performance = performance
-        self._blocks: CompiledBlocks | None = None
-        self._decoder: nn.Module | None = None
+        self._compiled: CompiledModel | None = None
         transformer, device = parts.transformer, parts.vae.device
         if "offload" in performance.optimisations:
             offload_blocks(transformer, device)
@@ -44,33 +43,35 @@ class Optimised:
         if "vae" in performance.optimisations:
             parts.vae.decoder.to(memory_format=torch.channels_last)
         if "compile" in performance.optimisations:
-            self._blocks = CompiledBlocks(transformer, performance.backend)
-            if "vae" in performance.optimisations:
-                self._decoder = parts.vae.decoder
-                compile_parts([parts.vae.decoder], performance.backend)
+            decoder = parts.vae.decoder if "vae" in performance.optimisations else None
+            self._compiled = CompiledModel(transformer, decoder, performance.backend, self._note_eager_decoder)
 
     @property
     def is_compiled(self) -> bool:
         """Whether there is anything to prepare."""
-        return self._blocks is not None
+        return self._compiled is not None
 
     def preparing(self, kind: Kind) -> AbstractContextManager[None]:
         """Within the block what is drawn is compiled."""
-        return nullcontext() if self._blocks is None else self._blocks.preparing(kind)
+        return nullcontext() if self._compiled is None else self._compiled.preparing(kind)
 
     def serving(self) -> AbstractContextManager[None]:
         """Within the block nothing is compiled."""
-        return nullcontext() if self._blocks is None else compiling_nothing_new()
+        return nullcontext() if self._compiled is None else compiling_nothing_new()
 
     def give_up_compiling(self, error: Exception) -> None:
         """Go on without: the compiler has failed."""
-        assert self._blocks is not None
-        self._blocks.restore()
-        self._blocks = None
-        if self._decoder is not None:
-            restore_parts([self._decoder])
+        assert self._compiled is not None
+        self._compiled.fall_back_to_eager()
+        self._compiled = None
         self.performance = self.performance.without("compile", log_failure("the model", error))
         logger.warning("%s", self.performance)
+
+    def _note_eager_decoder(self, reason: Exception) -> None:
+        """The decoder alone runs as it was, and it is said why."""
+        told = f"{log_failure('the decoder', reason)}: it runs uncompiled"
+        self.performance = replace(self.performance, left_out=(*self.performance.left_out, told))
+        logger.warning("%s", told)
 
     def _quantise(self, transformer: Any) -> None:
         try:

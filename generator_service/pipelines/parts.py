@@ -3,7 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
@@ -25,6 +25,19 @@ class Parts:
     vae: Any
     scheduler: Any
     """For its configuration: every generation makes one of its own."""
+
+
+class PartsReader(Protocol):
+    """Where parts come from; ``load_parts`` is the one that reads their weights from files."""
+
+    def __call__(
+        self,
+        folder: ModelFolder,
+        device: torch.device,
+        dtype: torch.dtype,
+        transformer_device: torch.device | None = None,
+    ) -> Parts:
+        """As ``load_parts``."""
 
 
 def load_parts(

@@ -8,11 +8,14 @@ for GPUs that cannot hold the transformer.
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-
-import torch
+from typing import TYPE_CHECKING
 
 from generator_service.settings import Optimisation, ProfileName
-from shared.compilation import Backend
+
+if TYPE_CHECKING:
+    import torch
+
+    from shared.compilation import Backend
 
 PROFILES: dict[str, frozenset[Optimisation]] = {
     "exact": frozenset(),
@@ -40,10 +43,12 @@ class Machine:
     """Of a CUDA device, all of it."""
 
     @classmethod
-    def of(cls, device: torch.device) -> "Machine":
+    def of(cls, device: "torch.device") -> "Machine":
         """The machine that this runs on."""
         if device.type != "cuda":
             return cls(device.type)
+        import torch  # noqa: PLC0415 - the choice of a profile needs no torch
+
         properties = torch.cuda.get_device_properties(device)
         capability = (properties.major, properties.minor)
         return cls(device.type, capability, find_spec("torchao") is not None, properties.total_memory)
@@ -58,7 +63,7 @@ class Performance:
     optimisations: frozenset[Optimisation] = field(default_factory=frozenset)
     left_out: tuple[str, ...] = ()
     """What cannot be done here and why, for people."""
-    backend: Backend = "inductor"
+    backend: "Backend" = "inductor"
     """As ``torch.compile``'s."""
 
     def without(self, optimisation: Optimisation, reason: str) -> "Performance":
@@ -87,6 +92,7 @@ def choose(
     weight_bytes: int = 0,
     without: Collection[Optimisation] = (),
     has_adapters: bool = False,
+    backend: "Backend" = "inductor",
 ) -> Performance:
     """What of a profile can be done.
 
@@ -96,10 +102,11 @@ def choose(
         weight_bytes: of transformer and VAE.
         without: what is not wanted.
         has_adapters: whether LoRA adapters may be applied, which change single layers.
+        backend: as ``torch.compile``'s.
     """
     if profile == "auto":
         profile = resolve_auto(machine, weight_bytes)
-    performance = Performance(profile, PROFILES[profile] - frozenset(without))
+    performance = Performance(profile, PROFILES[profile] - frozenset(without), backend=backend)
     for optimisation, reason in _obstacles(machine, has_adapters=has_adapters).items():
         if optimisation in performance.optimisations:
             performance = performance.without(optimisation, reason)

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class Previews:
     """After which; 0 gives none, since one step has no direction yet."""
     listener: PreviewListener
     """Called on the thread that draws."""
+    shown: set[int] = field(default_factory=set, compare=False)
+    """The steps whose preview it has seen: a run that is started again shows only the others."""
 
 
 class PreviewTaker:
@@ -41,7 +43,7 @@ class PreviewTaker:
 
     def is_due(self, step: int) -> bool:
         """Whether there is a preview after this step."""
-        return step in self._previews.steps and step > 0
+        return step in self._previews.steps - self._previews.shown and step > 0
 
     def __call__(self, pipeline: Any, step: int, latents: torch.Tensor) -> None:
         """Call the listener with the preview, if one is due."""
@@ -49,6 +51,7 @@ class PreviewTaker:
             sigmas = pipeline.scheduler.sigmas
             velocity = (latents.float() - self._before) / (sigmas[step + 1] - sigmas[step])
             self._previews.listener(self._decoded(pipeline, latents.float() - sigmas[step + 1] * velocity))
+            self._previews.shown.add(step)
         self._before = latents.float()
 
     def _decoded(self, pipeline: Any, latents: torch.Tensor) -> Image:

@@ -1,10 +1,12 @@
 """The card of a measurement."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import card
 from benchmarks.card import PowerMeter, drawn, machine_card, show
@@ -28,11 +30,16 @@ def test_outside_a_git_tree_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatc
     assert card.commit() == {"commit": "unknown"}
 
 
-def test_without_a_sensor_nothing_is_told() -> None:
-    """Where there is no GPU or no NVML, the meter gives None."""
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_without_a_sensor_nothing_is_told(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool) -> None:
+    """Where there is no GPU, or no NVML to read it with, the meter gives None."""
+    sensor = FakeNvml(num_samples=1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(card, "nvml", lambda: None if has_gpu else sensor)
     with PowerMeter() as meter:
         pass
-    assert meter.drawn is None or meter.drawn.energy_j >= 0
+    assert meter.drawn is None
+    assert sensor.left == 1000
 
 
 def test_energy_is_the_area_under_the_power() -> None:
@@ -55,6 +62,9 @@ class FakeNvml:
 
     def __init__(self, num_samples: int) -> None:
         self.left = num_samples
+        self.is_sampled = threading.Event()
+        """Set by the third sample, or when none is left."""
+        self._num_samples = num_samples
 
     def nvmlDeviceGetPowerUsage(self, _handle: object) -> int:  # noqa: N802 - pynvml's name
         """Milliwatts."""
@@ -64,7 +74,10 @@ class FakeNvml:
         """MHz."""
         self.left -= 1
         if self.left < 0:
+            self.is_sampled.set()
             raise self.NVMLError
+        if self._num_samples - self.left >= 3:
+            self.is_sampled.set()
         return 1500
 
 
@@ -73,13 +86,16 @@ def test_the_meter_samples_while_the_block_lasts(
     monkeypatch: pytest.MonkeyPatch, num_samples: int, *, is_told: bool
 ) -> None:
     """Energy is power over the block's time; a sensor that fails ends the sampling, and nothing else."""
-    monkeypatch.setattr(card.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(card, "nvml", lambda: FakeNvml(num_samples))
+    sensor = FakeNvml(num_samples)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(card, "nvml", lambda: sensor)
     monkeypatch.setattr(card, "device_handle", lambda _pynvml: None)
+    began = time.perf_counter()
     with PowerMeter() as meter:
-        time.sleep(0.2)
+        assert sensor.is_sampled.wait(60)
+    seconds = time.perf_counter() - began
     assert (meter.drawn is not None) == is_told
     if meter.drawn is not None:
         assert meter.drawn.mean_w == pytest.approx(200)
-        assert 5 < meter.drawn.energy_j < 200
+        assert 0 < meter.drawn.energy_j <= 200 * seconds
         assert meter.drawn.mean_sm_mhz == 1500

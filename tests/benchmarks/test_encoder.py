@@ -2,20 +2,21 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig
 
+from benchmarks.architectures import FULL
 from benchmarks.encoder import BATCHES, measure, table_of
-from benchmarks.language_model import FLUX2_DEV, Model, checkpoint, full_size
+from benchmarks.language_model import EncoderSource, empty_model
 from demo_model.services import WEIGHTS
-from shared.model_folder import PromptFormat
+from shared.errors import ModelRefused
+from tests.benchmarks.resized import resized
+from text_encoder_service.app import load_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch warns of its compiler
-CPU = torch.device("cpu")
+DEMO = EncoderSource(WEIGHTS, has_weights=True, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def options(**changed: object) -> argparse.Namespace:
 
 def test_full_size_is_flux2_dev() -> None:
     """The full size has 16.7 billion parameters in 30 layers, and 0.67 billion in its token embeddings."""
-    model = full_size(torch.device("meta")).language_model
+    model = empty_model(FULL).language_model
     embeddings = model.embed_tokens.weight.numel()
     assert embeddings == pytest.approx(0.67e9, rel=2e-3)
     assert sum(p.numel() for p in model.parameters()) - embeddings == pytest.approx(16.7e9, rel=2e-3)
@@ -42,30 +43,38 @@ def test_full_size_is_flux2_dev() -> None:
 
 def test_every_profile_batch_and_length_is_measured() -> None:
     """A result has a row for each, compiles nothing while it measures, and says how far fast is from exact."""
-    told = measure(partial(checkpoint, WEIGHTS, CPU), options())
+    told = measure(DEMO, options())
     fast = [(row["batch"], row["prompt_tokens"]) for row in told.rows if row["profile"] == "fast"]
     assert fast == [(batch, num_tokens) for batch in BATCHES for num_tokens in (32, 6)]
     assert sum(row["profile"] == "exact" for row in told.rows) == len(BATCHES)
     assert max(told.difference.values()) < 1e-5
-    assert (told.weights, told.left_out, told.compilations_after_warm_up) == ("weights", [], 0)
+    assert (told.weights, told.left_out, told.compilations_after_warm_up) == ("the demo model", [], 0)
     assert table_of(told.rows).row_count == len(told.rows)
 
 
-def test_random_weights_stay_finite() -> None:
+def test_random_weights_stay_finite(tmp_path: Path) -> None:
     """What random weights give are numbers, and equal under both profiles up to rounding."""
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MistralConfig.from_dict(FLUX2_DEV.to_dict() | small | {"head_dim": 16, "vocab_size": 100})
-    told = measure(lambda: short(full_size(CPU, config)), options(budget_s=0.2))
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    encoder = {"text_config": narrow | {"head_dim": 16}, "flux2_prompt_format": {"max_sequence_length": 32}}
+    path = resized(FULL, tmp_path / "narrow", text_encoder=encoder)
+    told = measure(EncoderSource(path, device="cpu"), options(budget_s=0.2))
+    assert told.difference
     assert all(0 <= value < 0.15 for value in told.difference.values())
 
 
-def short(model: Model) -> Model:
-    """The same with prompts of 32 tokens."""
-    return replace(model, prompt_format=PromptFormat(max_sequence_length=32))
+def test_a_language_model_is_loaded_as_the_service_loads_it(tmp_path: Path) -> None:
+    """With a checkpoint a source's layers are the service's; what the service refuses is refused."""
+    encoder, _ = load_encoder(DEMO.settings())
+    ours = DEMO.load("full").language_model.state_dict()
+    for name, weight in encoder.language_model.state_dict().items():
+        assert torch.equal(ours[name], weight)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelRefused, match="has no folder"):
+        EncoderSource(tmp_path / "empty", device="cpu").load("full")
 
 
 def test_what_does_not_fit_into_the_time_is_listed() -> None:
     """Without time nothing is measured, and that is told."""
-    told = measure(partial(checkpoint, WEIGHTS, CPU), options(budget_s=0.0))
+    told = measure(DEMO, options(budget_s=0.0))
     assert told.rows == []
     assert told.left_out == ["full weights: no time was left"]

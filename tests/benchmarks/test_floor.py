@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from diffusers import Flux2Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.architectures import FULL, TINY
 from benchmarks.floor import FLUX2_DEV, step_work
-from benchmarks.synthetic import FULL, TINY, Source
+from benchmarks.synthetic import Source, empty_parts
 
 
 @pytest.fixture(scope="module")
 def full_transformer() -> Flux2Transformer2DModel:
     """FLUX.2 [dev]'s transformer without weights."""
-    with torch.device("meta"):
-        return Flux2Transformer2DModel(**FULL.transformer)
+    return empty_parts(FULL, torch.bfloat16).transformer
 
 
 def test_full_size_is_flux2_dev(full_transformer: Flux2Transformer2DModel) -> None:
@@ -24,8 +24,7 @@ def test_full_size_is_flux2_dev(full_transformer: Flux2Transformer2DModel) -> No
     assert (config.num_attention_heads, config.attention_head_dim) == (48, 128)
     assert config.joint_attention_dim == 15360
     assert sum(p.numel() for p in full_transformer.parameters()) == pytest.approx(32.22e9, rel=1e-3)
-    with torch.device("meta"):
-        vae = AutoencoderKLFlux2(**FULL.vae)
+    vae = empty_parts(FULL, torch.bfloat16).vae
     assert 4 * vae.config.latent_channels == config.in_channels == 128
 
 
@@ -55,18 +54,20 @@ def test_fp8_halves_the_blocks_linears_alone(full_transformer: Flux2Transformer2
 
 def test_work_is_what_torch_counts() -> None:
     """On another configuration the matrix products outside of attention are those that torch counts while it runs."""
-    source = Source(TINY, torch.device("cpu"), torch.float32)
+    source = Source(TINY, device="cpu")
+    embedding = source.embedding()
+    num_text_tokens = embedding.shape[1]
     with source.parts() as parts:
         arguments = {
             "hidden_states": torch.randn(1, 64, 32),
-            "encoder_hidden_states": source.embedding(parts),
+            "encoder_hidden_states": embedding,
             "timestep": torch.full([1], 0.5),
             "guidance": torch.full([1], 4.0),
             "img_ids": torch.zeros(1, 64, 4),
-            "txt_ids": torch.zeros(1, TINY.num_text_tokens, 4),
+            "txt_ids": torch.zeros(1, num_text_tokens, 4),
         }
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             parts.transformer(**arguments)
-        work = step_work(parts.transformer.config, 64, TINY.num_text_tokens)
+        work = step_work(parts.transformer.config, 64, num_text_tokens)
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     assert sum(count for name, count in counts.items() if "attention" not in name) == work.linear + work.rest

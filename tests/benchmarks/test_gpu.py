@@ -41,6 +41,7 @@ def test_every_part_at_the_tiny_size(tmp_path: Path) -> None:
 def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Part]:
     """Makes a benchmark of a few lines, which are given ``so_far``, the file for what it finds."""
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
 
     def make(source: str) -> Part:

@@ -3,17 +3,17 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
+from benchmarks.architectures import TINY
 from benchmarks.drawing import Shape, noise_reference, opened_bench
 from benchmarks.latency import arguments, measure
 from benchmarks.profile_run import Told
-from benchmarks.synthetic import TINY, Source
+from benchmarks.synthetic import Source
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.compiled_blocks import CompiledBlocks
+from generator_service.pipelines.compiled_model import CompiledModel
 from shared.compilation import CompilationFailed
 
-SOURCE = Source(TINY, torch.device("cpu"), torch.float32)
+SOURCE = Source(TINY, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_tokens_of_a_shape(shape: Shape, num_tokens: int, name: str) -> None:
 
 def test_a_picture_ends_as_a_png_file() -> None:
     """The time is of the whole way to the file, and holds denoising and decoding."""
-    with SOURCE.parts() as parts, opened_bench(SOURCE.model(parts, "exact"), SOURCE.embedding(parts)) as bench:
+    with SOURCE.model("exact") as model, opened_bench(model, SOURCE.embedding()) as bench:
         bench.prepare(Shape(64, 1))
         taken = bench.draw(Shape(64, 1), schedule_for(2, 4), seed=1)
     assert taken.denoise_s > 0
@@ -46,7 +46,8 @@ def test_what_does_not_fit_is_told() -> None:
     """With no time left nothing is drawn, and every shape is listed as left out."""
     args = arguments().parse_args(["--smoke", "--budget-s", "0", "--profiles", "exact"])
     told = measure(SOURCE, args)
-    assert told.steps == told.pictures == []
+    assert told.steps == []
+    assert told.pictures == []
     assert [entry["shape"] for entry in told.left_out] == ["128x128", "64x64 + 1 reference"]
 
 
@@ -81,9 +82,10 @@ def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytes
     def fail(*_: object) -> None:
         raise CompilationFailed
 
-    monkeypatch.setattr(CompiledBlocks, "preparing", fail)
+    monkeypatch.setattr(CompiledModel, "preparing", fail)
     told = measure(SOURCE, arguments().parse_args(["--smoke", "--profiles", "fast", "--sides", "64"]))
-    assert told.steps == told.pictures == []
+    assert told.steps == []
+    assert told.pictures == []
     assert "compile is left out" in told.left_out[0]["reason"]
     assert "compile is left out" in told.performance["fast"]
 

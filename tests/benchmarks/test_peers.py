@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Callable
 
 import pytest
-import torch
 
+from benchmarks.architectures import TINY
 from benchmarks.caches import Peer, eager_mag_cache, even_taylor_seer, fixed_mask
 from benchmarks.peers import PLAIN, Race, Row, compared
 from benchmarks.stopwatch import Spread, Stopwatch
-from benchmarks.synthetic import TINY, Source, pipeline_of
+from benchmarks.synthetic import Source, pipeline_of
 
 
 def row(way: str, num_computed: int, seconds: float, profile: str = "") -> Row:
@@ -53,13 +53,13 @@ def test_a_stopwatch_measures_at_least_once() -> None:
 
 def computed_by(peer: Peer, num_steps: int) -> int:
     """How many steps of a picture a cache computes on the tiny model, in its second picture."""
-    source = Source(TINY, torch.device("cpu"), torch.float32)
+    source = Source(TINY, device="cpu")
     with source.parts() as parts:
         pipeline = pipeline_of(parts)
         count = peer.install(pipeline, peer.knobs[0])
         for _ in range(2):
             pipeline(
-                prompt_embeds=source.embedding(parts), width=64, height=64, num_inference_steps=num_steps,
+                prompt_embeds=source.embedding(), width=64, height=64, num_inference_steps=num_steps,
                 output_type="latent",
             )  # fmt: skip
             computed = count()
@@ -81,7 +81,7 @@ def test_cache_dit_computes_the_steps_it_is_told() -> None:
 
 def raced(budget_s: float, on_found: Callable[[Race], None] = lambda _race: None) -> Race:
     """A race of 6 steps on the tiny model."""
-    source = Source(TINY, torch.device("cpu"), torch.float32)
+    source = Source(TINY, device="cpu")
     args = argparse.Namespace(side=64, steps=6, computed=3, profiles=["exact"], repeats=1, budget_s=budget_s)
     race = Race(source, args, on_found)
     race.run()

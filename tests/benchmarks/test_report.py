@@ -121,7 +121,11 @@ def test_other_results_have_their_sections(tmp_path: Path) -> None:
         {"benchmark": "reuse", "card": CARD, "side": 64, **reuse, "compilations_after_warm_up": 0},
     )
     row = {"profile": "fast", "weights": "full", "batch": 8, "prompt_tokens": 100, "seconds": spread, "peak_gb": 40.123}
-    encoder = {"rows": [row | {"prompts_per_s": 12.3456}], "difference": {"full, trimmed": 0.0123}, "compile_s": {}}
+    encoder: dict[str, Any] = {
+        "rows": [row | {"prompts_per_s": 12.3456}],
+        "difference": {"full, trimmed": 0.0123},
+        "compile_s": {},
+    }
     encoder |= {"left_out": ["int8"], "compilations_after_warm_up": 0}
     page = told(tmp_path, "encoder.json", {"benchmark": "encoder", "card": CARD, **encoder})
     assert "1 x cudaStreamSynchronize" in page

@@ -1,12 +1,11 @@
 """A reused step, and what must never change."""
 
-import torch
-
+from benchmarks.architectures import TINY
 from benchmarks.reuse import compilations_after_warm_up, measure_reuse
-from benchmarks.synthetic import TINY, Source
+from benchmarks.synthetic import Source
 from generator_service.lemica import schedule_for
 
-SOURCE = Source(TINY, torch.device("cpu"), torch.float32)
+SOURCE = Source(TINY, device="cpu")
 
 
 def test_both_kinds_of_step_are_timed() -> None:

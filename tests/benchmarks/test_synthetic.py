@@ -1,21 +1,33 @@
-"""FLUX.2's architecture with random weights."""
+"""FLUX.2's architecture with random weights, loaded as the service loads a model."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.synthetic import TINY, Size, Source, fill, pipeline_of
+from benchmarks.architectures import TINY
+from benchmarks.drawing import GUIDANCE
+from benchmarks.synthetic import Source, fill, pipeline_of
+from demo_model.services import WEIGHTS
+from generator_service.app import load_model
+from generator_service.lemica import schedule_for
+from generator_service.pipelines.flux2 import GenerationRequest
+from shared.errors import ModelRefused
+from shared.model_folder import read_prompt_format
+from tests.benchmarks.resized import resized
 
-CPU = torch.device("cpu")
+SOURCE = Source(TINY, device="cpu")
 
 
-def test_activations_stay_finite_over_all_blocks() -> None:
+def test_activations_stay_finite_over_all_blocks(tmp_path: Path) -> None:
     """In bfloat16, through as many blocks as FLUX.2 [dev] has, random weights give a velocity of ordinary size."""
-    deep = TINY.transformer | {"num_layers": 8, "num_single_layers": 48}
-    source = Source(Size("deep", deep, TINY.vae, TINY.num_text_tokens), CPU, torch.bfloat16)
+    deep = resized(TINY, tmp_path / "deep", transformer={"num_layers": 8, "num_single_layers": 48})
+    source = Source(deep, device="cpu", dtype="bfloat16")
     with source.parts() as parts:
         picture = pipeline_of(parts)(
-            prompt_embeds=source.embedding(parts), width=64, height=64, num_inference_steps=3, output_type="latent"
+            prompt_embeds=source.embedding(), width=64, height=64, num_inference_steps=3, output_type="latent"
         ).images
     assert picture.isfinite().all()
     assert 0.1 < picture.float().std() < 10
@@ -23,13 +35,51 @@ def test_activations_stay_finite_over_all_blocks() -> None:
 
 def test_the_same_parts_again() -> None:
     """A source makes the same weights each time, and those before are gone although somebody still holds the parts."""
-    source = Source(TINY, CPU, torch.float32)
-    with source.parts() as first:
+    with SOURCE.parts() as first:
         kept = [parameter.clone() for parameter in first.transformer.parameters()]
     assert list(first.transformer.parameters()) == []
-    with source.parts() as second:
+    with SOURCE.parts() as second:
         for one, other in zip(kept, second.transformer.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_model_is_loaded_as_the_service_loads_it() -> None:
+    """With a checkpoint a source's model is the service's, bit for bit; its random one has the folder's shapes."""
+    source = Source(WEIGHTS, has_weights=True, device="cpu")
+    service, shape = load_model(source.settings())
+    assert source.embedding().shape == (1, *shape)
+    request = GenerationRequest(source.embedding(), 64, 64, GUIDANCE, 0, schedule_for("none", 2))
+    expected = service.generate(request).latents
+    with source.model("exact") as model:
+        assert torch.equal(model.generate(request).latents, expected)
+        assert model.card == service.card
+    with SOURCE.model("exact") as model:
+        assert SOURCE.embedding().shape[2] == model.card.embedding_width
+        assert SOURCE.embedding().shape[1] == read_prompt_format(model.folder).max_sequence_length
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_what_the_service_refuses_a_benchmark_refuses(tmp_path: Path, *, has_weights: bool) -> None:
+    """A folder without a VAE is refused by the service's own check, and so is a GPU where there is none."""
+    shutil.copytree(TINY, tmp_path / "broken", ignore=shutil.ignore_patterns("vae"))
+    broken = Source(tmp_path / "broken", has_weights, device="cpu")
+    with pytest.raises(ModelRefused, match="has no folder 'vae'"), broken.model("exact"):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    """The device is the service's setting, and its check is the service's."""
+    with pytest.raises(ModelRefused, match="can use no GPU here"), Source(TINY, device="cuda").model("exact"):
+        pass
+
+
+def test_offloaded_blocks_are_made_up_in_host_memory() -> None:
+    """Under ``offload`` the service asks for the transformer in host memory, and gets it there."""
+    with SOURCE.model("offload") as model:
+        assert model.performance.profile == "offload"
+        request = GenerationRequest(SOURCE.embedding(), 64, 64, GUIDANCE, 0, schedule_for("none", 2))
+        assert model.generate(request).latents.isfinite().all()
 
 
 def test_an_unknown_buffer_is_refused() -> None:

@@ -123,7 +123,7 @@ class SimulatedCluster:
             "downscale_delay_s": 5,
         }
         self._config_file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        command = [Path(sys.executable).with_name("serve"), "run", "--non-blocking", self._config_file]
+        command = [str(Path(sys.executable).with_name("serve")), "run", "--non-blocking", str(self._config_file)]
         variables = os.environ | {"RAY_ADDRESS": self.address}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert done.returncode == 0, done.stderr

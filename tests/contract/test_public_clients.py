@@ -54,7 +54,7 @@ def guide_remote_text_encoder(url: str, prompts: str | list[str]) -> torch.Tenso
         headers={"Authorization": "Bearer hf_something", "Content-Type": "application/json"},
         timeout=60,
     )
-    prompt_embeds = torch.load(io.BytesIO(response.content))
+    prompt_embeds: torch.Tensor = torch.load(io.BytesIO(response.content))
     return prompt_embeds.to("cpu")
 
 
@@ -62,7 +62,8 @@ def lemica_remote_text_encoder(url: str, prompts: str | list[str], device: str =
     """The function of LeMiCa's FLUX.2 script."""
     response = requests.post(url, json={"prompt": prompts}, timeout=600)
     response.raise_for_status()
-    return torch.load(io.BytesIO(response.content), map_location=device)
+    prompt_embeds: torch.Tensor = torch.load(io.BytesIO(response.content), map_location=device)
+    return prompt_embeds
 
 
 @pytest.mark.parametrize("client", [guide_remote_text_encoder, lemica_remote_text_encoder])

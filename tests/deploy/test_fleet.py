@@ -84,7 +84,8 @@ def lost() -> Exception:
     """What Ray raises where a replica has died."""
     from ray.exceptions import ActorDiedError  # noqa: PLC0415 - optional
 
-    return ActorDiedError()
+    died: Exception = ActorDiedError()
+    return died
 
 
 def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:

@@ -97,7 +97,7 @@ class Project:
 
     def left(self) -> dict[str, list[Any]]:
         """Everything that the engine has of this project, images aside."""
-        mine = {"label": f"{LABEL}={self.name}"}
+        mine: dict[str, Any] = {"label": f"{LABEL}={self.name}"}
         return {
             "containers": self.engine.containers.list(all=True, filters=mine),
             "networks": self.engine.networks.list(filters=mine),
@@ -173,13 +173,20 @@ def test_the_containers_are_what_the_file_says(demo: Project) -> None:
     """Seen from inside: no root, no capabilities, no way to new ones, nothing to write on but /tmp."""
     for service in ("demo", "demo-text-encoder"):
         container = demo.container(service)
-        status = container.exec_run(["cat", "/proc/self/status"]).output.decode()
+        status = output_of(container, "cat", "/proc/self/status").decode()
         facts = dict(re.findall(r"^(\w+):\s+(\S+)", status, re.MULTILINE))
         assert facts.items() >= {"Uid": "1000", "NoNewPrivs": "1"}.items()
         assert {int(value, 16) for name, value in facts.items() if name.startswith("Cap")} == {0}
         assert container.exec_run(["touch", "/anywhere"]).exit_code != 0
         assert container.exec_run(["touch", "/tmp/here"]).exit_code == 0  # noqa: S108 - the container's own
-        assert container.exec_run(["cat", "/proc/1/comm"]).output.strip() in {b"docker-init", b"tini"}
+        assert output_of(container, "cat", "/proc/1/comm").strip() in {b"docker-init", b"tini"}
+
+
+def output_of(container: Container, *command: str) -> bytes:
+    """What a command in the container prints."""
+    output = container.exec_run(list(command)).output
+    assert isinstance(output, bytes)
+    return output
 
 
 def test_the_encoder_is_out_of_reach(demo: Project) -> None:
@@ -265,7 +272,7 @@ def test_the_encoder_goes_away_and_comes_back_under_load(demo: Project, capsys: 
         wait_for(lambda: len(load.since(opened, 503)) >= 400)
         started = time.time()
         encoder.start()
-        returned = float(generator.exec_run(["python", "-c", WHEN_READY]).output)
+        returned = float(output_of(generator, "python", "-c", WHEN_READY))
         wait_for(lambda: load.since(started, 200))
         recovered = min(began + seconds for began, seconds, _ in load.since(started, 200))
     refused_s = [seconds for began, seconds, _ in load.since(opened, 503) if began < started]
@@ -319,7 +326,7 @@ def test_what_kills_a_service_brings_it_back(demo: Project) -> None:
     encoder = demo.container("demo-text-encoder")
     kill = "import os, signal; os.kill(int(open('/proc/1/task/1/children').read().split()[0]), signal.SIGKILL)"
     encoder.exec_run(["python", "-c", kill])
-    wait_for(lambda: encoder.reload() or encoder.attrs["RestartCount"] == 1)
+    wait_for(lambda: demo.container("demo-text-encoder").attrs["RestartCount"] == 1)
     wait_for(lambda: is_healthy(encoder))
     wait_for(lambda: httpx.get(f"{demo.url}/health/ready").status_code == httpx.codes.OK)
 

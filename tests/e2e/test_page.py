@@ -3,7 +3,7 @@
 import io
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -220,6 +220,7 @@ def test_modes_follow_the_form(visit: Visit) -> None:
     steps = visit.page.locator(".modes .steps").all_text_contents()
     assert steps == ["28 of 28", "15 of 28", "11 of 28", "8 of 28", "6 of 28"]
     seconds = visit.page.locator(".modes .estimate").all_text_contents()
+    assert len(seconds) == 5
     assert all(re.fullmatch(r"[\d.]+ s", text) for text in seconds)
 
 
@@ -352,7 +353,8 @@ def test_a_key_is_asked_for_when_the_service_wants_one(keyed_visit: Visit) -> No
 def test_who_has_no_key_is_told_so(keyed_visit: Visit) -> None:
     """Leaving the dialog shows what the service said; Generate asks again."""
     page = keyed_visit.page
-    for leave in (lambda: page.keyboard.press("Escape"), page.locator("#key-cancel").click):
+    leaves: list[Callable[[], None]] = [lambda: page.keyboard.press("Escape"), page.locator("#key-cancel").click]
+    for leave in leaves:
         expect(page.get_by_label("API key")).to_be_focused()
         leave()
         expect(page.get_by_label("API key")).to_be_hidden()
@@ -380,7 +382,7 @@ def test_every_control_has_a_name(visit: Visit) -> None:
 def test_the_keyboard_is_enough(visit: Visit) -> None:
     """From the prompt, Tab reaches each control in turn, the focus can be seen, and Enter generates."""
     visit.fill(num_inference_steps="4", width="64", height="64", prompt=PROMPT)
-    passed = []
+    passed: list[str | None] = []
     while len(passed) < 30:
         visit.page.keyboard.press("Tab")
         focused = visit.page.locator(":focus")
@@ -401,7 +403,7 @@ def test_it_fits_a_phone_and_both_colour_schemes(visit: Visit) -> None:
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
     brightness = {}
     for scheme in ("light", "dark"):
-        visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        visit.page.emulate_media(color_scheme=scheme)
         colour = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
         brightness[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3]))
     assert brightness["dark"] < 150

@@ -14,7 +14,9 @@ from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
 from shared.errors import NonFiniteOutput, OutOfMemory
 from tests.conftest import Serve
-from tests.generator_service.test_generate import LONG, SMALL, events, metrics, pixels, steps_run
+from tests.control import ModelControl, until, until_queued
+from tests.generator_service.test_generate import SMALL, events, metrics, pixels
+from tests.memory_errors import KINDS
 
 TOLERANCE = 1e-4
 """Of final latents, whose values are around 1: float32 rounding over a run, since products of more rows are summed up
@@ -64,17 +66,18 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
     return noted
 
 
-async def drawn_behind_another(http: httpx.AsyncClient, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
-    """Answers to requests that all waited, in this order, for a picture that was being drawn."""
-    first = asyncio.create_task(http.post("/generate", json=LONG))
-    while await steps_run(http) < 2:  # noqa: ASYNC110 - the device thread has no event to wait for
-        await asyncio.sleep(0.01)
-    calls = []
-    for body in bodies:
-        calls.append(asyncio.create_task(http.post("/generate", json=body)))
-        await asyncio.sleep(0.05)  # so that they wait in this order
-    first.cancel()
-    return await asyncio.gather(*calls)
+async def drawn_behind_another(
+    http: httpx.AsyncClient, control: ModelControl, bodies: list[dict[str, Any]]
+) -> list[httpx.Response]:
+    """Answers to requests that all waited, in this order, for an image that was being generated."""
+    with control.holding():
+        calls = [asyncio.create_task(http.post("/generate", json=SMALL))]
+        await control.is_held()
+        for body in bodies:
+            calls.append(asyncio.create_task(http.post("/generate", json=body)))
+            await until_queued(http, len(calls))
+    _, *answers = await asyncio.gather(*calls)
+    return answers
 
 
 def small(seed: int, **more: Any) -> dict[str, Any]:
@@ -83,11 +86,13 @@ def small(seed: int, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.anyio
-async def test_what_fits_together_is_drawn_together(serve_generator: Serve, batches: Batches) -> None:
+async def test_what_fits_together_is_drawn_together(
+    serve_generator: Serve, model_control: ModelControl, batches: Batches
+) -> None:
     """Pictures of the same size, guidance and schedule share a run; others do not, and none is starved."""
     bodies = [small(1), small(2, guidance_scale=3.0), small(3), small(4, width=96), small(5), small(6)]
     async with serve_generator(max_batch=3) as http:
-        answers = await drawn_behind_another(http, bodies)
+        answers = await drawn_behind_another(http, model_control, bodies)
         alone = [await http.post("/generate", json=body) for body in bodies]
     assert [answer.status_code for answer in answers] == [200] * 6
     assert batches.seeds == [[1, 3, 5]]
@@ -97,10 +102,26 @@ async def test_what_fits_together_is_drawn_together(serve_generator: Serve, batc
 
 
 @pytest.mark.anyio
-async def test_it_is_off_by_default(serve_generator: Serve, batches: Batches) -> None:
+@pytest.mark.parametrize("change", [{"cache": 2}, {"height": 80}, {"guidance_scale": 2.0}], ids=str)
+async def test_what_differs_is_generated_apart(
+    serve_generator: Serve, model_control: ModelControl, change: dict[str, Any]
+) -> None:
+    """Requests with another schedule, height or guidance never share a run: each gets the image it gets alone."""
+    bodies = [small(1), small(2, **change)]
+    async with serve_generator(max_batch=2) as http:
+        alone = [await http.post("/generate", json=body) for body in bodies]
+        answers = await drawn_behind_another(http, model_control, bodies)
+    for ours, single in zip(answers, alone, strict=True):
+        assert np.array_equal(pixels(ours.content), pixels(single.content))
+        for name in ("x-schedule", "x-steps-computed"):
+            assert ours.headers[name] == single.headers[name]
+
+
+@pytest.mark.anyio
+async def test_it_is_off_by_default(serve_generator: Serve, model_control: ModelControl, batches: Batches) -> None:
     """Unless it is wanted, every picture is drawn alone."""
     async with serve_generator() as http:
-        await drawn_behind_another(http, [small(1), small(2)])
+        await drawn_behind_another(http, model_control, [small(1), small(2)])
     assert batches.seeds == []
 
 
@@ -111,11 +132,15 @@ async def test_it_is_off_by_default(serve_generator: Serve, batches: Batches) ->
     ids=["large", "with previews"],
 )
 async def test_what_is_drawn_alone(
-    serve_generator: Serve, batches: Batches, settings: dict[str, int], more: dict[str, Any]
+    serve_generator: Serve,
+    model_control: ModelControl,
+    batches: Batches,
+    settings: dict[str, int],
+    more: dict[str, Any],
 ) -> None:
     """Large pictures, and those that somebody watches, share no run."""
     async with serve_generator(max_batch=4, **settings) as http:
-        answers = await drawn_behind_another(http, [small(1, **more), small(2, **more)])
+        answers = await drawn_behind_another(http, model_control, [small(1, **more), small(2, **more)])
     assert [answer.status_code for answer in answers] == [200] * 2
     assert batches.seeds == []
 
@@ -123,28 +148,51 @@ async def test_what_is_drawn_alone(
 @pytest.mark.anyio
 @pytest.mark.parametrize("error", [OutOfMemory("too large"), NonFiniteOutput("no picture")])
 async def test_a_batch_that_fails_is_drawn_one_by_one(
-    serve_generator: Serve, batches: Batches, error: Exception
+    serve_generator: Serve, model_control: ModelControl, batches: Batches, error: Exception
 ) -> None:
     """What several pictures together cannot do harms none of them."""
     batches.fails_with = error
     async with serve_generator(max_batch=4) as http:
-        answers = await drawn_behind_another(http, [small(1), small(2)])
+        answers = await drawn_behind_another(http, model_control, [small(1), small(2)])
     assert batches.seeds == [[1, 2]]
     assert [answer.status_code for answer in answers] == [200] * 2
 
 
 @pytest.mark.anyio
-async def test_who_leaves_stops_nobody_else(serve_generator: Serve, batches: Batches) -> None:
+@pytest.mark.parametrize("kind", ["torch", "cublas", "cudnn", "compiler"])
+async def test_a_batch_that_does_not_fit_is_drawn_one_by_one(
+    serve_generator: Serve, model_control: ModelControl, batches: Batches, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whichever library has too little memory for several pictures together, each of them is delivered."""
+    alone = Flux2Model._generate
+
+    def generate(model: Flux2Model, requests: Sequence[GenerationRequest], *more: Any) -> Any:
+        if len(requests) > 1:
+            error = KINDS[kind]()
+            raise error
+        return alone(model, requests, *more)
+
+    monkeypatch.setattr(Flux2Model, "_generate", generate)
+    async with serve_generator(max_batch=4) as http:
+        answers = await drawn_behind_another(http, model_control, [small(1), small(2)])
+    assert batches.seeds == [[1, 2]]
+    assert [answer.status_code for answer in answers] == [200] * 2
+
+
+@pytest.mark.anyio
+async def test_who_leaves_stops_nobody_else(
+    serve_generator: Serve, model_control: ModelControl, batches: Batches
+) -> None:
     """A job of a batch that is cancelled is cancelled; the other's picture is finished, and all its steps are told."""
     long = small(1) | {"num_inference_steps": 60}
     async with serve_generator(max_batch=4) as http:
-        first = asyncio.create_task(http.post("/generate", json=LONG))
-        while await steps_run(http) < 2:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.01)
-        gone, stays = [(await http.post("/jobs", json=long | {"seed": seed})).json()["id"] for seed in (1, 2)]
-        first.cancel()
-        while not batches.seeds:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.01)
+        with model_control.holding():
+            first = asyncio.create_task(http.post("/generate", json=SMALL))
+            await model_control.is_held()
+            gone, stays = [(await http.post("/jobs", json=long | {"seed": seed})).json()["id"] for seed in (1, 2)]
+            await until_queued(http, 3)
+        assert (await first).status_code == 200
+        await until(lambda: batches.seeds != [])
         await http.delete(f"/jobs/{gone}")
         told = events((await http.get(f"/jobs/{stays}/events")).text)
         assert (await http.get(f"/jobs/{gone}")).json()["status"] == "cancelled"

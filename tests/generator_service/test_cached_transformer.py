@@ -1,5 +1,7 @@
 """The transformer's stand-in: what it relies on, and how it fails."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from generator_service.lemica import (
     ScheduleMismatch,
     Signature,
     TimeEmbeddings,
+    Trace,
     TransformerMismatch,
     check_transformer,
 )
+from generator_service.lemica.predictor import Snapshot
 
 
 class Tiny(nn.Module):
@@ -161,6 +165,31 @@ def test_hooks_are_gone_after_a_failure() -> None:
         cached(**{**inputs(), "hidden_states": torch.zeros(1, 6, 5)})
     assert not tiny.x_embedder._forward_hooks
     assert not tiny.norm_out._forward_pre_hooks
+
+
+@dataclass(frozen=True)
+class Recalls:
+    """A predictor that reuses the newest feature and notes how many there were to choose from."""
+
+    name: str = "recalls"
+    trace: Trace = "residual"
+    num_past: int = 2
+    counts: list[int] = field(default_factory=list)
+
+    def predict(self, past: Sequence[Snapshot], step: int, sigma: float) -> torch.Tensor:
+        """The newest one."""
+        self.counts.append(len(past))
+        return past[-1].value
+
+
+@torch.no_grad()
+def test_only_the_features_that_can_be_used_are_kept() -> None:
+    """Of many computed steps only the features of the last ``num_past`` stay in memory."""
+    predictor = Recalls()
+    cached = CachedTransformer(Tiny(), replace(schedule(9, *range(8)), predictor=predictor), 6)
+    for _ in range(9):
+        cached(**inputs())
+    assert predictor.counts == [2]
 
 
 def test_noise_levels_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from generator_service.cost import CostModel
 from generator_service.engine.worker import Batching, ImageWork, Worker
-from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.performance import Performance
 from shared.compilation import num_compilations
 from shared.device_thread import DeviceThread
+from shared.errors import NonFiniteOutput
 from shared.metrics import Metrics
 from shared.report import ignore
 from tests.generator_service.test_lora import adapter_file
@@ -63,6 +65,12 @@ def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPa
     return model
 
 
+def difference(picture: GeneratedPicture, other: GeneratedPicture) -> int:
+    """The largest of all pixels' values."""
+    ours, theirs = (np.asarray(each.image, dtype=int) for each in (picture, other))
+    return int(abs(ours - theirs).max())
+
+
 def worker_of(model: Flux2Model, batching: Batching = BATCHING) -> Worker:
     """A worker for ``model``, cold."""
     return Worker(model, DeviceThread(), CostModel(), Metrics(), batching)
@@ -92,9 +100,10 @@ def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: Back
 
 
 def test_a_size_is_compiled_once(compiled: Flux2Model, backend: Backend) -> None:
-    """At start two kinds of blocks and the decoder are compiled for each size, and the blocks for all others."""
+    """At start two kinds of blocks and the decoder are compiled for each size, and once more for all others."""
     assert compiled.performance.optimisations == {"compile", "vae"}
-    assert backend.graphs == 2 * 3 + 2 + 2  # once for a single picture and once for several
+    blocks = 2 * 2 + 2 + 2  # for all others, once for a single picture and once for several
+    assert backend.graphs - blocks - 2 in {1, 2}  # on some CPUs, convolutions of small inputs are other operations
 
 
 @pytest.mark.usefixtures("nothing_compiles")
@@ -108,19 +117,23 @@ def test_the_device_thread_runs_what_another_compiled(compiled: Flux2Model, back
 
 @pytest.mark.usefixtures("nothing_compiles")
 def test_other_sizes_run_compiled_blocks_too(compiled: Flux2Model, backend: Backend, demo: Flux2Model) -> None:
-    """A picture of a size that was not named at start uses the blocks for any size."""
+    """A picture of a size that was not named at start uses the blocks and the decoder for any size."""
     before = backend.runs
     request = wanted(2, side=OTHER_SIDE)
-    assert torch.equal(compiled.generate(request).latents, demo.generate(request).latents)
-    assert backend.runs == before + 6 * 2
+    picture, plain = compiled.generate(request), demo.generate(request)
+    assert torch.equal(picture.latents, plain.latents)
+    assert difference(picture, plain) <= 1
+    assert backend.runs == before + 6 * 2 + 1
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-@pytest.mark.parametrize("rows", [2, 3])
-def test_batches_run_compiled_blocks_too(compiled: Flux2Model, backend: Backend, demo: Flux2Model, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "side"), [(2, SIDE), (3, SIDE), (2, OTHER_SIDE)])
+def test_batches_run_compiled_blocks_too(
+    compiled: Flux2Model, backend: Backend, demo: Flux2Model, rows: int, side: int
+) -> None:
     """However many pictures share a run, it uses the blocks for several; each is decoded as if it were alone."""
     before = backend.runs
-    requests = [wanted(2, seed=seed) for seed in range(rows)]
+    requests = [wanted(2, seed=seed, side=side) for seed in range(rows)]
     latents = [picture.latents for picture in compiled.generate_batch(requests)]
     assert backend.runs == before + 6 * 2 + rows
     assert all(map(torch.equal, latents, [picture.latents for picture in demo.generate_batch(requests)]))
@@ -175,6 +188,58 @@ def test_adapters_do_not_stay_in_the_way(compiled: Flux2Model, backend: Backend)
     assert backend.runs == before + 6 * 4 + 1
     assert torch.equal(plain.latents, again.latents)
     assert not torch.equal(plain.latents, inked.latents)
+
+
+class BadDecoderBackend(Backend):
+    """One that cannot compile a decoder, or compiles it wrongly."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        """As ``torch.compile`` calls a backend."""
+        run = super().__call__(graph, inputs)
+        if not any("conv2d" in str(node.target) for node in graph.graph.nodes):
+            return run
+        if self.fault == "fails":
+            raise RuntimeError("no valid kernel for convolution")
+        return lambda *args: [torch.full_like(output, float("nan")) for output in run(*args)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("fails", "RuntimeError: no valid kernel"), ("gives NaN", "ArithmeticError: its output is not finite")],
+)
+def test_a_decoder_that_cannot_be_compiled_runs_uncompiled(demo: Flux2Model, fault: str, reason: str) -> None:
+    """The blocks stay compiled, the picture is right from the first one on, and it is said why."""
+    backend = BadDecoderBackend(fault)
+    model = loaded("compile", "vae", backend=backend)
+    model.prepare(wanted(2))
+    assert model.performance.optimisations == {"compile", "vae"}
+    assert "the decoder could not be compiled" in str(model.performance)
+    assert reason in str(model.performance)
+    before = backend.runs
+    picture, plain = model.generate(wanted(2)), demo.generate(wanted(2))
+    assert backend.runs == before + 6 * 2
+    assert torch.equal(picture.latents, plain.latents)
+    assert difference(picture, plain) <= 1
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_a_decoder_that_gives_no_numbers_is_refused(compiled: Flux2Model, demo: Flux2Model) -> None:
+    """If the decoder gives NaN compiled or not, there is no picture; what is compiled is kept."""
+    for model in (compiled, demo):
+        bias = model._parts.vae.decoder.conv_out.bias
+        before = bias.clone()
+        bias[0] = float("nan")
+        try:
+            with pytest.raises(NonFiniteOutput, match="decoder"):
+                model.generate(wanted(2))
+        finally:
+            bias.copy_(before)
+    assert compiled.performance.left_out == ()
+    assert torch.equal(compiled.generate(wanted(2)).latents, demo.generate(wanted(2)).latents)
 
 
 @pytest.mark.parametrize("fails_at", ["compiling", "running"])

@@ -77,6 +77,23 @@ def test_an_adapter_changes_its_picture_and_no_other(model: Flux2Model) -> None:
     assert torch.equal(drawn(model, Adapter("ink", 0.0)), plain)
 
 
+def test_an_adapter_of_the_noise_level_counts_at_every_step(tmp_path: Path, demo: Flux2Model) -> None:
+    """An adapter may change how noise levels are embedded: what was embedded without it is not used with it.
+
+    The image is the one of a model that never ran without the adapter, also at its reused steps.
+    """
+    layers = ("time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.guidance_embedder.linear_2")
+    adapter_file(tmp_path / "dusk.safetensors", demo, modules=layers)
+    fresh, used = (
+        Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, tmp_path) for _ in range(2)
+    )
+    plain = drawn(used)
+    with_adapter = drawn(used, Adapter("dusk"))
+    assert torch.equal(with_adapter, drawn(fresh, Adapter("dusk")))
+    assert not torch.equal(with_adapter, plain)
+    assert torch.equal(drawn(used), plain)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_it_is_what_the_library_makes_of_it(model: Flux2Model, folder: Path) -> None:
     """The pixels are those of ``Flux2Pipeline`` with the same adapters and scales."""
@@ -160,6 +177,20 @@ async def test_over_http(serve_generator: Serve, folder: Path, tmp_path: Path) -
     ]
     assert (bad.status_code, bad.json()["error"]["param"]) == (422, "lora")
     assert (openai.status_code, openai.json()["error"]["param"]) == (422, "lora")
+
+
+@pytest.mark.anyio
+async def test_a_negative_scale_is_not_a_positive_one(serve_generator: Serve, folder: Path, tmp_path: Path) -> None:
+    """A scale below 0 is applied and recorded as it was sent."""
+    scales, images, records = (0.5, -0.5, -4), [], []
+    async with serve_generator(lora_dir=folder) as http:
+        for scale in scales:
+            answer = await http.post("/generate", json=SMALL | {"lora": [{"name": "ink", "scale": scale}]})
+            images.append(pixels(answer.content).tobytes())
+            (tmp_path / "image.png").write_bytes(answer.content)
+            records.append(read_provenance(tmp_path / "image.png").lora)
+    assert len(set(images)) == len(scales)
+    assert records == [[{"name": "ink", "scale": scale}] for scale in scales]
 
 
 @pytest.mark.anyio

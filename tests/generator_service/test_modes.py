@@ -1,8 +1,11 @@
 """``GET /modes``: what a picture takes in each cache mode."""
 
+from typing import Any
+
 import pytest
 
 from tests.conftest import Serve
+from tests.control import ModelControl
 from tests.generator_service.test_generate import SMALL
 
 pytestmark = pytest.mark.anyio
@@ -47,7 +50,7 @@ async def test_the_defaults_are_those_of_the_service(serve_generator: Serve) -> 
         ({"depth": 3}, "depth", "depth: Extra inputs are not permitted"),
     ],
 )
-async def test_bad_input_is_refused(serve_generator: Serve, query: dict[str, object], param: str, detail: str) -> None:
+async def test_bad_input_is_refused(serve_generator: Serve, query: dict[str, Any], param: str, detail: str) -> None:
     """422 as of ``/generate``, with the field to blame."""
     async with serve_generator() as http:
         refused = await http.get("/modes", params=query)
@@ -63,9 +66,10 @@ async def test_a_key_is_wanted(serve_generator: Serve) -> None:
         assert (await http.get("/modes", headers={"Authorization": "Bearer secret"})).status_code == 200
 
 
-async def test_nothing_is_drawn_for_it(serve_generator: Serve) -> None:
+async def test_nothing_is_drawn_for_it(serve_generator: Serve, model_control: ModelControl) -> None:
     """It takes no place in the queue: it answers also where the queue is full."""
     async with serve_generator(max_waiting=1) as http:
-        jobs = [await http.post("/jobs", json=SMALL | {"num_inference_steps": 100}) for _ in range(2)]
-        assert (await http.get("/modes")).status_code == 200
-    assert [job.status_code for job in jobs] == [202, 202]
+        with model_control.holding():
+            jobs = [await http.post("/jobs", json=SMALL) for _ in range(3)]
+            assert (await http.get("/modes")).status_code == 200
+    assert [job.status_code for job in jobs] == [202, 202, 429]

@@ -1,15 +1,20 @@
 """Blocks in host memory, each on the device while it is needed. Here host and device are the same."""
 
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry
 from diffusers.hooks.group_offloading import ModuleGroup
 
 from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
+from generator_service.pipelines import offload
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
-from generator_service.pipelines.offload import ALIGNMENT, gather_weights
+from generator_service.pipelines.offload import ALIGNMENT, HOOK, gather_weights, offload_blocks
 from generator_service.pipelines.performance import PROFILES, Performance
 from shared.model_folder import ModelFolder
 from tests.conftest import CPU, Serve
@@ -88,6 +93,27 @@ def test_weights_of_a_block_are_gathered() -> None:
     assert after["0.weight"].untyped_storage().nbytes() == sum(
         -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT for parameter in after.values()
     )
+
+
+def test_weights_are_freed_when_the_gpu_has_used_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a block the host waits until the GPU has computed it, so that no more than two blocks are ever there."""
+    events: list[str] = []
+    copying, computing = (SimpleNamespace(synchronize=partial(events.append, name)) for name in ("copy", "compute"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: copying)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # PyTorch without CUDA cannot
+    monkeypatch.setattr(offload, "gather_weights", lambda _block, *, is_pinned: events.append(f"pinned {is_pinned}"))
+    transformer = torch.nn.Module()
+    transformer.transformer_blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    transformer.single_transformer_blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    offload_blocks(transformer, torch.device("cuda", 0))
+    block: Any = next(transformer.transformer_blocks.children())
+    kept = block.weight.data
+    events.clear()
+    block.weight.data = torch.ones(2, 2)  # as if it had been copied there
+    HookRegistry.check_if_exists_or_initialize(block).get_hook(HOOK).post_forward(block, None)
+    assert events == ["compute"]
+    assert block.weight.data_ptr() == kept.data_ptr()
 
 
 def test_a_reused_step_moves_nothing(offloaded: Flux2Model, moves: Moves) -> None:

@@ -1,6 +1,7 @@
 """Optimisations on the demo model: what they compile and when, and that pictures stay what they are."""
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.performance import PROFILES, Performance
 from generator_service.settings import Optimisation
+from shared.compilation import num_compilations
 from shared.model_folder import ModelFolder
 from tests.conftest import CPU
 
@@ -69,6 +71,22 @@ def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
     assert "compile" in model.performance.optimisations
     torch.testing.assert_close(prepared.latents, demo.generate(wanted(2)).latents, atol=TOLERANCE, rtol=0)
     assert torch.equal(prepared.latents, model.generate(wanted(2)).latents)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, in its compiler
+def test_really_compiled_code_serves_other_sizes(demo: Flux2Model) -> None:
+    """Blocks and decoder, compiled once for any size, give another size's picture without compiling again."""
+    model = loaded("compile", "vae")
+    model.prepare(replace(wanted(2), width=128, height=64), "any")
+    before = num_compilations()
+    ours, plain = (each.generate(wanted(2, side=OTHER_SIDE)) for each in (model, demo))
+    assert num_compilations() == before
+    assert model.performance.left_out == ()
+    torch.testing.assert_close(ours.latents, plain.latents, atol=TOLERANCE, rtol=0)
+    pixels = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8).int() for p in (ours, plain)]
+    assert (pixels[0] - pixels[1]).abs().max() <= 1
 
 
 def test_joined_projections_replace_the_separate_ones() -> None:

@@ -185,7 +185,12 @@ async def test_references_are_not_decoded_for_a_full_queue(
     """An edit in JSON is refused before its images are decoded."""
     decoded: list[bool] = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda *args, **options: (decoded.append(True), real(*args, **options))[1])
+
+    def counted(*args: Any, **options: Any) -> Image.Image:
+        decoded.append(True)
+        return real(*args, **options)
+
+    monkeypatch.setattr(Image, "open", counted)
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     body = small(1, images=[base64.b64encode(buffer.getvalue()).decode()])

@@ -9,7 +9,9 @@ from typer.testing import CliRunner, Result
 from demo_model.services import WEIGHTS
 from generator_service.calibrate import where_to_keep
 from generator_service.cli import app
-from generator_service.lemica import ErrorGraph, Schedule, load_schedules
+from generator_service.lemica import Calibration, ErrorGraph, Schedule, load_schedules
+from generator_service.pipelines.flux2 import Flux2Model
+from tests.memory_errors import KINDS
 
 
 def run(*arguments: object) -> Result:
@@ -82,6 +84,24 @@ def test_what_keeps_the_runs_is_checked(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "--keep: nowhere is neither a device, such as cpu, nor a folder" in result.output
     assert run("calibrate", *options, "--keep", tmp_path, "--seeds", 1, "-o", tmp_path / "graph.json").exit_code == 0
+
+
+@pytest.mark.parametrize("method", [(Flux2Model, "record"), (Calibration, "measure")])
+def test_too_little_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[type, str]
+) -> None:
+    """Runs, or a batch beside them, that do not fit end the command with what to change."""
+    (tmp_path / "prompts.txt").write_text("a red square")
+    options = ("--model", WEIGHTS, "--prompts", tmp_path / "prompts.txt", "--steps", 4, "--size", "64x64", "--seeds", 1)
+
+    def run_out(*_: object, **__: object) -> None:
+        error = KINDS["cublas"]()
+        raise error
+
+    monkeypatch.setattr(*method, run_out)
+    result = run("calibrate", *options, "-o", tmp_path / "graph.json")
+    assert result.exit_code == 1
+    assert "smaller --batch, or --keep cpu" in result.output
 
 
 @pytest.mark.parametrize(("free", "kept_on"), [(100, "cuda:1"), (99, "cpu")])

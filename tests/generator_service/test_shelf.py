@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,15 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
         load_schedules(tmp_path / "x.json")
 
 
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    """A file of a later version is refused by its version, even if its schedules look like those of this one."""
+    FAST.save(tmp_path / "x.json")
+    data = json.loads((tmp_path / "x.json").read_text())
+    (tmp_path / "x.json").write_text(json.dumps(data | {"format": "lemica-schedules/2"}))
+    with pytest.raises(ScheduleMismatch, match="has format 'lemica-schedules/2', not lemica-schedules/1"):
+        load_schedules(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("name", ["", "x" * 65, "nacht\u2013zug", "a;b", "two\nlines"])
 def test_a_name_fits_into_a_header(name: str) -> None:
     """A schedule's name is short plain text, since it is sent in a header."""
@@ -86,7 +96,7 @@ def test_names_and_numbers_mean_calibrated_schedules_where_they_fit() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_schedule_is_never_used_for_something_else(change: dict[str, object]) -> None:
+def test_a_schedule_is_never_used_for_something_else(change: dict[str, Any]) -> None:
     """Another model, length, size, guidance, task or dtype gets the published list; a name is refused with why."""
     wanted = replace(MADE_FOR, **change)
     assert SHELF.find("fast", wanted).source in ("published", "resampled")
@@ -94,6 +104,16 @@ def test_a_schedule_is_never_used_for_something_else(change: dict[str, object]) 
         SHELF.find("night", wanted)
     with pytest.raises(ScheduleMismatch, match="calibrated"):
         SHELF.cheapest_within(1.0, wanted)
+
+
+@pytest.mark.parametrize("name", ["image_tokens", "guidance_scale", "task", "dtype"])
+def test_what_is_unknown_does_not_match(name: str) -> None:
+    """A run of which something is unknown is not taken for one that the schedule was calibrated for."""
+    unknown: dict[str, Any] = {name: None}
+    wanted = replace(MADE_FOR, **unknown)
+    assert SHELF.find("fast", wanted).source == "published"
+    with pytest.raises(ScheduleMismatch, match=f"made for {name}"):
+        SHELF.find("night", wanted)
 
 
 def test_library_versions_do_not_matter() -> None:

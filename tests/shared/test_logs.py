@@ -55,7 +55,7 @@ async def test_an_id_goes_through_both_services(serve_generator: Serve, caplog: 
     """The client's id comes back, stands in every line of both services, and the prompt in none."""
     seen: list[tuple[str, str]] = []
     handler = logging.Handler()
-    handler.emit = lambda made: seen.append((request_id.get(), made.getMessage()))  # type: ignore[method-assign]
+    handler.emit = lambda made: seen.append((request_id.get(), made.getMessage()))  # type: ignore[method-assign, assignment]
     logging.getLogger("flux2").addHandler(handler)
     caplog.set_level(logging.INFO, "flux2")
     try:

@@ -1,5 +1,8 @@
 """Which environment variables a setting is read from."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ import torch
 from generator_service.settings import GeneratorSettings
 from shared.errors import ModelRefused
 from text_encoder_service.settings import TextEncoderSettings
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_common_names_of_the_environment_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +56,20 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         GeneratorSettings(device="cuda").torch_device()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert GeneratorSettings(device="cuda:1").torch_device() == torch.device("cuda:1")
+
+
+def test_settings_need_no_torch(tmp_path: Path) -> None:
+    """Settings are read and profiles are chosen where torch cannot be imported, so that a check can name it."""
+    code = """
+import sys
+sys.modules["torch"] = None
+from generator_service.pipelines.performance import Machine, choose
+from generator_service.settings import GeneratorSettings
+from text_encoder_service.settings import TextEncoderSettings
+print(choose(GeneratorSettings().performance, Machine("cpu")).profile, TextEncoderSettings().profile_on((9, 0)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "exact fast\n", "")

@@ -140,6 +140,12 @@ def test_hostile_payloads_are_refused(kind: str) -> None:
     assert not os.path.exists("pwned")  # noqa: PTH110 - the simplest question
 
 
+def test_the_code_of_hostile_payloads_would_be_seen() -> None:
+    """Unpickled without a guard, the code in them leaves a file: where there is none it did not run."""
+    assert pickle.loads(pickle.dumps(RunsCode())) == 0
+    assert os.path.exists("pwned")  # noqa: PTH110 - as above
+
+
 def test_mutations_are_refused_or_harmless() -> None:
     """Of 20 000 damaged payloads each is refused by WireError, or is the tensor that was sent."""
     rng = random.Random(0)

@@ -30,6 +30,7 @@ def reference(folder: Path, prompts: list[str], dtype: torch.dtype) -> torch.Ten
     """The library's, with the whole text encoder."""
     pipeline = Flux2Pipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
     with torch.no_grad():
+        embeddings: torch.Tensor
         embeddings, _ = pipeline.encode_prompt(prompts, max_sequence_length=32, text_encoder_out_layers=(1, 2, 3))
     return embeddings
 

@@ -14,6 +14,7 @@ from demo_model.services import WEIGHTS
 from shared.compilation import compile_parts, num_compilations
 from shared.errors import OutOfMemory
 from tests.conftest import Serve
+from tests.memory_errors import KINDS
 from tests.text_encoder_service.test_encoder import PROMPTS, TOLERANCES, encoder
 from text_encoder_service import fast_layers
 from text_encoder_service.encoder import MistralEncoder
@@ -42,7 +43,8 @@ def fast_encoder(
 
 def refuse_uncompiled() -> AbstractContextManager[None]:
     """Within the block it is an error to run what was not compiled before."""
-    return torch.compiler.set_stance("fail_on_recompile")
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("fail_on_recompile")
+    return stance
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -114,11 +116,13 @@ def test_what_is_compiled_wrongly_is_not_served(
     assert torch.equal(ours.encode(PROMPTS)[0].tensor, encoder(weights).encode(PROMPTS)[0].tensor)
 
 
-def test_batches_that_do_not_fit_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["torch", "triton", "compiler"])
+def test_batches_that_do_not_fit_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Too little memory for the largest batch is one line that names the setting, before anything is served."""
 
     def run_out(*_: object) -> None:
-        raise torch.OutOfMemoryError
+        error = KINDS[kind]()
+        raise error
 
     monkeypatch.setattr(FastLayers, "_run", run_out)
     with pytest.raises(OutOfMemory, match="TEXT_ENCODER_MAX_BATCH"):

@@ -12,7 +12,7 @@ from shared.model_folder import ModelFolder, read_prompt_format
 from tests.text_encoder_service.test_encoder import CPU, PROMPTS
 from text_encoder_service.encoder import MistralEncoder
 from text_encoder_service.fast_layers import FastLayers
-from text_encoder_service.quantisation import Weights
+from text_encoder_service.settings import Weights
 
 ERROR = 0.05
 """int8 was measured on prompts of the demo's world: up to 0.006 in float32, 0.011 in bfloat16; others fare worse."""

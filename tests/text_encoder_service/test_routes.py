@@ -2,14 +2,15 @@
 
 import asyncio
 import io
-import time
 from collections.abc import AsyncIterator
 
 import pytest
 import torch
 from safetensors.torch import load
+from transformers import MistralModel, PreTrainedTokenizerBase
 
 from tests.conftest import Serve
+from tests.control import exchange
 
 pytestmark = pytest.mark.anyio
 
@@ -36,6 +37,29 @@ async def test_a_list_gives_a_row_each(serve_encoder: Serve) -> None:
     assert batch.shape == (3, 32, 384)
     assert torch.allclose(batch[1:2], single, atol=1e-4)
     assert torch.equal(batch[0], batch[2])
+
+
+async def test_similar_prompts_are_different_prompts(serve_encoder: Serve) -> None:
+    """An embedding is kept for exactly its prompt; asked for again, each prompt gives its own."""
+    prompts = ["a red circle", "a red circle, a blue square", "a Red circle", "a red  circle"]
+    async with serve_encoder() as http:
+        first, again = [
+            [(await http.post("/predict", json={"prompt": prompt})).content for prompt in prompts] for _ in range(2)
+        ]
+        metrics = (await http.get("/metrics")).text
+    assert first[0] != first[1]
+    assert first == again
+    assert f'flux2_embedding_cache_total{{result="miss"}} {float(len(prompts))}' in metrics
+
+
+async def test_a_body_that_is_declared_too_large_is_not_read(serve_encoder: Serve) -> None:
+    """The declared length is enough to refuse a body: 413 comes before its first byte does."""
+    async with (
+        serve_encoder(max_body_bytes=1000) as http,
+        exchange(http, "/predict", None, headers={"content-length": "1001"}) as client,
+    ):
+        problem = await client.read_until(b"}", within_s=10)
+    assert b"payload_too_large" in problem
 
 
 async def test_safetensors_on_request(serve_encoder: Serve) -> None:
@@ -93,15 +117,14 @@ async def test_a_body_that_is_no_json_is_400(serve_encoder: Serve) -> None:
     assert [r.json()["code"] for r in (broken, unknown, wrong)] == ["malformed_body", "not_found", "method_not_allowed"]
 
 
-async def test_a_huge_prompt_never_reaches_the_tokenizer(serve_encoder: Serve) -> None:
-    """10 MB of prompt are refused as too large in under 100 ms."""
+async def test_a_huge_prompt_never_reaches_the_tokenizer(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 MB of prompt are refused as too large; a prompt that is only too long is refused without tokenizing it."""
     async with serve_encoder() as http:
-        body = b'{"prompt": "' + b"x" * 10_000_000 + b'"}'
-        began = time.monotonic()
-        response = await http.post("/predict", content=body, headers={"content-type": "application/json"})
-        seconds = time.monotonic() - began
-    assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
-    assert seconds < 0.1
+        monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", None)
+        huge = await http.post("/predict", json={"prompt": "x" * 10_000_000})
+        long = await http.post("/predict", json={"prompt": "x" * 20_001})
+    assert (huge.status_code, huge.json()["code"]) == (413, "payload_too_large")
+    assert (long.status_code, long.json()["error"]["param"]) == (422, "prompt")
 
 
 async def test_a_body_without_a_length_is_limited_while_it_is_read(serve_encoder: Serve) -> None:
@@ -141,6 +164,23 @@ async def test_prompts_that_find_no_place_are_refused_together(serve_encoder: Se
     assert (refused.status_code, refused.json()["code"]) == (429, "busy")
     assert "retry-after" in refused.headers
     assert "flux2_queue_depth 0.0" in metrics
+    assert after.status_code == 200
+
+
+async def test_a_batch_that_does_not_fit_is_oom(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without enough memory is 503 ``oom``, not to be retried, without CUDA's own words; later prompts work."""
+
+    def too_large(*_args: object, **_kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
+
+    async with serve_encoder() as http:
+        with monkeypatch.context() as small_gpu:
+            small_gpu.setattr(MistralModel, "forward", too_large)
+            refused = await http.post("/predict", json={"prompt": ["a", "b"]})
+        after = await http.post("/predict", json={"prompt": ["a", "b"]})
+    assert (refused.status_code, refused.json()["code"]) == (503, "oom")
+    assert refused.headers["x-should-retry"] == "false"
+    assert "0x7f" not in refused.text
     assert after.status_code == 200
 
 

@@ -5,18 +5,20 @@ import io
 import json
 import random
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from generator_service.pipelines.flux2 import Flux2Model
 from tests.conftest import Serve, Times
+from tests.control import ModelControl, until, until_queued
 from tests.generator_service.test_generate import events, metrics, steps_run
+from tests.memory_errors import KINDS
 
 pytestmark = pytest.mark.anyio
 
@@ -29,36 +31,32 @@ def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    """Return once ``condition`` gives true."""
-    async with asyncio.timeout(60):
-        while not await condition():  # noqa: ASYNC110 - as a client would
-            await asyncio.sleep(0.01)
-
-
 real = Flux2Model.generate
 
 
-def without_memory_at_step_7(model: Flux2Model, request: Any, on_step: Any, previews: Any) -> Any:
+def without_memory_at_step_7(error: Callable[[], Exception]) -> Callable[..., Any]:
     """``Flux2Model.generate`` on a device that is too small."""
 
-    def fail(step: int, is_computed: bool) -> None:
-        on_step(step, is_computed)
-        if step == 7:
-            raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
+    def generate(model: Flux2Model, request: Any, on_step: Any, previews: Any) -> Any:
+        def fail(step: int, is_computed: bool) -> None:
+            on_step(step, is_computed)
+            if step == 7:
+                raise error()
 
-    return real(model, request, fail, previews)
+        return real(model, request, fail, previews)
+
+    return generate
 
 
 async def test_a_picture_that_does_not_fit_harms_no_other(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch, times: Times
 ) -> None:
-    """Out of memory at step 7 is 503 ``oom``, not to be tried again, and the next picture is right, each time."""
+    """Out of memory at step 7, of any kind, is 503 ``oom``, and the next picture is right, each time."""
     async with serve_generator() as http:
         expected = pixels((await http.post("/generate", json=SMALL)).content)
-        for seed in range(times(5, 100)):
+        for seed, error in zip(range(times(len(KINDS), 100)), cycle(KINDS.values()), strict=False):
             with monkeypatch.context() as broken:
-                broken.setattr(Flux2Model, "generate", without_memory_at_step_7)
+                broken.setattr(Flux2Model, "generate", without_memory_at_step_7(error))
                 refused = await http.post("/generate", json=SMALL | {"seed": seed, "width": 96})
             assert (refused.status_code, refused.json()["code"]) == (503, "oom")
             assert refused.headers["x-should-retry"] == "false"
@@ -76,44 +74,30 @@ async def test_no_false_alarm(serve_generator: Serve, times: Times, caplog: pyte
     assert "finite" not in caplog.text
 
 
-async def test_what_has_no_time_left_does_not_start(serve_generator: Serve) -> None:
+async def test_what_has_no_time_left_does_not_start(serve_generator: Serve, model_control: ModelControl) -> None:
     """Of 20 requests that may wait a moment behind a long one none is begun, and each is told so with 504."""
     async with serve_generator(max_waiting=20) as http:
         await http.post("/generate", json=SMALL)
-        begun = await steps_run(http)
-        long = asyncio.create_task(http.post("/generate", json=LONG | {"width": 256, "height": 256}))
-
-        async def is_drawing() -> bool:
-            return await steps_run(http) > begun
-
-        await until(is_drawing)
-        late = await asyncio.gather(*(http.post("/generate", json=SMALL | {"deadline_ms": 100}) for _ in range(20)))
-        assert not long.done()
+        with model_control.holding():
+            long = asyncio.create_task(http.post("/generate", json=SMALL))
+            await model_control.is_held()
+            late = await asyncio.gather(*(http.post("/generate", json=SMALL | {"deadline_ms": 100}) for _ in range(20)))
+            assert not long.done()
         assert (await long).status_code == 200
-        drawn = (await metrics(http))['flux2_stage_seconds_count{stage="denoise"}']
+        generated = (await metrics(http))['flux2_stage_seconds_count{stage="denoise"}']
     assert [(answer.status_code, answer.json()["code"]) for answer in late] == [(504, "deadline_exceeded")] * 20
-    assert drawn == 2
+    assert generated == 2
 
 
-async def test_a_flood_is_turned_away(serve_generator: Serve) -> None:
-    """Of 200 requests at once 9 are drawn, one after the other, and 191 are told at once when to come back."""
-    clock = asyncio.get_running_loop().time
-    refused_after: list[float] = []
-
+async def test_a_flood_is_turned_away(serve_generator: Serve, model_control: ModelControl) -> None:
+    """Of 200 requests at once 9 are generated, one after the other; 191 are refused before the first of them ends."""
     async with serve_generator(max_waiting=8) as http:
-
-        async def ask(seed: int) -> httpx.Response:
-            answer = await http.post("/generate", json=LONG | {"seed": seed, "num_inference_steps": 20})
-            if answer.status_code == 429:
-                refused_after.append(clock() - began)
-            return answer
-
-        began = clock()
-        answers = await asyncio.gather(*map(ask, range(200)))
-        finished = clock() - began
+        with model_control.holding():
+            calls = [asyncio.create_task(http.post("/generate", json=SMALL | {"seed": seed})) for seed in range(200)]
+            await until(lambda: sum(call.done() for call in calls) == 191)
+        answers = await asyncio.gather(*calls)
     assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429] * 191
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
-    assert max(refused_after) < finished / 2  # at once: not after what was drawn meanwhile
 
 
 async def test_those_who_leave_take_nothing_with_them(generator_url: str, times: Times) -> None:
@@ -137,10 +121,7 @@ async def test_those_who_leave_take_nothing_with_them(generator_url: str, times:
         for first in range(0, times(20, 500), 4):
             await asyncio.gather(*(leave(first + k) for k in range(4)))
 
-        async def is_idle() -> bool:
-            return (await metrics(http))["flux2_queue_depth"] == 0
-
-        await until(is_idle)
+        await until_queued(http, 0)
         begun = await steps_run(http)
         assert np.array_equal(pixels((await http.post("/generate", json=SMALL)).content), expected)
         assert await steps_run(http) - begun <= SMALL["num_inference_steps"] + 2
@@ -149,11 +130,11 @@ async def test_those_who_leave_take_nothing_with_them(generator_url: str, times:
 async def test_a_stream_that_fails_ends_with_its_problem(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure in mid-run ends the stream with what went wrong, never with a picture."""
+    """A failure in mid-run, in all three attempts, ends the stream with what went wrong, never with a picture."""
     async with serve_generator() as http:
-        monkeypatch.setattr(Flux2Model, "generate", without_memory_at_step_7)
+        monkeypatch.setattr(Flux2Model, "generate", without_memory_at_step_7(KINDS["torch"]))
         told = events((await http.post("/generate", json=SMALL, headers={"Accept": "text/event-stream"})).text)
-    assert [name for name, _ in told] == ["step"] * 8 + ["error"]
+    assert [name for name, _ in told] == ["step"] * 8 * 3 + ["error"]
     assert told[-1][1]["code"] == "oom"
 
 
@@ -192,9 +173,6 @@ async def test_a_client_that_leaves_before_the_first_byte_takes_nothing_with_it(
         with pytest.raises(OSError, match="has left"):
             await app(scope, receive, send)
 
-        async def is_idle() -> bool:
-            return (await metrics(http))["flux2_queue_depth"] == 0
-
-        await until(is_idle)
+        await until_queued(http, 0)
         assert await steps_run(http) - before < 50  # of 100
         assert (await http.post("/generate", json=SMALL)).status_code == 200

@@ -74,11 +74,13 @@ def test_no_end_truncates_a_picture(times: Times) -> None:
     for _ in range(times(1, 100)):
         with process("generator_service", free_port()) as (service, url), ThreadPoolExecutor(3) as clients:
             asked = [clients.submit(ask, url) for _ in range(3)]
+            wait_for(lambda url=url: "\nflux2_queue_depth 0.0\n" not in httpx.get(f"{url}/metrics").text)
             time.sleep(rng.uniform(0, 1.5))
             service.send_signal(signal.SIGTERM)
             assert service.wait(PATIENCE_S) == 0
             for client in asked:
                 client.result()
+    assert len(whole) >= times(1, 100)  # at least the one that was being generated
     assert all(np.array_equal(picture, whole[0]) for picture in whole)
 
 
@@ -104,7 +106,7 @@ def test_the_generator_survives_its_encoder(times: Times) -> None:
                 refused.append(ask(next(prompts)))
                 took.append(time.perf_counter() - began)
             assert set(refused) == {503}
-            assert statistics.median(took) < 0.1
+            assert statistics.median(took) < 0.5  # less than the waits between attempts: it is not asked
             assert ask("known") == 200  # its embedding was kept
         assert generator.poll() is None
 

@@ -1,5 +1,6 @@
 """Clients without a key, and clients that send too much."""
 
+import json
 import logging
 import re
 import time
@@ -57,18 +58,22 @@ async def test_strangers_reach_nothing_but_health(
 
 @pytest.mark.parametrize("route", ["/generate", "/jobs", "/v1/images/generations"])
 async def test_a_huge_prompt_costs_nothing(serve_generator: Serve, route: str) -> None:
-    """10 MB of prompt are refused in less than 100 ms, and are not kept."""
+    """10 MB of prompt are refused in a small multiple of the time that reading them as JSON takes, and are not kept."""
     body = b'{"prompt": "%s"}' % HUGE.encode()
     async with serve_generator() as http:
-        before, took = psutil.Process().memory_info().rss, []
-        for _ in range(3):
+        before = psutil.Process().memory_info().rss
+        refusing, reading = [], []
+        for _ in range(5):
             began = time.perf_counter()
+            json.loads(body)
+            read = time.perf_counter()
             answer = await http.post(route, content=body, headers={"content-type": "application/json"})
-            took.append(time.perf_counter() - began)
+            reading.append(read - began)
+            refusing.append(time.perf_counter() - read)
             assert answer.status_code in (413, 422)
             assert len(answer.content) < 2000
         assert psutil.Process().memory_info().rss - before < 50 * 2**20
-    assert min(took) < 0.1
+    assert min(refusing) < 50 * min(reading)
 
 
 async def test_a_wrong_key_takes_no_time_to_refuse(serve_generator: Serve) -> None:

@@ -26,7 +26,7 @@ class Computations(TorchDispatchMode):
         super().__init__()
         self._names = names
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation; one whose result is a view of its argument computes nothing."""
         schema = func._schema
         is_view = any(result.alias_info and not result.alias_info.is_write for result in schema.returns)

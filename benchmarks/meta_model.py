@@ -1,0 +1,164 @@
+"""The service's own model on the meta device, where tensors have sizes but neither values nor memory.
+
+``Flux2Model`` runs there as it is, from a request to an image, at full size on any machine; ``benchmarks.memory``
+counts what its tensors would take. Three things differ from a GPU. A value that the code reads is zero. Attention is
+one kernel that never holds the matrix of all pairs of tokens, where PyTorch has none for meta tensors. And 8-bit
+layers are stored and computed as torchao's compiled ones are, since torchao cannot compile for this device.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.synthetic import empty_parts
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.parts import Parts
+from generator_service.pipelines.performance import PROFILES, Performance
+from generator_service.pipelines.quantisation import is_suited
+from shared.model_folder import ModelFolder
+
+aten = torch.ops.aten
+META = torch.device("meta")
+CPU = torch.device("cpu")
+APPLIED = frozenset({"fused_qkv", "vae"})
+"""Optimizations that Flux2Model applies on this device; the others do not change which tensors are alive."""
+
+
+class ReadAsZero(TorchDispatchMode):
+    """Within it a value that is read from a meta tensor is zero, where PyTorch would raise."""
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Every operation."""
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].is_meta:  # noqa: SLF001 - of Tensor.item()
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == CPU:  # noqa: SLF001 - Tensor.cpu()
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return func(*args, **kwargs)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Within it attention over meta tensors takes what PyTorch's memory-efficient kernel takes: its result.
+
+    FlashAttention and cuDNN's kernel keep a number for each row beside it. A mask is neglected: it has no heads.
+    """
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Every function of PyTorch."""
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = args[:3] or (kwargs["query"], kwargs["key"], kwargs["value"])
+        bias, has_row_sums = None, False
+        return aten._scaled_dot_product_efficient_attention(query, key, value, bias, has_row_sums)[0]  # noqa: SLF001
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer as ``quantise_blocks`` leaves it: 8-bit weights with a scale for each row.
+
+    Its input is rounded to 8 bits with a scale for each token by one kernel, as compiled code does it.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        assert layer.bias is None
+        self.register_buffer("weight", layer.weight.to(torch.float8_e4m3fn))
+        self.register_buffer("scale", layer.weight.new_empty(layer.out_features, 1, dtype=torch.float32))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        rows = hidden.flatten(0, -2).to(torch.float8_e4m3fn)
+        scales = hidden.new_empty(len(rows), 1, dtype=torch.float32)
+        product = torch._scaled_mm(  # noqa: SLF001 - what torchao calls
+            rows, self.weight.t(), scale_a=scales, scale_b=self.scale.t(), out_dtype=hidden.dtype
+        )
+        output: torch.Tensor = product.unflatten(0, hidden.shape[:-1])
+        return output
+
+
+class MetaModel(Flux2Model):
+    """The service's model; only the places of square images' tokens, which are values, are known without reading."""
+
+    def _pipeline(self, transformer: Any, scheduler: Any) -> Any:
+        pipeline = super()._pipeline(transformer, scheduler)
+        pipeline._unpack_latents_with_ids = unpack_square  # noqa: SLF001 - on this object alone
+        return pipeline
+
+
+def unpack_square(tokens: torch.Tensor, _ids: torch.Tensor) -> torch.Tensor:
+    """``[B, tokens, C]`` to ``[B, C, side, side]``, in new memory as diffusers does it."""
+    side = int(tokens.shape[1] ** 0.5)
+    squares: torch.Tensor = tokens.transpose(1, 2).unflatten(2, (side, side)).contiguous()
+    return squares
+
+
+def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) -> MetaModel:
+    """The service's model of a folder's architecture. Run it ``on_meta``.
+
+    Args:
+        path: the folder, whose weights are not read.
+        profile: one that keeps all weights on the GPU.
+        dtype: of the weights.
+    """
+    folder = ModelFolder(path.name, "local", path)
+    performance = Performance(profile, PROFILES[profile] & APPLIED)
+    with on_meta():
+        model = MetaModel.load(folder, META, dtype, performance=performance, read=read_no_weights)
+    if "fp8" in PROFILES[profile]:
+        store_in_fp8(model.parts.transformer)
+    return model
+
+
+def read_no_weights(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
+) -> Parts:
+    """The parts on the meta device; a ``PartsReader``."""
+    del device, transformer_device
+    return empty_parts(folder.path, dtype)
+
+
+def store_in_fp8(transformer: Any) -> None:
+    """Replace the linear layers of the blocks that ``quantise_blocks`` would quantize."""
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        for name, module in list(block.named_modules()):
+            if is_suited(module):
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, Fp8Linear(module))
+
+
+@contextmanager
+def on_meta(*, is_attention_fused: bool = True) -> Iterator[None]:
+    """Within the block models on the meta device run.
+
+    Args:
+        is_attention_fused: False: attention holds the matrix of all pairs of tokens, as PyTorch's fallback does.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(ReadAsZero())
+        if is_attention_fused:
+            stack.enter_context(FusedAttention())
+        yield
+
+
+def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters and buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def num_bytes(*modules: nn.Module) -> int:
+    """What the parameters and buffers of modules take."""
+    return sum(tensor.nbytes for module in modules for tensor in tensors_of(module))

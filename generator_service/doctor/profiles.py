@@ -1,0 +1,188 @@
+"""The performance profiles that would be chosen, and what compiling them needs."""
+
+import getpass
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from generator_service.doctor.check import Check, failed, ok, one_line, skipped, warning
+from generator_service.doctor.host import Host, existing_folder
+from generator_service.doctor.libraries import Attention, Gpu, Libraries
+from generator_service.doctor.model import Model
+from generator_service.pipelines.performance import Machine, Performance, choose
+from generator_service.settings import GeneratorSettings
+from shared.settings import ServiceSettings
+from text_encoder_service.settings import TextEncoderSettings
+
+C_COMPILERS = ("cc", "gcc", "clang")
+CXX_COMPILERS = ("c++", "g++", "clang++")
+INSTALL_COMPILER = "install one: apt install gcc g++ libc6-dev; the images have what they need"
+INSTALL_TORCHAO = "pip install -c constraints.txt '.[quantization]'"
+RUNS_UNCOMPILED = "the services would run uncompiled"
+TEXT_TOKENS = 512
+"""Text tokens that attention is measured with, as in ``pipelines.flux2``."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def machine_of(gpu: Gpu | None) -> Machine:
+    """The ``Machine`` of a GPU, or of the CPU (None)."""
+    if gpu is None:
+        return Machine("cpu")
+    return Machine("cuda", gpu.capability, find_spec("torchao") is not None, gpu.total_bytes)
+
+
+def dtype_of(settings: ServiceSettings, gpu: Gpu | None) -> str:
+    """The dtype of a service's weights, ``auto`` resolved."""
+    return settings.dtype if settings.dtype != "auto" else "bfloat16" if gpu else "float32"
+
+
+def choose_generator_profile(settings: GeneratorSettings, gpu: Gpu | None, weight_bytes: int) -> Performance:
+    """What the generator would choose when it loads the model."""
+    return choose(
+        settings.performance,
+        machine_of(gpu),
+        weight_bytes=weight_bytes,
+        without=settings.performance_without,
+        has_adapters=settings.lora_dir is not None,
+    )
+
+
+def check_generator_profile(settings: GeneratorSettings, gpu: Gpu | None, performance: Performance) -> Iterator[Check]:
+    """The generator's profile and the reason for it."""
+    name = "generator profile"
+    detail = f"GENERATOR_PERFORMANCE={settings.performance}: {performance}"
+    if settings.performance == "auto":
+        detail += f"; {_why(performance.profile, gpu)}"
+    if "offload" in performance.optimisations and settings.lora_dir is not None:
+        fix = "unset GENERATOR_LORA_DIR, or choose another GENERATOR_PERFORMANCE"
+        yield failed(name, f"{detail}; LoRA adapters cannot be applied to offloaded blocks", fix)
+    elif settings.performance not in {"auto", performance.profile}:
+        fix = INSTALL_TORCHAO if "torchao" in str(performance) else "see what is left out"
+        yield warning(name, detail, fix)
+    else:
+        yield ok(name, detail)
+
+
+def _why(profile: str, gpu: Gpu | None) -> str:
+    if gpu is None:
+        return "chosen because the CPU is used"
+    if profile == "offload":
+        return f"chosen because {gpu.total_bytes / 1e9:.0f} GB cannot hold the weights and what a large image needs"
+    has = f"chosen because the GPU has compute capability {gpu.capability_text}"
+    return f"{has} and holds the weights" if profile == "fast" else f"{has}, and bfloat16 needs 8.0"
+
+
+def attention_to_measure(settings: GeneratorSettings, model: Model) -> Attention | None:
+    """The attention that the generator would choose a kernel for, if it runs on a GPU; None: it would choose none."""
+    if settings.device == "cpu" or settings.performance in {"exact", "offload"}:
+        return None
+    index = settings.device.removeprefix("cuda:")
+    config, side = model.configs.get("transformer", {}), model.configs.get("vae", {}).get("sample_size", 1024)
+    return Attention(
+        gpu=int(index) if index.isdigit() else 0,
+        heads=int(config.get("num_attention_heads", 48)),
+        head_dim=int(config.get("attention_head_dim", 128)),
+        num_tokens=(int(side) // model.pixels_per_token) ** 2 + TEXT_TOKENS,
+        dtype="bfloat16" if settings.dtype == "auto" else settings.dtype,
+    )
+
+
+def check_attention(performance: Performance, gpu: Gpu | None, libraries: Libraries) -> Iterator[Check]:
+    """The attention kernels that run here, and the one that would be used."""
+    name = "attention"
+    lines = "; ".join(one_line(line) for line in libraries.attention_lines)
+    if "attention" not in performance.optimisations:
+        yield ok(name, f"native, PyTorch's own choice: the profile {performance.profile} measures no others")
+    elif gpu is None:
+        yield ok(name, "native, the only one for a CPU")
+    elif libraries.attention:
+        yield ok(name, f"{libraries.attention} is chosen by measurement: {lines}")
+    else:
+        fix = "see the checks of torch and diffusers, and what else uses the GPU"
+        yield warning(name, f"it could not be measured here: {lines or 'the libraries are not usable'}", fix)
+
+
+def check_encoder_profile(settings: TextEncoderSettings, gpu: Gpu | None) -> Iterator[Check]:
+    """How the text encoder runs, and whether its weights can be stored as they are asked for."""
+    name = "text encoder profile"
+    profile = settings.profile_on(gpu.capability if gpu else None)
+    where = f"compute capability {gpu.capability_text}" if gpu else "the CPU"
+    detail = f"TEXT_ENCODER_PERFORMANCE={settings.performance}: {profile} on {where}, weights {settings.weights}"
+    if settings.weights != "full" and find_spec("torchao") is None:
+        yield failed(name, f"{detail}, which need torchao", INSTALL_TORCHAO)
+    elif settings.weights == "int4" and (gpu is None or dtype_of(settings, gpu) != "bfloat16"):
+        yield failed(name, f"{detail}, which need a GPU and bfloat16", "set TEXT_ENCODER_WEIGHTS to full or int8")
+    else:
+        yield ok(name, detail)
+
+
+def check_compiler(host: Host, libraries: Libraries, *, is_compiled: bool, has_gpu: bool) -> Iterator[Check]:
+    """A C compiler and Python's headers, with which Triton builds its launcher; for a CPU, a C++ compiler."""
+    name = "compiler"
+    if not is_compiled:
+        yield skipped(name, "nothing is compiled with these profiles")
+        return
+    variable, candidates = ("CC", C_COMPILERS) if has_gpu else ("CXX", CXX_COMPILERS)
+    given = host.environ.get(variable, "").split()
+    found = next(filter(None, map(host.which, given[:1] or candidates)), None)
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if found is None:
+        sought = f"{variable}={given[0]}" if given else " or ".join(candidates)
+        yield warning(name, f"{sought} is not on PATH: {RUNS_UNCOMPILED}", INSTALL_COMPILER)
+    elif not header.exists():
+        fix = f"install Python's headers: apt install python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        yield warning(name, f"{found}, but {header} is missing: {RUNS_UNCOMPILED}", fix)
+    else:
+        yield ok(name, found)
+    if has_gpu and sys.platform == "linux" and libraries.cuda:
+        if find_spec("triton") is None:
+            yield warning("triton", f"it is not installed: {RUNS_UNCOMPILED}", "install torch again from PyPI")
+        else:
+            yield ok("triton", "installed")
+
+
+def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    """Where compiled code is kept, as PyTorch and Triton find it."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid_{os.getuid()}"
+    inductor = Path(environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir(), f"torchinductor_{user}"))
+    triton = Path(environ.get("TRITON_CACHE_DIR") or inductor / "triton")
+    return {"TORCHINDUCTOR_CACHE_DIR": inductor, "TRITON_CACHE_DIR": triton}
+
+
+def check_caches(host: Host, *, is_compiled: bool) -> Iterator[Check]:
+    """Whether compiled code can be kept over a restart."""
+    name = "compile cache"
+    if not is_compiled:
+        yield skipped(name, "nothing is compiled with these profiles")
+        return
+    for variable, folder in cache_folders(host.environ).items():
+        existing = existing_folder(folder)
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            fix = f"set {variable} to a folder that this user may write to: every start compiles for minutes otherwise"
+            yield warning(name, f"{variable}: {folder} cannot be written to", fix)
+            continue
+        kept = "" if host.environ.get(variable) else ", which may be emptied when the machine starts"
+        yield ok(name, f"{variable}: {folder} can be written to{kept}")
+
+
+def check_allocator(host: Host, *, has_gpu: bool) -> Iterator[Check]:
+    """PyTorch's allocator: without expandable segments a nearly full GPU runs out of memory earlier."""
+    name = "allocator"
+    given = {variable: host.environ[variable] for variable in ALLOCATOR if host.environ.get(variable)}
+    detail = ", ".join(f"{variable}={value}" for variable, value in given.items()) or f"{ALLOCATOR[0]} is not set"
+    fix = f"set {ALLOCATOR[0]}=expandable_segments:True"
+    if not has_gpu:
+        yield skipped(name, f"no service uses a GPU; {detail}")
+    elif len(set(given.values())) > 1:
+        yield warning(name, f"{detail}: they differ", f"{fix} and unset {ALLOCATOR[1]}")
+    elif "expandable_segments:true" not in detail.lower():
+        yield warning(name, f"{detail}: image sizes that change leave gaps in the GPU's memory", fix)
+    else:
+        yield ok(name, detail)

@@ -1,0 +1,244 @@
+"""The counting of memory, and what the committed count says."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.architectures import FULL, TINY
+from benchmarks.drawing import Shape
+from benchmarks.language_model import empty_model
+from benchmarks.memory import (
+    CASES,
+    SCHEDULE,
+    Case,
+    Peaks,
+    counted,
+    offloaded,
+    request,
+    workspace,
+)
+from benchmarks.memory_tables import CARDS, GIB, fitting, needs, verdicts
+from benchmarks.meta_model import META, Fp8Linear, meta_model, num_bytes, on_meta
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.report import RESULTS
+from benchmarks.synthetic import Source, empty_parts
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.parts import Parts
+from generator_service.pipelines.performance import WORKING_BYTES
+from generator_service.pipelines.quantisation import quantise_blocks
+from generator_service.settings import GeneratorSettings
+from tests.benchmarks.resized import resized
+from tests.conftest import CPU
+from text_encoder_service.settings import TextEncoderSettings
+
+PROFILES = ("exact", "fast", "fastest", "offload")
+
+
+@pytest.fixture(scope="module")
+def committed() -> Any:
+    """The count of FLUX.2 [dev]."""
+    return json.loads((RESULTS / "memory-flux2-dev.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full_parts() -> Parts:
+    """FLUX.2 [dev] without memory."""
+    return empty_parts(FULL, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Flux2Model]:
+    """A small model of the same architecture, on the CPU."""
+    with Source(TINY, device="cpu").model("exact") as model:
+        yield model
+
+
+@pytest.fixture
+def few_blocks(tmp_path: Path) -> Path:
+    """FLUX.2 [dev] with one block of each kind: they run in turn, so that more hold nothing more at once."""
+    return resized(FULL, tmp_path / "few", transformer={"num_layers": 1, "num_single_layers": 1})
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's allocator had given out at once while ``work`` ran, by PyTorch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    recorded = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]")
+    now, peak = 0, 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+def tracked_peak(work: Callable[[], object], module: nn.Module, *inputs: torch.Tensor, **options: Any) -> int:
+    """The same by ``PeakMemory``."""
+    memory = PeakMemory(CPU, **options)
+    memory.add([*module.parameters(), *module.buffers(), *inputs])
+    before = memory.take_peak()
+    with memory:
+        work()
+    return memory.take_peak() - before
+
+
+def test_memory_is_counted_until_it_is_freed() -> None:
+    """Views and changes in place take nothing; what is freed is gone; the peak begins anew when it is asked for."""
+    memory = PeakMemory(CPU)
+    with memory:
+        first = torch.zeros(1000)
+        first[10:].add_(1)
+        assert memory.num_bytes == memory.take_peak() == 4000
+        second = first + 1
+        del first, second
+        assert memory.num_bytes == 0
+        assert memory.take_peak() == 8000
+        assert memory.take_peak() == 0
+        torch.zeros(7, device=META)
+    assert memory.take_peak() == 0, "another device is not counted"
+
+
+@torch.no_grad()
+def test_a_step_takes_what_the_allocator_gives_out(tiny: Flux2Model) -> None:
+    """The count for a transformer's step on a CPU is, within 2 %, what PyTorch's own allocator reports."""
+    inputs = {
+        "hidden_states": torch.zeros(1, 1024, 32),
+        "encoder_hidden_states": torch.zeros(1, 16, 96),
+        "timestep": torch.zeros(1),
+        "guidance": torch.zeros(1),
+        "img_ids": torch.zeros(1, 1024, 4),
+        "txt_ids": torch.zeros(1, 16, 4),
+    }
+
+    def step() -> None:
+        tiny.parts.transformer(**inputs)
+
+    step()  # what is kept from the first run is no part of a step
+    counted_bytes = tracked_peak(step, tiny.parts.transformer, *inputs.values())
+    assert counted_bytes == pytest.approx(allocated_peak(step), rel=0.02)
+
+
+@torch.no_grad()
+def test_copies_of_convolutions_are_allowed_for(tiny: Flux2Model) -> None:
+    """Decoding takes more than its tensors, since convolutions copy maps; the allowance for that is enough."""
+    latents = torch.zeros(1, 8, 32, 32)
+
+    def decode() -> None:
+        tiny.parts.vae.decode(latents)
+
+    decode()
+    without = tracked_peak(decode, tiny.parts.vae, latents)
+    allowed = tracked_peak(decode, tiny.parts.vae, latents, workspace=workspace)
+    assert without <= allocated_peak(decode) <= allowed
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_meta_tensors_are_alive_as_long_as_those_of_a_cpu(tiny: Flux2Model, num_images: int) -> None:
+    """The service's model on the meta device takes, within 1 %, what it takes on a CPU for the same request."""
+    case = Case(Shape(256), num_images)
+    peaks = []
+    for model, device in ((tiny, CPU), (meta_model(TINY, "exact", torch.float32), META)):
+        memory = PeakMemory(device)
+        memory.add(t for part in (model.parts.transformer, model.parts.vae) for t in part.state_dict().values())
+        before = memory.take_peak()
+        requests = [request(case, TINY, model.dtype)] * num_images
+        if device == META:
+            with on_meta(), memory:
+                model.generate_batch(requests)
+        else:
+            with memory:
+                model.generate_batch(requests)
+        peaks.append(memory.take_peak() - before)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+
+
+@pytest.mark.parametrize("profile_name", ["exact", "fast", "fastest"])
+@pytest.mark.parametrize("case", [Case(Shape(1024, 1)), Case(Shape(512), 4)], ids=str)
+def test_the_committed_count_is_what_the_code_does(
+    committed: Any, profile_name: str, case: Case, few_blocks: Path
+) -> None:
+    """The committed phases of a run at full size are, to the byte, what the code takes now."""
+    (row,) = (
+        row for row in committed["generator"]["rows"] if (row["profile"], row["image"]) == (profile_name, str(case))
+    )
+    peaks = counted(few_blocks, profile_name, case)
+    assert peaks == Peaks(*(row[phase] for phase in ("references", "step", "predicted_step", "decode")))
+
+
+def test_the_committed_weights_are_those_of_the_configurations(committed: Any, full_parts: Parts) -> None:
+    """64.4 GB in the transformer, 34.7 GB in 30 layers of the text encoder, in bfloat16; 64 GiB are pinned."""
+    weights = committed["generator"]["weights"]
+    everything = num_bytes(full_parts.transformer, full_parts.vae)
+    assert weights["exact"] == weights["fast"] == {"running": everything, "loading": everything, "host": 0}
+    assert weights["offload"] == offloaded(full_parts)
+    assert weights["offload"]["host"] == 64 * GIB
+    assert num_bytes(full_parts.transformer) == pytest.approx(64.4e9, rel=1e-3)
+    assert committed["encoder"]["weights"] == num_bytes(empty_model(FULL).language_model)
+    assert committed["encoder"]["weights"] == pytest.approx(34.7e9, rel=1e-3)
+    assert weights["fastest"]["running"] < 0.52 * everything, "a byte for most weights, and their scales"
+
+
+def test_the_default_limits_are_right_for_80_gb(committed: Any) -> None:
+    """An image with as many tokens as the defaults admit fits 80 GB under every profile, and the encoder's batches."""
+    largest = max((case for case in CASES if case.num_images == 1), key=num_tokens)
+    assert num_tokens(largest) == GeneratorSettings().max_image_tokens
+    for name in PROFILES:
+        assert list(verdicts(needs(committed, name)))[list(CARDS).index("80 GB")] == "all"
+    assert committed["encoder"]["batches"][-1]["batch"] == TextEncoderSettings().max_batch
+    assert committed["encoder"]["batches"][-1]["total"] <= CARDS["80 GB"] * GIB
+
+
+def num_tokens(case: Case) -> int:
+    """In the transformer, of one image with its references."""
+    return case.shape.num_image_tokens(16)
+
+
+def test_auto_leaves_room_for_the_default_size(committed: Any) -> None:
+    """A card for which ``auto`` keeps the weights on the GPU has room for an image of 1024x1024 beside them."""
+    running = committed["generator"]["weights"]["fast"]["running"]
+    assert needs(committed, "fast")["1024x1024"] - running <= WORKING_BYTES
+
+
+def test_predictors_keep_three_features() -> None:
+    """The run that is counted keeps as many cached features as any predictor, and ends with a reused step."""
+    assert SCHEDULE.predictor.num_past == 3
+    assert not SCHEDULE.is_computed(SCHEDULE.num_steps - 1)
+    model = meta_model(TINY, "exact")
+    steps: list[bool] = []
+    with on_meta():
+        model.generate(
+            request(Case(Shape(64)), TINY, model.dtype), lambda _step, is_computed: steps.append(is_computed)
+        )
+    assert steps == [True, True, True, True, False]
+
+
+def test_eight_bit_layers_are_stored_as_torchao_stores_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers that stand in for torchao's take the same bytes, layer by layer."""
+    pytest.importorskip("torchao", reason="the extra quantization is not installed")
+    import torchao.float8.inference as support  # noqa: PLC0415 - an extra
+
+    monkeypatch.setattr(support, "is_MI300", lambda: True)  # its check wants a GPU
+    theirs = empty_parts(TINY, torch.bfloat16).transformer
+    quantise_blocks(theirs)
+    ours = meta_model(TINY, "fastest")
+    replaced = [name for name, module in ours.parts.transformer.named_modules() if isinstance(module, Fp8Linear)]
+    assert replaced
+    for name in set(replaced) & {name for name, _ in theirs.named_modules()}:  # the others are fused
+        weight = theirs.get_submodule(name).weight
+        inner, _ = weight.__tensor_flatten__()
+        stored = sum(getattr(weight, part).nbytes for part in inner)
+        assert num_bytes(ours.parts.transformer.get_submodule(name)) == stored
+
+
+def test_a_card_holds_all_or_a_part_or_nothing() -> None:
+    """Of a card that cannot hold everything the largest part is named that it can hold."""
+    needed = {"small": 20 * GIB, "large": 40 * GIB, "huge": 80 * GIB}
+    assert list(verdicts(needed)) == ["small", "small", "small", "large", "large", "all", "all"]
+    assert list(verdicts({"huge": 200 * GIB})) == ["no"] * len(CARDS)
+    assert fitting(needed, "48 GB") == ["small", "large"]

@@ -1,0 +1,111 @@
+"""What the files of a request say about how they were made, over HTTP."""
+
+import base64
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from generator_service.imaging import Provenance, read_provenance
+from shared.wire import dump_safetensors
+from tests.conftest import Serve
+from tests.generator_service.test_generate import SMALL, STREAM, events, pixels
+from tests.generator_service.test_references import as_text, file_of, picture
+from tests.generator_service.test_upsampler import BETTER, ChatModel, completion
+
+pytestmark = pytest.mark.anyio
+
+JSON = {"Accept": "application/json"}
+
+
+def record_of(data: bytes, folder: Path) -> Provenance:
+    """The record in an image file."""
+    (folder / "image").write_bytes(data)
+    return read_provenance(folder / "image")
+
+
+async def test_a_file_repeats_its_request(serve_generator: Serve, tmp_path: Path) -> None:
+    """Every parameter that the image depends on is in its file, the computed steps included."""
+    body: dict[str, Any] = SMALL | {"guidance_scale": 2.5, "cache": 2, "height": 80}
+    async with serve_generator() as http:
+        answer = await http.post("/generate", json=body)
+    record = record_of(answer.content, tmp_path)
+    assert {name: getattr(record, name) for name in body} == body
+    assert record.computed_steps == [0, 3]
+    assert record.schedule == answer.headers["x-schedule"]
+    assert (record.model, record.revision, record.performance) == ("weights", "local", "exact")
+
+
+async def test_the_guidance_is_used(serve_generator: Serve) -> None:
+    """``guidance_scale`` changes the image."""
+    async with serve_generator() as http:
+        images = [
+            pixels((await http.post("/generate", json=SMALL | {"guidance_scale": scale})).content)
+            for scale in (1.0, 8.0)
+        ]
+    assert not np.array_equal(images[0], images[1])
+
+
+async def test_an_edit_names_its_references(serve_generator: Serve, tmp_path: Path) -> None:
+    """The file holds the SHA-256 of each reference image's file in their order, which also decides the image."""
+    files = [file_of(picture()), file_of(picture(96, 96), "JPEG")]
+    async with serve_generator() as http:
+        answers = [
+            await http.post("/generate", json=SMALL | {"images": [as_text(data) for data in ordered]})
+            for ordered in (files, files[::-1])
+        ]
+    hashes = [hashlib.sha256(data).hexdigest() for data in files]
+    records = [record_of(answer.content, tmp_path) for answer in answers]
+    assert [record.references_sha256 for record in records] == [hashes, hashes[::-1]]
+    assert not np.array_equal(pixels(answers[0].content), pixels(answers[1].content))
+
+
+async def test_a_rewritten_prompt_is_that_of_every_image(serve_generator: Serve, tmp_path: Path) -> None:
+    """Of several images each is generated from the rewritten prompt, and says so in its headers and in its file."""
+    model = ChatModel(lambda: httpx.Response(200, content=completion(BETTER)))
+    body = SMALL | {"upsample_prompt": True, "num_images": 3}
+    async with serve_generator(httpx.MockTransport(model), upsampler_url="http://chat/v1") as http:
+        images = (await http.post("/generate", json=body, headers=JSON)).json()["images"]
+    assert len(images) == 3
+    assert len({image["x-revised-prompt"] for image in images}) == 1
+    assert {record_of(base64.b64decode(image["image"]), tmp_path).prompt for image in images} == {BETTER}
+    assert len(model.asked) == 1
+
+
+async def test_an_embedding_is_named_by_its_hash(serve_generator: Serve, tmp_path: Path) -> None:
+    """Where no prompt was given the file holds the SHA-256 of the embedding's float32 values instead."""
+    embedding = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    body = SMALL | {"prompt_embeds": as_text(dump_safetensors(embedding))}
+    del body["prompt"]
+    async with serve_generator() as http:
+        record = record_of((await http.post("/generate", json=body)).content, tmp_path)
+    assert record.prompt is None
+    assert record.prompt_embeds_sha256 == hashlib.sha256(embedding.float().numpy().tobytes()).hexdigest()
+
+
+async def test_a_preview_says_what_it_is(serve_generator: Serve) -> None:
+    """Previews are marked as AI generated, as images are."""
+    body = SMALL | {"num_inference_steps": 8, "previews": 2}
+    async with serve_generator() as http:
+        streamed = await http.post("/generate", json=body, headers=STREAM)
+    files = [base64.b64decode(data["image"]) for name, data in events(streamed.text) if name == "preview"]
+    descriptions = [Image.open(io.BytesIO(data)).getexif()[ExifTags.Base.ImageDescription] for data in files]
+    assert descriptions == ["AI generated"] * 2
+
+
+@pytest.mark.parametrize("image_format", ["jpeg", "webp"])
+async def test_the_compression_is_used(serve_generator: Serve, image_format: str) -> None:
+    """A lower ``output_compression`` makes a smaller file; without it the quality is 95."""
+    body = SMALL | {"output_format": image_format}
+    async with serve_generator() as http:
+        sizes = [
+            len((await http.post("/generate", json=body | quality)).content)
+            for quality in ({"output_compression": 10}, {"output_compression": 95}, {})
+        ]
+    assert sizes[0] < sizes[1] == sizes[2]
