@@ -79,7 +79,7 @@ def app_around(
             shelf = await asyncio.to_thread(open_shelf, settings, studio.engine.card)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
             app.state.generator = GeneratorState(settings, studio.engine, shelf, jobs, studio.embedding_shape, pool)
-            app.state.health.start_serving(studio.ready)
+            app.state.health.start_serving(studio.ready, studio.engine.close)
             yield
             jobs.close()
 

@@ -71,6 +71,9 @@ class ImageGenerator(Protocol):
     def submit(self, orders: Sequence[Order], permit: Permit, *, is_followed: bool) -> Generation:
         """As ``Engine.submit``."""
 
+    def close(self) -> None:
+        """As ``Engine.close``."""
+
 
 @dataclass(frozen=True)
 class Runtime:
