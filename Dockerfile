@@ -1,8 +1,8 @@
 # Both services: `--target text-encoder` and `--target generator`. One file, because everything up to torch is the same,
 # and layers that are the same are stored and sent once.
 
-# What the tests run with. Any Debian-based Python from 3.11 will do; pin it harder with python@sha256:...
-ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+# What the tests run with, for every platform. Any other Debian-based Python from 3.11 will do.
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
 # Empty. A folder of wheels takes its place with --build-context wheels=FOLDER: for hosts that have no package index.
 FROM scratch AS wheels

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak test-docker test-cluster test-slow check format train clean weights up down logs
+.PHONY: help install demo serve test soak test-docker test-ray test-cluster test-slow mutants check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# An extra has a venv of its own, which sees what .venv has: what `make test` runs with never depends on what ran before.
+.venv-%/.installed: $(STAMP)
+	@echo "installing the extra $* into .venv-$* (once)"
+	@$(BIN)/python -m venv .venv-$*
+	@.venv-$*/bin/python tests/layered_venv.py $(BIN)/python
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
 demo: install ## make one picture in five cache modes, with the demo model, on any machine
@@ -35,13 +43,17 @@ soak: install ## the tests of tests/threats in their long forms (most of an hour
 test-docker: install ## run the containers for real, where a Docker engine can be reached
 	@$(BIN)/python -m pytest -q -m docker tests/docker
 
-test-cluster: install ## run both services on a simulated Ray cluster, and kill its nodes
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
-	@$(BIN)/python -m pytest -q -s -m cluster tests/cluster
+test-ray: .venv-ray/.installed ## test what needs Ray, but no cluster
+	@.venv-ray/bin/python -m pytest -q tests/deploy tests/test_kubernetes.py
 
-test-slow: install ## compile for real, compute in 8 bits (installs torchao), run every benchmark at a tiny size
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantization]'
-	@$(BIN)/python -m pytest -q -m slow
+test-cluster: .venv-ray/.installed ## run both services on a simulated Ray cluster, and kill its nodes
+	@.venv-ray/bin/python -m pytest -q -s -m cluster tests/cluster
+
+test-slow: .venv-quantization/.installed ## compile for real, compute in 8 bits, run every benchmark at a tiny size
+	@.venv-quantization/bin/python -m pytest -q -m slow
+
+mutants: install ## make mistakes in copies of the code, one at a time: the tests must notice each (half an hour at most)
+	@$(BIN)/python -m tests.mutants
 
 check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
 	$(BIN)/ruff format --check .
@@ -72,4 +84,4 @@ logs: ## follow the containers' logs
 	docker compose --profile '*' logs --follow --tail 100
 
 clean: ## remove what these targets made
-	rm -rf .venv demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-ray .venv-quantization demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

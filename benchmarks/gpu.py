@@ -14,14 +14,14 @@ travel as wheels, 14 MB. Where there is a network (here for Python 3.12 on x86-6
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
         -c constraints.txt -d wheels annotated-types cache-dit cachetools diffusers fastapi importlib-metadata \
         lazy-importer opentelemetry-api pydantic pydantic-core pydantic-settings python-dotenv python-multipart \
-        starlette torchao typing-inspection
+        sse-starlette stamina starlette tenacity torchao typing-inspection
 
 and on the machine::
 
     pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site python -m benchmarks.gpu --out FOLDER
 
-Where they are missing too, add accelerate, httpx, httpcore, lazy-loader, nvidia-ml-py, peft, pillow,
+Where they are missing too, add accelerate, filelock, httpx, httpcore, lazy-loader, nvidia-ml-py, peft, pillow,
 prometheus-client, psutil, rich, scikit-image, scipy and what these need.
 """
 
@@ -43,6 +43,7 @@ NEEDED = (
     "cachetools",
     "diffusers",
     "fastapi",
+    "filelock",
     "httpx",
     "peft",
     "prometheus_client",
@@ -52,8 +53,10 @@ NEEDED = (
     "rich",
     "safetensors",
     "skimage",
+    "sse_starlette",
+    "stamina",
 )
-"""Without these nothing runs."""
+"""Without these nothing runs: the models are loaded by the services' own functions, which import what they need."""
 WANTED = ("cache_dit", "pynvml", "torchao")
 """Without these some ways, the energy, or a profile are left out."""
 ROOT = Path(__file__).parents[1]

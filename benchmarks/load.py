@@ -1,9 +1,11 @@
 """Many clients at once, over HTTP, against a bare loop over the pipeline: ``python -m benchmarks.load``.
 
-Both services run with the demo model as processes of their own. The bare loop is over diffusers' pipeline with the same
-schedule, size and steps. It and the clients take turns, since machines are not equally fast all the time; the median
+Both services run with the demo model as processes of their own, with OpenMP's settings as ``make serve`` has them
+unless others are named. The bare loop is over diffusers' pipeline with the same schedule, size and steps, in a process
+with OpenMP's defaults. It and the clients take turns, since machines are not equally fast all the time; the median
 ratio of pictures a second, those of a turn over those of the two loops around it, says what the service costs.
-Clients that are refused with 429 come back when they were told. Prints a card and, last, one JSON line.
+``benchmarks.overhead`` compares several settings and sizes, for one client. Clients that are refused with 429 come back
+when they were told. Prints a card and, last, one JSON line.
 """
 
 import argparse
@@ -19,14 +21,13 @@ from typing import Any
 
 import httpx
 import psutil
-import torch
-from diffusers import Flux2Pipeline
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bare_pipeline import BarePipeline
 from benchmarks.card import machine_card, show
-from demo_model.services import WEIGHTS, Services, running_services
-from generator_service.lemica import CachedTransformer, schedule_for
+from benchmarks.openmp import HELP, openmp_settings, resolved
+from demo_model.services import Services, running_services
 
 PROMPTS = [f"a {size} red circle on a {color} background" for size in ("small", "large") for color in ("white", "blue")]
 MEMORY_EVERY_S = 1.0
@@ -52,33 +53,6 @@ class Load:
     def pictures_per_s(self) -> float:
         """Throughput."""
         return len(self.latencies_s) / self.seconds
-
-
-class BareLoop:
-    """The same pictures as the clients', one after the other, without any service."""
-
-    def __init__(self, body: dict[str, Any]) -> None:
-        loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
-        self._parts = loaded.components
-        self._embeds = torch.zeros(1, 32, self._parts["transformer"].config.joint_attention_dim)
-        self._schedule = schedule_for(body["cache"], body["num_inference_steps"])
-        self._size = {"width": body["width"], "height": body["height"]}
-        self._draw()  # the first one also pays for what happens once
-
-    def pictures_per_s(self, seconds: float) -> float:
-        """How many it draws a second."""
-        count, began = 0, time.perf_counter()
-        while (taken := time.perf_counter() - began) < seconds:
-            self._draw()
-            count += 1
-        return count / taken
-
-    def _draw(self) -> None:
-        parts = self._parts
-        transformer = CachedTransformer(parts["transformer"], self._schedule, scheduler=parts["scheduler"])
-        pipeline = Flux2Pipeline(**{**parts, "transformer": transformer})
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline(prompt_embeds=self._embeds, num_inference_steps=self._schedule.num_steps, **self._size)
 
 
 async def client(http: httpx.AsyncClient, body: dict[str, Any], load: Load, until: float) -> None:
@@ -148,9 +122,27 @@ def summary(load: Load, rates: list[float], bare: list[float], batch: int) -> di
     }
 
 
-def main() -> None:
-    """Measure and print."""
+def take_turns(args: argparse.Namespace, body: dict[str, Any], load: Load) -> tuple[list[float], list[float]]:
+    """Images a second of each turn of the clients, and of the bare loop before, between and after them."""
+    rates: list[float] = []
+    with BarePipeline() as pipeline, running_services(openmp=args.settings) as services:
+
+        def bare_rate() -> float:
+            seconds = pipeline.run(body, seconds=args.bare_seconds)
+            return len(seconds) / sum(seconds)
+
+        pipeline.run(body, most=1)  # the first one also pays for what happens once
+        bare = [bare_rate()]
+        for _ in range(args.turns):
+            rates.append(asyncio.run(run_load(services, body, args.clients, args.seconds, load)))
+            bare.append(bare_rate())
+    return rates, bare
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    parser.add_argument("--settings", type=openmp_settings, default="serve", help=HELP)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--turns", type=int, default=6, help="of the clients")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of their turns")
@@ -159,32 +151,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--cache", default="none")
     parser.add_argument("--batch", type=int, default=1, help="how many pictures may share a run")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure and print."""
+    args = arguments().parse_args()
     cache = int(args.cache) if args.cache.isdigit() else args.cache
-    body: dict[str, Any] = {
-        "width": args.side,
-        "height": args.side,
-        "num_inference_steps": args.steps,
-        "cache": cache,
-    }
+    body = {"width": args.side, "height": args.side, "num_inference_steps": args.steps, "cache": cache}
     card = machine_card()
     show(card)
     os.environ["GENERATOR_MAX_BATCH"] = str(args.batch)
-    load, loop = Load(), BareLoop(body)
-    with running_services() as services:  # idle while the loop has its turn
-        rates, bare = [], [loop.pictures_per_s(args.bare_seconds)]
-        for _ in range(args.turns):
-            rates.append(asyncio.run(run_load(services, body, args.clients, args.seconds, load)))
-            bare.append(loop.pictures_per_s(args.bare_seconds))
-    told = summary(load, rates, bare, args.batch)
-    table = Table(
-        "figure", "value", title=f"{args.clients} clients, {args.side}x{args.side}, {args.steps} steps, {cache}"
-    )
+    load = Load()
+    told = summary(load, *take_turns(args, body, load), args.batch)
+    title = f"{args.clients} clients, {args.side}x{args.side}, {args.steps} steps, {cache}"
+    table = Table("figure", "value", title=title)
     for name, value in told.items():
         table.add_row(name, str(value))
     Console(width=100).print(table)
     about = {"benchmark": "load", "card": card, "weights": "the demo model", "clients": args.clients}
-    print(json.dumps(about | {"batch": args.batch} | body | told))
+    print(json.dumps(about | {"batch": args.batch, "openmp": resolved(args.settings)} | body | told))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ TITLES = {
     "precision": "Fewer bits",
     "reuse": "A reused step",
     "load": "Both services under load",
+    "overhead": "The service beside diffusers' pipeline",
 }
 """In the order of the page."""
 WIDTH = 120

@@ -160,6 +160,7 @@ def load(told: Told) -> Iterator[str]:
         f"{shared}: {size}.\nThey and a bare loop over diffusers' pipeline took turns.\n\n"
     )
     rows = [
+        *((f"OpenMP of `{module}`", openmp(found)) for module, found in told.get("openmp", {}).items()),
         ("answers", ", ".join(f"{count} x {status}" for status, count in told["statuses"].items())),
         ("pictures a second over those of the bare loop: the median turn's", f"{told['ratio']:.3f}"),
         ("each turn's", ", ".join(f"{ratio:.3f}" for ratio in told["ratios"])),
@@ -175,6 +176,32 @@ def load(told: Told) -> Iterator[str]:
             ("a picture, refusals before it included: median, 95 %, 99 %", seconds),
         ]
     yield markdown(("figure", "value"), rows)
+
+
+def overhead(told: Told) -> Iterator[str]:
+    """The service beside the bare pipeline, for one client; ratios alone."""
+    yield (
+        "\nOne client over HTTP, in turns with diffusers' pipeline in a process with OpenMP's defaults:"
+        f" {told['steps']} steps,\nevery one computed. The ratio is of the median times. OpenMP's settings of both"
+        " services are beside it.\n\n"
+    )
+    header = ("settings", "text encoder", "generator", "size", "service over pipeline", "CPU time of other programs")
+    rows = [
+        (
+            row["settings"],
+            *(openmp(row["openmp"][module]) for module in ("text_encoder_service", "generator_service")),
+            f"{row['side']}x{row['side']}",
+            f"{row['ratio']:.2f}",
+            percents(row, "others_share"),
+        )
+        for row in told["rows"]
+    ]
+    yield markdown(header, rows)
+
+
+def openmp(told: Told) -> str:
+    """Threads and how they wait."""
+    return f"threads {told['threads']}, wait policy {told['wait_policy']}, spin count {told['spin_count']}"
 
 
 def percents(told: Told, *names: str) -> str:
@@ -231,4 +258,5 @@ SECTIONS: Mapping[str, Callable[[Told], Iterator[str]]] = {
     "reuse": reuse,
     "encoder": encoder,
     "load": load,
+    "overhead": overhead,
 }

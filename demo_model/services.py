@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,15 @@ WEIGHTS = Path(__file__).parent / "weights"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 LOOPBACK = "127.0.0.1"
+MODULES = ("text_encoder_service", "generator_service")
+
+OpenMP = Mapping[str, Mapping[str, str]]
+"""OpenMP's environment variables for each module."""
+OPENMP: OpenMP = {
+    "text_encoder_service": {"OMP_NUM_THREADS": "1"},
+    "generator_service": {"GOMP_SPINCOUNT": "10000"},
+}
+"""So that two services can share few cores with each other, and with other programs; see ``docs/operations.md``."""
 
 
 class DemoError(RuntimeError):
@@ -52,9 +61,24 @@ def port_setting(name: str, default: int) -> int:
     return int(text)
 
 
+def openmp_environment(defaults: Mapping[str, str]) -> dict[str, str]:
+    """OpenMP's variables for a service: those of this process's environment win over ``defaults``.
+
+    ``OMP_WAIT_POLICY`` also wins over ``GOMP_SPINCOUNT``, which would make libgomp ignore it.
+    """
+    chosen = {**defaults, **{name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))}}
+    if "OMP_WAIT_POLICY" in chosen and "GOMP_SPINCOUNT" not in os.environ:
+        chosen.pop("GOMP_SPINCOUNT", None)
+    return chosen
+
+
 @contextmanager
-def running_services(log_level: str = "warning") -> Iterator[Services]:
+def running_services(log_level: str = "warning", openmp: OpenMP = OPENMP) -> Iterator[Services]:
     """Start both services, wait until they are ready, and stop them at the end.
+
+    Args:
+        log_level: of both.
+        openmp: how their threads wait, and how many there are, where the environment does not say it.
 
     Raises:
         DemoError: a port is taken, or a service does not start.
@@ -72,13 +96,15 @@ def running_services(log_level: str = "warning") -> Iterator[Services]:
         "GENERATOR_TOKEN": "",
         "TEXT_ENCODER_TOKEN": "",
         "HF_HUB_OFFLINE": "1",
-        # Two processes with a thread pool each on few cores: do not spin while waiting for work.
-        "OMP_WAIT_POLICY": "passive",
     }
     processes = tuple(
         # A session of its own: Ctrl-C reaches this process alone, which then stops both in order.
-        subprocess.Popen([sys.executable, "-m", module], env=environment, start_new_session=True)  # noqa: S603 - ours
-        for module in ("text_encoder_service", "generator_service")
+        subprocess.Popen(  # noqa: S603 - ours
+            [sys.executable, "-m", module],
+            env=environment | openmp_environment(openmp.get(module, {})),
+            start_new_session=True,
+        )
+        for module in MODULES
     )
     services = Services(encoder_url, generator_url, processes)
     try:

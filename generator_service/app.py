@@ -158,8 +158,8 @@ def load_model(
         backend: as ``torch.compile``'s.
     """
     report("loading the model")
+    device, dtype = settings.torch_device(), settings.torch_dtype()  # refused before anything is downloaded
     folder = find_model(settings.model, settings.revision, PARTS)
-    device, dtype = settings.torch_device(), settings.torch_dtype()
     performance = choose(
         settings.performance,
         Machine.of(device),

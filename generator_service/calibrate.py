@@ -28,8 +28,9 @@ from generator_service.lemica import (
 )
 from generator_service.pipelines import flux2, parts, prompt
 from generator_service.settings import GeneratorSettings
+from shared.device import resolve_device
 from shared.device_memory import run_within_memory
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, ModelRefused
 from shared.model_folder import find_model
 
 TOO_LARGE = "the runs and a batch do not fit into the device's memory together: try a smaller --batch, or --keep cpu"
@@ -75,17 +76,17 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 
 
 def device_or_folder(name: str) -> torch.device | Path:
-    """What keeps the runs.
+    """What keeps the runs: a device with its index, or a folder.
 
     Raises:
-        InvalidRequest: it is neither.
+        InvalidRequest: there is no such device here, nor such a folder.
     """
     if Path(name).is_dir():
         return Path(name)
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise InvalidRequest(f"--keep: {name} is neither a device, such as cpu, nor a folder") from None
+        return resolve_device(name, "--keep")
+    except ModelRefused as error:
+        raise InvalidRequest(f"{error}, or to a folder") from None
 
 
 def where_to_keep(num_bytes: int, device: torch.device) -> torch.device:

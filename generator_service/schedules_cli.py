@@ -44,7 +44,9 @@ def calibrate(
     batch: Annotated[int, typer.Option(min=1, help="Latents in one forward pass.")] = 8,
     keep: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, or a folder on disk, keeps the runs; by default a GPU that has room, else cpu."),
+        typer.Option(
+            help="cpu, cuda, cuda:N, or a folder on disk, keeps the runs; by default a GPU that has room, else cpu."
+        ),
     ] = None,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Compare the latents where a skip ends: no transformer steps behind.")

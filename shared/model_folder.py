@@ -12,15 +12,21 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 
 from shared.errors import ModelRefused
 
 UNSAFE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py"}
 """Weights that unpickle, and code."""
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Of a part."""
+FILES_BESIDE_PARTS = ("model_index.json", "text_encoder/config.json", "chat_template.*", "processor/chat_template.*")
+"""Small ones that are wanted whatever the parts: what describes the pipeline, and where a chat template may be."""
 FINGERPRINT_BYTES = 2**20
 """Files up to this size enter a folder's fingerprint whole, larger ones by name, size, and evenly spread blocks."""
 NUM_BLOCKS = 16
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What the libraries raise for files that are missing or broken, or do not fit the configuration."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,7 @@ def read_prompt_format(folder: ModelFolder) -> PromptFormat:
 
 def wanted_patterns(parts: tuple[str, ...]) -> list[str]:
     """Which files of a model on the hub are fetched for ``parts``."""
-    patterns = ["model_index.json", "text_encoder/config.json"]
-    return patterns + [f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES]
+    return [*FILES_BESIDE_PARTS, *(f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES)]
 
 
 def _fetch(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:

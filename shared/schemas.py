@@ -35,6 +35,8 @@ class EncoderInfo(BaseModel):
     max_sequence_length: int
     dtype: str
     version: str
+    attention: str | None = None
+    """The attention kernels that are used; a service need not say it."""
 
     @property
     def embedding_shape(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.errors import ModelRefused
+from shared.device import resolve_device
 from shared.logs import LogFormat
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ServiceSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(ge=0, le=65535)
     device: str = "auto"
-    """``cuda``, ``cuda:1``, ``cpu``, or ``auto``: the first GPU if there is one."""
+    """``cpu``, ``cuda`` (the first GPU), ``cuda:N``, or ``auto``: the first GPU if there is one, else the CPU."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     max_body_bytes: int = Field(gt=0)
@@ -59,20 +59,12 @@ class ServiceSettings(BaseSettings):
         return (*alone, *(read_keys(self.keys_file) if self.keys_file else ()))
 
     def torch_device(self) -> "torch.device":
-        """The device to use, ``auto`` resolved.
+        """The device to use, ``auto`` resolved; a GPU has an index.
 
         Raises:
-            ModelRefused: it is a GPU, and there is none that PyTorch can use.
+            ModelRefused: there is no such device here.
         """
-        import torch  # noqa: PLC0415 - settings can be read and checked where torch cannot be imported
-
-        is_usable = torch.cuda.is_available()
-        device = torch.device(("cuda" if is_usable else "cpu") if self.device == "auto" else self.device)
-        if device.type == "cuda" and not is_usable:
-            built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-            told = f"PyTorch, built for {built_for}, can use no GPU here: see nvidia-smi, or set the device to cpu"
-            raise ModelRefused(told)
-        return device
+        return resolve_device(self.device, f"{self.model_config['env_prefix']}DEVICE")
 
     def torch_dtype(self) -> "torch.dtype":
         """The dtype to load the model in, ``auto`` resolved."""

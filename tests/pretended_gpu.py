@@ -1,26 +1,28 @@
-"""A GPU that is pretended: its tensors say that they are on ``cuda:0``, and are held by the host.
+"""GPUs that are pretended: their tensors say that they are on ``cuda:0``, or another, and are held by the host.
 
-What it shows without a GPU is where tensors are. An operation on tensors of the host and of the GPU raises, as on a
-real one, and whatever would make the host wait until the GPU has nothing left to do is noted in ``Gpu.waits``. It has
-neither kernels nor memory of its own, and it cannot be compiled for.
+What they show without a GPU is where tensors are. An operation on tensors of different devices raises, as on real
+ones, and whatever would make the host wait until the GPU has nothing left to do is noted in ``Gpu.waits``. They have
+neither kernels nor memory of their own, and cannot be compiled for. Every thread has them, and a current one.
 """
 
 import ctypes
 import shutil
 import subprocess
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
+
+from tests.pretended_cuda import Gpus, checked, current_device, pretended_cuda
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
@@ -47,17 +49,17 @@ class Gpu:
     def wait(cls, why: str) -> None:
         """Note who waits."""
         frames = [f for f in traceback.extract_stack() if Path(f.filename).name != Path(__file__).name]
-        frames = [f for f in frames if "/torch/" not in f.filename]
+        frames = [f for f in frames if "/torch/" not in f.filename and not f.filename.endswith("pretended_cuda.py")]
         cls.waits.append(f"{why} in {Path(frames[-1].filename).name}, {frames[-1].name}")
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the pretended GPU."""
+    """A tensor of a pretended GPU."""
 
     held: torch.Tensor
 
     @staticmethod
-    def __new__(cls: type["OnGpu"], held: torch.Tensor) -> "OnGpu":
+    def __new__(cls: type["OnGpu"], held: torch.Tensor, device: torch.device) -> "OnGpu":
         """As large, with the same strides."""
         return torch.Tensor._make_wrapper_subclass(
             cls,
@@ -65,14 +67,16 @@ class OnGpu(torch.Tensor):
             strides=held.stride(),
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
-            device=DEVICE,
+            device=device,
         )
 
-    def __init__(self, held: torch.Tensor) -> None:
+    def __init__(self, held: torch.Tensor, _device: torch.device) -> None:
         self.held = held
+        Gpus.tensors[id(self)] = self
+        Gpus.touched.add(self.device.index)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnGpu({self.held})"
+        return f"OnGpu({self.held}, {self.device})"
 
     def tolist(self) -> Any:
         """Subclasses have none."""
@@ -81,7 +85,7 @@ class OnGpu(torch.Tensor):
 
     def numpy(self, *_args: Any, **_more: Any) -> Any:
         """As PyTorch says it."""
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # PyTorch's documentation has a class method, its types have not
@@ -106,28 +110,34 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return func.decompose(*args, **kwargs)
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
     has_gpu_tensor = any(isinstance(t, OnGpu) for t in tensors)
-    goes_to_gpu = is_for_gpu(func, args, kwargs, has_gpu_tensor=has_gpu_tensor)
+    device = device_of_result(func, args, kwargs, tensors)
     if func in COPIES:
-        check_copy(func, args, kwargs, goes_to_gpu=goes_to_gpu)
+        check_copy(func, args, kwargs, goes_to_gpu=device is not None)
     elif has_gpu_tensor:
         check_operands(func, args, tensors)
+    if kwargs.get("pin_memory"):
+        Gpus.touched.add(current_device())
     rest = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking", "pin_memory")}
     if kwargs.get("device") is not None:
         rest["device"] = torch.device("cpu")
     inside, rest = tree_map(lambda t: t.held if isinstance(t, OnGpu) else t, (args, rest))
     result = func(*inside, **rest)
-    if not goes_to_gpu:
+    if device is None:
         return args[0] if func is aten.copy_.default else result
-    result = tree_map(lambda t: OnGpu(t) if isinstance(t, torch.Tensor) else t, result)
+    result = tree_map(lambda t: OnGpu(t, device) if isinstance(t, torch.Tensor) else t, result)
     return return_and_correct_aliasing(func, args, kwargs, result) if has_gpu_tensor else result
 
 
-def is_for_gpu(func: Any, args: Any, kwargs: dict[str, Any], *, has_gpu_tensor: bool) -> bool:
-    """Whether the result is on the GPU."""
+def device_of_result(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> torch.device | None:
+    """The GPU that the result is on, if it is on one."""
     if func is aten.copy_.default:
-        return isinstance(args[0], OnGpu)
-    target = kwargs.get("device")
-    return has_gpu_tensor if target is None else torch.device(target).type == "cuda"
+        return args[0].device if isinstance(args[0], OnGpu) else None
+    if kwargs.get("device") is None:
+        return next((t.device for t in tensors if isinstance(t, OnGpu)), None)
+    target = torch.device(kwargs["device"])
+    if target.type != "cuda":
+        return None
+    return torch.device("cuda", checked(current_device() if target.index is None else target.index))
 
 
 def check_copy(func: Any, args: Any, kwargs: dict[str, Any], *, goes_to_gpu: bool) -> None:
@@ -147,21 +157,9 @@ def check_operands(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
         if any(not isinstance(index, OnGpu) or index.dtype == torch.bool for index in indices):
             Gpu.wait("an index of the host, or a mask")
         return
-    if any(not isinstance(tensor, OnGpu) and tensor.dim() > 0 for tensor in tensors):  # a number may be of the host
+    devices = {t.device for t in tensors if isinstance(t, OnGpu) or t.dim() > 0}  # a number may be of the host
+    if len(devices) > 1:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device")
-
-
-class Event:
-    """Of ``torch.cuda``: nothing is left to do when it is waited for."""
-
-    def __init__(self, **_: object) -> None:
-        pass
-
-    def record(self, _stream: object) -> None:
-        """At once."""
-
-    def synchronize(self) -> None:
-        """At once; the GPU has later work meanwhile, so this is none of ``Gpu.waits``."""
 
 
 @cache
@@ -179,19 +177,19 @@ def load_guard() -> None:
 
 
 @contextmanager
-def pretended() -> Iterator[None]:
-    """Within the block there is one, for this thread."""
+def pretended(count: int = 1) -> Iterator[None]:
+    """Within the block there are ``count`` of them, for this thread and for those that start meanwhile."""
     load_guard()
     Gpu.waits = []
     only_lifts = torch._C._only_lift_cpu_tensors()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-        patch.setattr(torch.cuda, "Event", Event)
-        patch.setattr(
-            torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=lambda: Gpu.wait("the stream"))
-        )
-        patch.setattr(torch.cuda, "set_device", lambda _: None)
-        patch.setattr(torch.cuda, "synchronize", lambda _=None: Gpu.wait("synchronize"))
+    run_thread = threading.Thread.run
+
+    def run_pretending(thread: threading.Thread) -> None:
+        with Pretending():
+            run_thread(thread)
+
+    with pretended_cuda(count, Gpu.wait), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "run", run_pretending)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from demo_model.services import OPENMP
 from generator_service.settings import GeneratorSettings
 from shared.metrics import Metrics
 from tests.test_docs import ROOT, SETTINGS, compose_variables, variables
@@ -30,11 +31,12 @@ ENCODERS = ("text-encoder", "demo-text-encoder")
 GENERATORS = ("generator", "demo")
 ON_GPUS = ("text-encoder", "generator")
 OF_LIBRARIES = {
+    "GOMP_SPINCOUNT",
     "HF_HOME",
     "HF_HUB_OFFLINE",
     "HF_TOKEN",
     "HF_TOKEN_PATH",
-    "OMP_WAIT_POLICY",
+    "OMP_NUM_THREADS",
     "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR",
 }
@@ -113,6 +115,14 @@ def test_each_service_has_a_gpu_of_its_own() -> None:
 def prefixes(names: tuple[str, ...]) -> list[tuple[str, str]]:
     """Each service with the prefix of its variables."""
     return [(name, "TEXT_ENCODER" if name in ENCODERS else "GENERATOR") for name in names]
+
+
+def test_the_demo_shares_the_cpu_as_make_serve_does() -> None:
+    """OpenMP's settings are the same in the demo's containers and in ``demo_model.services``."""
+    containers = {"text_encoder_service": "demo-text-encoder", "generator_service": "demo"}
+    for module, defaults in OPENMP.items():
+        environment = SERVICES[containers[module]]["environment"]
+        assert {k: v for k, v in environment.items() if k.startswith(("OMP_", "GOMP_"))} == defaults
 
 
 def test_one_gpu_can_hold_both() -> None:
@@ -264,10 +274,11 @@ def test_every_variable_is_known(name: str) -> None:
 
 
 def test_bases_are_pinned() -> None:
-    """Every image has a version that a variable can change, and none comes from anywhere but the default registry."""
+    """Every image has a version and a digest, both in a variable, and none is of a registry but the default one."""
     (argument,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     foreign = [argument, SERVICES["prometheus"]["image"], SERVICES["grafana"]["image"]]
-    assert all(re.fullmatch(r"[\w-]+(/[\w-]+)?:v?\d+\.\d+\.\d+[\w.-]*", image) for image in foreign)
+    pinned = re.compile(r"[\w-]+(/[\w-]+)?:v?\d+\.\d+\.\d+[\w.-]*@sha256:[0-9a-f]{64}")
+    assert all(pinned.fullmatch(image) for image in foreign)
     assert {stage.split()[0] for stage in stages().values()} == {
         "scratch",
         "${PYTHON_IMAGE}",

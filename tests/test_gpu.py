@@ -1,28 +1,40 @@
 """Where tensors are on a GPU, and when the host waits for it; shown on one that is pretended."""
 
-from collections.abc import Iterator
+import argparse
+import io
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.synthetic import source_of
 from demo_model.services import WEIGHTS
+from generator_service.app import create_app as create_generator
 from generator_service.lemica import PREDICTORS
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
 from generator_service.pipelines.lora import Adapter
-from generator_service.pipelines.parts import load_parts
 from generator_service.pipelines.performance import Performance
+from generator_service.pipelines.prompt import embed_prompts
 from generator_service.pipelines.step_clock import Previews
-from generator_service.settings import Optimisation
+from generator_service.settings import GeneratorSettings, Optimisation
 from shared.model_folder import ModelFolder, read_prompt_format
 from tests import pretended_gpu
-from tests.conftest import CPU
+from tests.conftest import CPU, served
 from tests.generator_service.test_lora import adapter_file
 from tests.generator_service.test_optimised import wanted
+from tests.pretended_cuda import Gpus
 from tests.pretended_gpu import DEVICE, Gpu, OnGpu
+from text_encoder_service.app import create_app as create_encoder
 from text_encoder_service.encoder import MistralEncoder
+from text_encoder_service.settings import TextEncoderSettings
 
 pytestmark = [
     pytest.mark.skipif(pretended_gpu.COMPILER is None, reason="there is no C++ compiler"),
@@ -52,10 +64,8 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory, demo: Flux2Model) -> Path
 
 def on_gpu(*optimisations: Optimisation, lora_dir: Path | None = None) -> Flux2Model:
     """The demo model there."""
-    parts = load_parts(FOLDER, CPU, torch.float32)
-    parts.transformer.to(DEVICE)
-    parts.vae.to(DEVICE)
-    return Flux2Model(FOLDER, parts, lora_dir, performance=Performance("fast", frozenset(optimisations)))
+    performance = Performance("fast", frozenset(optimisations))
+    return Flux2Model.load(FOLDER, DEVICE, torch.float32, lora_dir, performance=performance)
 
 
 def drawn(model: Flux2Model, request: GenerationRequest, previews: Previews | None = None) -> GeneratedPicture:
@@ -72,6 +82,81 @@ def drawn(model: Flux2Model, request: GenerationRequest, previews: Previews | No
     picture = model.generate(request, on_step, previews)
     Gpu.waits = between
     return picture
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("encoder_device", "generator_device", "used"),
+    [("auto", "cuda", {0}), ("cuda:1", "cuda:1", {1}), ("cuda:0", "cuda:1", {0, 1})],
+)
+async def test_the_services_start_on_any_gpu(encoder_device: str, generator_device: str, used: set[int]) -> None:
+    """From the setting to the image, on the GPU that is named and on no other, whatever thread works."""
+    with pretended_gpu.pretended(count=2):
+        common: dict[str, Any] = {"model": str(WEIGHTS), "dtype": "float32", "performance": "exact"}
+        encoder = create_encoder(TextEncoderSettings(device=encoder_device, **common))
+        settings = GeneratorSettings(device=generator_device, **common)
+        generator = create_generator(settings, httpx.ASGITransport(encoder))
+        async with encoder.router.lifespan_context(encoder), served(generator) as http:
+            body = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "cache": "none"}
+            answer = await http.post("/generate", json=body)
+            figures = (await http.get("/metrics")).text
+        assert Gpus.touched == used
+    assert answer.status_code == 200, answer.text
+    assert np.asarray(Image.open(io.BytesIO(answer.content))).shape == (64, 64, 3)
+    (used_bytes,) = re.findall(r'^flux2_device_memory_bytes{kind="used"} (.+)$', figures, re.MULTILINE)
+    assert float(used_bytes) > 0
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: torch.cuda.set_device(torch.device("cuda")),
+        lambda: torch.cuda.set_device("cpu"),
+        lambda: torch.cuda.set_device(1),
+        lambda: torch.cuda.current_stream(torch.device("cuda", 1)),
+        lambda: torch.cuda.synchronize(1),
+        lambda: torch.cuda.mem_get_info("cuda:1"),
+        lambda: torch.cuda.get_device_capability(1),
+        lambda: torch.cuda.Event(block=True),  # type: ignore[call-arg, no-untyped-call]
+        lambda: torch.cuda.Event().record(0),  # type: ignore[arg-type, no-untyped-call]
+        lambda: torch.empty(1, device="cuda:1"),
+    ],
+)
+def test_what_is_pretended_checks_its_arguments(act: Callable[[], object]) -> None:
+    """As PyTorch does: a device must have an index where PyTorch wants one, and be there."""
+    with pytest.raises((ValueError, RuntimeError, TypeError, AssertionError)):
+        act()
+
+
+def test_each_thread_has_a_current_gpu() -> None:
+    """It is the first one until the thread sets another, and what names no index goes there."""
+    with pretended_gpu.pretended(count=2), ThreadPoolExecutor(1) as pool:
+        torch.cuda.set_device(1)
+        here, there = torch.empty(1, device="cuda"), pool.submit(lambda: torch.empty(1, device="cuda")).result()
+        assert (str(here.device), str(there.device)) == ("cuda:1", "cuda:0")
+        with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+            here + there
+        with torch.cuda.device(0):
+            assert torch.cuda.current_device() == 0
+        assert torch.cuda.memory_allocated() == torch.cuda.memory_allocated(0) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch warns of its compiler
+def test_a_benchmark_loads_as_the_service_does() -> None:
+    """Its model comes from ``Flux2Model.load``, on a device with an index."""
+    source = source_of(argparse.Namespace(smoke=True, model=WEIGHTS))
+    assert source.torch_device == DEVICE
+    with source.model("exact") as model:
+        assert model.device == DEVICE
+
+
+def test_prompts_are_embedded_there_for_the_command_line() -> None:
+    """The whole text encoder is read straight to the GPU, and nothing of it is left there."""
+    (embedding,) = embed_prompts(FOLDER, ["a red circle"], DEVICE, torch.float32)
+    assert not isinstance(embedding, OnGpu)
+    assert torch.cuda.memory_allocated() == 0
+    (expected,) = embed_prompts(FOLDER, ["a red circle"], CPU, torch.float32)
+    assert torch.allclose(embedding, expected, atol=1e-4)
 
 
 def test_what_is_pretended_refuses_and_notes() -> None:

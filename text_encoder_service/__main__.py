@@ -1,8 +1,11 @@
 """``python -m text_encoder_service``: serve until SIGTERM or Ctrl-C."""
 
+from shared.compile_cache import replace_unwritable_caches
 from shared.server import serve
-from text_encoder_service.app import create_app
 from text_encoder_service.settings import TextEncoderSettings
 
 if __name__ == "__main__":
+    replace_unwritable_caches()
+    from text_encoder_service.app import create_app  # what it imports may import PyTorch's compiler
+
     serve(TextEncoderSettings, create_app)

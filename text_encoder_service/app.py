@@ -79,9 +79,9 @@ def load_encoder(
         read: where the weights come from; benchmarks make some up.
     """
     report("loading the model")
+    device, dtype = settings.torch_device(), settings.torch_dtype()  # refused before anything is downloaded
     folder = find_model(settings.model, settings.revision, PARTS)
     prompt_format = read_prompt_format(folder)
-    device, dtype = settings.torch_device(), settings.torch_dtype()
     encoder = MistralEncoder(folder, prompt_format, device, dtype, settings.weights, read)
     if settings.profile() == "fast":
         with alone_on_gpu(device, report):
@@ -94,6 +94,7 @@ def load_encoder(
         max_sequence_length=prompt_format.max_sequence_length,
         dtype=str(encoder.dtype).removeprefix("torch."),
         version=product_version(),
+        attention=encoder.attention,
     )
     return encoder, info
 

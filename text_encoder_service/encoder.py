@@ -4,6 +4,7 @@ FLUX.2 joins the hidden states of some layers (10, 20 and 30 of 40 for [dev]), t
 after the last of them, the norm, the head and the vision tower are never loaded. Knows nothing of HTTP or caches.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,17 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, MistralModel
+from transformers import AutoConfig, MistralModel
 from transformers.utils import logging as transformers_logging
 
+from shared.attention import Attention, NonFiniteStates, check_finite, run_finite
 from shared.compilation import Backend
+from shared.device import use_device
 from shared.device_memory import run_within_memory
 from shared.errors import ModelRefused, OutOfMemory
-from shared.model_folder import ModelFolder, PromptFormat
+from shared.model_folder import LOADING_ERRORS, ModelFolder, PromptFormat
 from shared.report import Report, ignore
+from shared.tokenizer import load_tokenizer
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
 from text_encoder_service.quantisation import quantize
 from text_encoder_service.settings import Weights
@@ -28,6 +32,9 @@ from text_encoder_service.shapes import Shapes
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
 """A Mistral 3 checkpoint's names for its language model, old and new, to that model's own names."""
+SHORT_PROMPT = "a red circle"
+"""Nearly all of its row is padding."""
+logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,9 @@ class MistralEncoder:
         read: LanguageModelReader | None = None,
     ) -> None:
         self.prompt_format = prompt_format
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
-        if not self._tokenizer.chat_template:
-            raise ModelRefused("the tokenizer has no chat template: not FLUX.2's")
+        self._device = device
+        use_device(device)
+        self._tokenizer = load_tokenizer(folder)
         num_layers = max(prompt_format.hidden_layers)
         self._model: Any = (read or load_language_model)(folder.path / "text_encoder", num_layers, dtype).eval()
         if weights != "full":
@@ -92,6 +99,15 @@ class MistralEncoder:
         self.dtype = dtype
         self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
         self._forward: Forward = self._exact
+        self.attention: Attention = "any"
+        """The kernels that PyTorch may choose from."""
+        self._check_attention()
+
+    @torch.inference_mode()
+    def _check_attention(self) -> None:
+        """Rule out attention kernels that give NaN for padding; ``NonFiniteStates`` if all do."""
+        tokens = self._tokenize([SHORT_PROMPT])
+        _, self.attention = run_finite(lambda: check_finite(self._exact(tokens)), self.attention)
 
     @property
     def language_model(self) -> MistralModel:
@@ -101,6 +117,8 @@ class MistralEncoder:
     @torch.inference_mode()
     def speed_up(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
+
+        Attention kernels that give NaN for padding here, but did not before, are ruled out.
 
         Args:
             max_batch: the most prompts that share a forward pass.
@@ -114,10 +132,20 @@ class MistralEncoder:
         prompts = ["circle " * (length * share // 8) for share in (0, 1, 3, 5, 8)]
         probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = Shapes.up_to(max_batch, length)
-        self._forward = run_within_memory(
-            lambda: fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report),
-            f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
-        )
+        use_device(self._device)
+
+        def fast() -> Forward:
+            return run_within_memory(
+                lambda: fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report),
+                f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
+            )
+
+        try:
+            self._forward, self.attention = run_finite(fast, self.attention)
+        except NonFiniteStates:
+            logger.warning("the text encoder gives NaN where it is trimmed or compiled: performance is exact")
+            self.attention = "math"
+            self._check_attention()
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:
@@ -128,6 +156,7 @@ class MistralEncoder:
         Raises:
             OutOfMemory: the device has too little memory for one of them.
         """
+        use_device(self._device)
         tokens = self._tokenize(prompts)
         return [
             Embedding(row, self._is_truncated(prompt, mask))
@@ -218,21 +247,28 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def load_language_model(folder: Path, num_layers: int, dtype: torch.dtype) -> MistralModel:
-    """The first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without its final norm."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "mistral3" or config.text_config.num_hidden_layers < num_layers:
-        raise ModelRefused(f"the text encoder is no Mistral 3 of at least {num_layers} layers")
-    text_config = config.text_config
-    text_config.num_hidden_layers = num_layers
+    """The first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without its final norm.
+
+    Raises:
+        ModelRefused: it is not one, or a file is missing or broken.
+    """
     transformers_logging.disable_progress_bar()
-    loaded: Any = _FirstLayers.from_pretrained(
-        folder,
-        config=text_config,
-        dtype=dtype,
-        use_safetensors=True,
-        key_mapping=LANGUAGE_MODEL_KEYS,
-        output_loading_info=True,
-    )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type != "mistral3" or config.text_config.num_hidden_layers < num_layers:
+            raise ModelRefused(f"the text encoder is no Mistral 3 of at least {num_layers} layers")
+        text_config = config.text_config
+        text_config.num_hidden_layers = num_layers
+        loaded: Any = _FirstLayers.from_pretrained(
+            folder,
+            config=text_config,
+            dtype=dtype,
+            use_safetensors=True,
+            key_mapping=LANGUAGE_MODEL_KEYS,
+            output_loading_info=True,
+        )
+    except LOADING_ERRORS as error:
+        raise ModelRefused("the text encoder cannot be loaded: a file is missing or broken") from error
     model, report = loaded
     if report["missing_keys"]:
         raise ModelRefused(f"the text encoder's checkpoint lacks {len(report['missing_keys'])} tensors")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from shared.attention import NonFiniteStates, check_finite
 from shared.compilation import (
     Backend,
     CompilationFailed,
@@ -26,6 +27,7 @@ from shared.compilation import (
     log_failure,
     restore_parts,
 )
+from shared.compile_cache import warn_of_unwritable_caches
 from shared.report import Report, ignore
 from text_encoder_service.shapes import Shapes
 
@@ -153,22 +155,25 @@ def fast_forward(
         probes: prompts to compare by; the first has padding.
         backend: as ``torch.compile``'s.
         report: gets the progress.
+
+    Raises:
+        NonFiniteStates: one of them gives values that are not finite numbers; the layers are as they were.
     """
-    expected = [exact(tokens) for tokens in probes]
+    expected = [check_finite(exact(tokens)) for tokens in probes]
     tolerance = TOLERANCES[expected[0].dtype]
     layers = FastLayers(model, hidden_layers, shapes, padding=expected[0][:1, :1])
     worst = worst_difference(layers, probes, expected)
     if not worst <= tolerance:  # also NaN
         logger.warning("the text encoder trimmed is off by %.2g, more than rounding: prompts are padded", worst)
         layers = FastLayers(model, hidden_layers, shapes)
-    began = time.monotonic()
-    try:
-        layers.compile(backend, report)
-    except CompilationFailed as error:
-        logger.warning("%s: performance is exact", log_failure("the text encoder", error))
+    warn_of_unwritable_caches()
+    if not _is_compiled(layers, backend, report):
         return exact
-    logger.info("the text encoder is compiled for %d shapes, in %.0f s", len(layers.shapes), time.monotonic() - began)
-    worst = worst_difference(layers, probes, expected)
+    try:
+        worst = worst_difference(layers, probes, expected)
+    except NonFiniteStates:
+        layers.restore()
+        raise
     if not worst <= tolerance:
         layers.restore()
         logger.warning("the compiled text encoder is off by %.2g, more than rounding: performance is exact", worst)
@@ -176,11 +181,26 @@ def fast_forward(
     return layers
 
 
+def _is_compiled(layers: FastLayers, backend: Backend, report: Report) -> bool:
+    """Compile ``layers``, and say in the log how it went."""
+    began = time.monotonic()
+    try:
+        layers.compile(backend, report)
+    except CompilationFailed as error:
+        logger.warning("%s: performance is exact", log_failure("the text encoder", error))
+        return False
+    logger.info("the text encoder is compiled for %d shapes, in %.0f s", len(layers.shapes), time.monotonic() - began)
+    return True
+
+
 def worst_difference(forward: Forward, probes: Sequence[Tokens], expected: Sequence[torch.Tensor]) -> float:
-    """The largest ``difference`` over ``probes``."""
-    return float(
-        torch.stack([difference(forward(t), states) for t, states in zip(probes, expected, strict=True)]).max()
-    )
+    """The largest ``difference`` over ``probes``.
+
+    Raises:
+        NonFiniteStates: a value that ``forward`` gives is not a finite number.
+    """
+    pairs = zip(probes, expected, strict=True)
+    return float(torch.stack([difference(check_finite(forward(tokens)), states) for tokens, states in pairs]).max())
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,7 @@ from generator_service.pipelines.performance import EXACT, Performance
 from generator_service.pipelines.step_clock import Previews, PreviewTaker, StepClock
 from shared.byte_cache import ByteBoundedCache
 from shared.compilation import CompilationFailed
+from shared.device import use_device
 from shared.device_memory import run_within_memory
 from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
@@ -167,8 +168,7 @@ class Flux2Model:
             ModelRefused: it is no FLUX.2 pipeline that can be used.
         """
         is_offloaded = "offload" in performance.optimisations
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # for libraries that ask for no GPU in particular
+        use_device(device)
         parts = read(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
         return cls(folder, parts, lora_dir, max_loras, performance)
 
@@ -324,8 +324,7 @@ class Flux2Model:
     ) -> torch.Tensor:
         """What the library's pipeline makes of requests: pixels ``[B, 3, H, W]`` from 0 to 1, on the device."""
         request = requests[0]
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # each thread has its own, the first GPU unless told
+        use_device(self.device)
         made: torch.Tensor = pipeline(
             prompt_embeds=torch.cat([each.prompt_embeds for each in requests]).to(self.device, self.dtype),
             image=list(request.references) or None,

@@ -1,13 +1,22 @@
 """Prompt embeddings in this process, by diffusers' own code: for the command line, where there is no second service."""
 
+import gc
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import UPSAMPLING_MAX_IMAGE_SIZE
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_I2I, SYSTEM_MESSAGE_UPSAMPLING_T2I
+from transformers import Mistral3ForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
-from shared.model_folder import ModelFolder, read_prompt_format
+from shared.attention import check_finite, run_finite
+from shared.device import use_device
+from shared.errors import ModelRefused, OutOfMemory
+from shared.model_folder import LOADING_ERRORS, ModelFolder, PromptFormat, read_prompt_format
+from shared.tokenizer import load_tokenizer
 
 PARTS = ("text_encoder", "tokenizer")
 UPSAMPLING_MESSAGE: str = SYSTEM_MESSAGE_UPSAMPLING_T2I
@@ -20,18 +29,58 @@ LARGEST_UPSAMPLING_AREA: int = UPSAMPLING_MAX_IMAGE_SIZE
 def embed_prompts(
     folder: ModelFolder, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """An embedding ``[1, L, D]`` on the CPU for each prompt. The text encoder is loaded for them and let go again."""
+    """An embedding ``[1, L, D]`` on the CPU for each prompt. The text encoder is loaded for them and let go again.
+
+    Raises:
+        ModelRefused: the text encoder or its tokenizer cannot be used.
+    """
+    use_device(device)
     prompt_format = read_prompt_format(folder)
-    pipeline = Flux2Pipeline.from_pretrained(folder.path, transformer=None, vae=None, dtype=dtype, use_safetensors=True)
-    pipeline.to(device)
+    embeddings, _ = run_finite(partial(_embed, load_pipeline(folder, device, dtype), prompts, prompt_format))
+    gc.collect()  # modules that refer to each other stay until then, and the transformer needs their memory now
+    torch.cuda.empty_cache()
+    return embeddings
+
+
+def load_pipeline(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Flux2Pipeline:
+    """The library's pipeline with nothing but what embeds prompts, read shard by shard to ``device``.
+
+    It does not come from ``Flux2Pipeline.from_pretrained``, which loads the tokenizer as what ``model_index.json``
+    calls it: for FLUX.2 [dev] a processor for images, which needs torchvision.
+
+    Raises:
+        ModelRefused: the text encoder or its tokenizer cannot be used.
+        OutOfMemory: ``device`` is too small for it.
+    """
+    transformers_logging.disable_progress_bar()
+    tokenizer = load_tokenizer(folder)
+    try:
+        loaded: Any = Mistral3ForConditionalGeneration.from_pretrained(
+            folder.path / "text_encoder",
+            dtype=dtype,
+            use_safetensors=True,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"the text encoder does not fit into the memory of {device}") from error
+    except LOADING_ERRORS as error:
+        raise ModelRefused(f"the text encoder of {folder.name} cannot be loaded") from error
+    text_encoder, report = loaded
+    if report["missing_keys"]:  # the library would go on with random numbers
+        raise ModelRefused(f"the text encoder's checkpoint lacks {len(report['missing_keys'])} tensors")
+    return Flux2Pipeline(scheduler=None, vae=None, text_encoder=text_encoder, tokenizer=tokenizer, transformer=None)
+
+
+@torch.inference_mode()
+def _embed(pipeline: Flux2Pipeline, prompts: Sequence[str], prompt_format: PromptFormat) -> list[torch.Tensor]:
     pipeline.system_message = prompt_format.system_message
     embeddings: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for prompt in prompts:
-            embedding, _ = pipeline.encode_prompt(
-                prompt,
-                max_sequence_length=prompt_format.max_sequence_length,
-                text_encoder_out_layers=prompt_format.hidden_layers,
-            )
-            embeddings.append(embedding.cpu())
+    for prompt in prompts:
+        embedding, _ = pipeline.encode_prompt(
+            prompt,
+            max_sequence_length=prompt_format.max_sequence_length,
+            text_encoder_out_layers=prompt_format.hidden_layers,
+        )
+        embeddings.append(check_finite(embedding.cpu()))
     return embeddings

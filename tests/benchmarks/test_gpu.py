@@ -1,17 +1,18 @@
 """Everything for a GPU, in one command; here on a CPU at the tiny size."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu import PARTS, ROOT, Part, run_all, run_part
+from benchmarks.gpu import NEEDED, PARTS, ROOT, WANTED, Part, run_all, run_part
 
 
 @pytest.mark.slow
@@ -88,6 +89,36 @@ def test_time_that_is_left_is_for_later_parts(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(gpu, "PARTS", (Part("a", (), (), 100), Part("b", (), (), 50), Part("c", (), (), 20)))
     run_all(["a", "b", "c"], 170, tmp_path, is_smoke=False)
     assert limits == [100, 150, 170]
+
+
+def imports_of(module: str, seen: set[str]) -> Iterator[str]:
+    """Packages of others that a module of this tree imports when it is imported, and those that it imports."""
+    file = ROOT / f"{module.replace('.', '/')}.py"
+    file = file if file.exists() else ROOT / module.replace(".", "/") / "__init__.py"
+    if module in seen or not file.exists():
+        return
+    seen.add(module)
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            package = name.partition(".")[0]
+            if (ROOT / package).is_dir():
+                yield from imports_of(name, seen)
+            elif package not in sys.stdlib_module_names:
+                yield package
+
+
+def test_what_is_needed_is_looked_for() -> None:
+    """All that the parts import beside PyTorch and what comes with it is among what the command looks for."""
+    seen: set[str] = set()
+    imported = {package for part in PARTS for package in imports_of(f"benchmarks.{part.name}", seen)}
+    assert "generator_service.app" in seen
+    assert imported - {"torch", "numpy", "transformers", "huggingface_hub", "starlette"} <= {*NEEDED, *WANTED}
 
 
 def test_all_parts_fit_into_ten_minutes() -> None:

@@ -188,6 +188,22 @@ def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     assert "nothing is drawn" not in page
 
 
+def test_the_settings_are_beside_each_ratio(tmp_path: Path) -> None:
+    """OpenMP's threads, wait policy and spin count are told of both services, and no seconds."""
+    openmp = {
+        "text_encoder_service": {"threads": 1, "wait_policy": "default", "spin_count": "default"},
+        "generator_service": {"threads": 2, "wait_policy": "default", "spin_count": "10000"},
+    }
+    row = {"settings": "serve", "openmp": openmp, "side": 256, "ratio": 1.0549, "others_share": 0.012}
+    row |= {"service_s": 7.77, "bare_s": 7.36, "images": 21}
+    page = told(tmp_path, "overhead.json", {"benchmark": "overhead", "card": CARD, "steps": 50, "rows": [row]})
+    assert "| serve | threads 1, wait policy default, spin count default | threads 2, wait policy" in page
+    assert "| 256x256 | 1.05 | 1.2 % |" in page
+    assert "7.77" not in page
+    page = told(tmp_path, "load.json", LOAD | {"card": CARD, "openmp": openmp})
+    assert "| OpenMP of `generator_service` | threads 2, wait policy default, spin count 10000 |" in page
+
+
 def test_a_plot_for_every_latency_of_a_gpu(tmp_path: Path) -> None:
     """The page's plot is drawn where the page says it is."""
     pytest.importorskip("matplotlib")  # of the extra bench

@@ -83,11 +83,17 @@ class Project:
         override = ["-f", str(WHEELS_OVERRIDE)] if Path(wheels).is_dir() and wheels else []
         command = [docker_command, "compose", "-p", self.name, "--env-file", os.devnull]
         command += ["-f", str(ROOT / "docker-compose.yml"), *override, *arguments]
-        variables = {**os.environ, "GENERATOR_PORT": str(self.port), "WHEELS": wheels, **environment}
+        variables = {**self.base(), **os.environ, "GENERATOR_PORT": str(self.port), "WHEELS": wheels, **environment}
         # No pseudo-terminal and plain progress: what is printed is for a test's report.
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1800, check=False)
         assert result.returncode == 0, f"{' '.join(arguments)}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
         return result.stdout
+
+    def base(self) -> dict[str, str]:
+        """The Dockerfile's base by its tag alone if the engine has that: it may reach no registry for the digest."""
+        (pinned,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+        tag = pinned.partition("@")[0]
+        return {"PYTHON_IMAGE": tag} if self.engine.images.list(name=tag) else {}
 
     def container(self, service: str) -> Container:
         """The one container of a service, stopped or not."""

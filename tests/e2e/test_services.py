@@ -36,7 +36,8 @@ def free_port() -> int:
 def environment() -> dict[str, str]:
     """Free ports, and this checkout's code in whatever folder a program runs."""
     ports = {"TEXT_ENCODER_PORT": str(free_port()), "GENERATOR_PORT": str(free_port())}
-    return {**os.environ, **ports, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    return {**inherited, **ports, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
 
 
 def run(module: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -213,12 +214,29 @@ def test_ctrl_c_ends_both_services(serving: tuple[subprocess.Popen[bytes], list[
     assert not any(answers(f"{url}/health/live") for url in urls)
 
 
+def test_openmp_settings_reach_the_services(serving: tuple[subprocess.Popen[bytes], list[str]]) -> None:
+    """The encoder has one thread, and the generator waits as the environment of ``make serve`` says."""
+    process, _ = serving
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("only Linux tells a process's children")
+    encoder, generator = (
+        Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0") for pid in children.read_text().split()
+    )
+    assert "OMP_NUM_THREADS=1" in encoder
+    assert "OMP_WAIT_POLICY=passive" in generator
+    assert not any(variable.startswith("GOMP_SPINCOUNT=") for variable in generator)
+
+
 def test_answers_on_kept_connections_are_not_delayed(serving: tuple[subprocess.Popen[bytes], list[str]]) -> None:
-    """The median of 50 answers over one connection is below 5 ms; a delayed acknowledgement alone would take 40."""
+    """The median of 50 answers over one connection is below 5 ms; a delayed acknowledgement alone would take 40.
+
+    On a busy machine it is measured again: what is delayed by the kernel is so every time.
+    """
     _, urls = serving
     for url in urls:
         with httpx.Client(base_url=url) as http:
-            assert min(median_s(http) for _ in range(3)) < 0.005
+            wait_for(lambda http=http: median_s(http) < 0.005)
 
 
 def median_s(http: httpx.Client) -> float:

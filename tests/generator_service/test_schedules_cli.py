@@ -82,7 +82,7 @@ def test_what_keeps_the_runs_is_checked(tmp_path: Path) -> None:
     options = ("--model", WEIGHTS, "--prompts", tmp_path / "prompts.txt", "--steps", 4, "--size", "64x64")
     result = run("calibrate", *options, "--keep", "nowhere", "-o", tmp_path / "graph.json")
     assert result.exit_code == 1
-    assert "--keep: nowhere is neither a device, such as cpu, nor a folder" in result.output
+    assert "flux2: --keep=nowhere: no such device is supported" in result.output
     assert run("calibrate", *options, "--keep", tmp_path, "--seeds", 1, "-o", tmp_path / "graph.json").exit_code == 0
 
 

@@ -94,7 +94,7 @@ def try_mutant(mutant: Mutant, tree: Path) -> Outcome:
 
 def first_failure(output: str) -> str:
     """The test that pytest's summary names first, or its last line."""
-    failed = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
     return failed[1] if failed else (output.strip().splitlines() or ["no output"])[-1]
 
 

@@ -1,4 +1,4 @@
-"""Which environment variables a setting is read from."""
+"""Which environment variables a setting is read from, and which devices they may name."""
 
 import os
 import subprocess
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from generator_service.calibrate import device_or_folder
 from generator_service.settings import GeneratorSettings
-from shared.errors import ModelRefused
+from shared.errors import InvalidRequest, ModelRefused
 from text_encoder_service.settings import TextEncoderSettings
 
 ROOT = Path(__file__).parents[2]
@@ -47,15 +48,93 @@ def test_the_encoders_keys_open_it_to_the_generator(tmp_path: Path) -> None:
     assert GeneratorSettings(text_encoder_keys_file=keys).token_to_send() is None
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is loaded, with what PyTorch was built for; ``auto`` takes the CPU instead."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+def has_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """PyTorch sees so many."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
+)
+def test_a_gpu_always_has_an_index(monkeypatch: pytest.MonkeyPatch, name: str, device: str) -> None:
+    """PyTorch refuses to make a GPU without an index the current one, so the settings never give one without."""
+    has_gpus(monkeypatch, 2)
+    for settings in (GeneratorSettings(device=name), TextEncoderSettings(device=name)):
+        assert str(settings.torch_device()) == device
+    bfloat16 = device != "cpu"
+    assert GeneratorSettings(device=name).torch_dtype() == (torch.bfloat16 if bfloat16 else torch.float32)
+
+
+def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is asked for by name is refused, with what PyTorch was built for."""
+    has_gpus(monkeypatch, 0)
     assert GeneratorSettings().torch_device() == torch.device("cpu")
-    with pytest.raises(ModelRefused, match=r"built for CUDA 13.0, can use no GPU here"):
-        GeneratorSettings(device="cuda").torch_device()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert GeneratorSettings(device="cuda:1").torch_device() == torch.device("cuda:1")
+    for version, built_for in (("13.0", "CUDA 13.0"), (None, "the CPU alone")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(
+            ModelRefused, match=f"GENERATOR_DEVICE=cuda: PyTorch, built for {built_for}, can use no GPU"
+        ):
+            GeneratorSettings(device="cuda").torch_device()
+
+
+@pytest.mark.parametrize(
+    ("count", "right"), [(1, "1 GPU here; set it to cuda:0"), (2, "2 GPUs here; set it to cuda:0 to cuda:1")]
+)
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch, count: int, right: str) -> None:
+    """The line says how many there are, and which numbers they have."""
+    has_gpus(monkeypatch, count)
+    with pytest.raises(ModelRefused, match=f"^TEXT_ENCODER_DEVICE=cuda:7: PyTorch sees {right}$"):
+        TextEncoderSettings(device="cuda:7").torch_device()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cuda:-1", "gpu", "mps", "xpu", "cuda:x", "cpu:3", "cpu:0", "meta", "cuda:", "cuda:01", "cuda:٣", " cuda", "CUDA"],
+)
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Also those that PyTorch knows; the line names the variable, its value, and what is supported."""
+    has_gpus(monkeypatch, 2)
+    for settings, variable in (
+        (GeneratorSettings(device=name), "GENERATOR_DEVICE"),
+        (TextEncoderSettings(device=name), "TEXT_ENCODER_DEVICE"),
+    ):
+        with pytest.raises(ModelRefused) as refused:
+            settings.torch_device()
+        line = f"{variable}={name}: no such device is supported; set it to auto, cpu, cuda, or cuda:N"
+        assert str(refused.value) == line
+
+
+def test_an_index_that_is_too_large_for_pytorch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compared before PyTorch, which keeps eight bits of it, sees it."""
+    has_gpus(monkeypatch, 2)
+    with pytest.raises(ModelRefused, match="sees 2 GPUs"):
+        GeneratorSettings(device="cuda:256").torch_device()
+
+
+@pytest.mark.parametrize("service", ["generator_service", "text_encoder_service"])
+def test_a_service_says_so_in_one_line(service: str, tmp_path: Path) -> None:
+    """It ends with status 1, before it looks for a model."""
+    variable = f"{service.removesuffix('_service').upper()}_DEVICE"
+    environment = os.environ | {variable: "cuda:x", "FLUX2_MODEL": "no/such", "PYTHONPATH": str(ROOT)}
+    environment |= {f"{variable.removesuffix('DEVICE')}PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", service], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("flux2:")]
+    assert lines == [f"flux2: {variable}=cuda:x: no such device is supported; set it to auto, cpu, cuda, or cuda:N"]
+    assert "Traceback" not in done.stderr
+
+
+def test_what_keeps_a_calibration_has_an_index_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``--keep`` is read as the settings are."""
+    has_gpus(monkeypatch, 2)
+    assert str(device_or_folder("cuda")) == "cuda:0"
+    assert device_or_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(InvalidRequest, match="--keep=cuda:2: PyTorch sees 2 GPUs here; set it to cuda:0 to cuda:1, or"):
+        device_or_folder("cuda:2")
 
 
 def test_settings_need_no_torch(tmp_path: Path) -> None:

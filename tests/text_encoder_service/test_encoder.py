@@ -65,7 +65,7 @@ def test_an_embedding_keeps_no_other_alive(weights: Path) -> None:
 def test_what_a_gpu_encodes_arrives_whole(weights: Path) -> None:
     """From a GPU rows come through pinned memory, complete when ``encode`` returns."""
     model = ModelFolder(weights.name, "local", weights)
-    ours = MistralEncoder(model, read_prompt_format(model), torch.device("cuda"), torch.float32)
+    ours = MistralEncoder(model, read_prompt_format(model), torch.device("cuda", 0), torch.float32)
     for row, exact in zip(ours.encode(PROMPTS), encoder(weights).encode(PROMPTS), strict=True):
         assert row.tensor.is_pinned()
         assert torch.allclose(row.tensor, exact.tensor, atol=1e-3 * float(exact.tensor.abs().max()))

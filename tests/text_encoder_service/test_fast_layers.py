@@ -176,5 +176,6 @@ def test_auto_is_fast_on_recent_gpus(
     """``auto`` is fast on GPUs of capability 8.0 and more, exact elsewhere; what is asked for is done."""
     assert TextEncoderSettings(performance=performance).profile() == "exact"  # on this CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert TextEncoderSettings(performance=performance, device="cuda").profile() == profile

@@ -1,0 +1,21 @@
+"""Lets the venv whose Python runs this see the packages of another venv, whose Python is the argument.
+
+Its own packages come first. pip then installs only what the other one lacks.
+"""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+
+def main(python: str) -> None:
+    """Add the packages of the venv of ``python``, with what its own ``.pth`` files add."""
+    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    link = Path(sysconfig.get_path("purelib"), "layered.pth")
+    link.write_text(f"import site; site.addsitedir({packages!r})\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,173 @@
+"""Attention kernels that give NaN for padding are not used."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch._inductor.utils import fresh_cache
+
+from demo_model.services import WEIGHTS
+from generator_service.pipelines.prompt import embed_prompts
+from shared.attention import NonFiniteStates, check_finite, run_finite
+from shared.errors import ModelRefused
+from shared.model_folder import ModelFolder
+from shared.schemas import EncoderInfo
+from tests.conftest import CPU, Serve
+from tests.kernels import Kernel, broken_kernels, chosen, kept_flags
+from tests.text_encoder_service.test_encoder import PROMPTS, encoder
+from text_encoder_service.app import load_encoder
+from text_encoder_service.encoder import MistralEncoder
+from text_encoder_service.fast_layers import TOLERANCES, FastLayers, difference
+from text_encoder_service.settings import TextEncoderSettings
+
+CASES: list[tuple[tuple[Kernel, ...], str]] = [
+    ((), "any"),
+    (("math",), "any"),
+    (("cudnn",), "without_cudnn"),
+    (("cudnn", "flash"), "math"),
+    (("cudnn", "flash", "mem_efficient"), "math"),
+]
+ALL: tuple[Kernel, ...] = ("cudnn", "flash", "mem_efficient", "math")
+FOLDER = ModelFolder("weights", "local", WEIGHTS)
+
+
+@pytest.fixture(autouse=True)
+def flags() -> Iterator[None]:
+    """No test leaves a kernel ruled out."""
+    with kept_flags():
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[torch.Tensor]:
+    """The embeddings that every kernel should give."""
+    return [embedding.tensor for embedding in encoder(WEIGHTS).encode(PROMPTS)]
+
+
+def check(ours: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """They are equal up to rounding, as kernels are; and so finite."""
+    for embedding, exact in zip(ours, expected, strict=True):
+        assert difference(embedding, exact) <= TOLERANCES[torch.float32]
+
+
+def served(ours: MistralEncoder) -> list[torch.Tensor]:
+    """Embeddings from another thread than the one that loaded the encoder."""
+    with ThreadPoolExecutor(1) as pool:
+        return [embedding.tensor for embedding in pool.submit(ours.encode, PROMPTS).result()]
+
+
+@pytest.mark.parametrize(("broken", "attention"), CASES)
+def test_a_kernel_that_gives_nan_is_ruled_out(
+    broken: tuple[Kernel, ...], attention: str, expected: list[torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The encoder starts with the first kernels that pass, says so in one line if they are not all, and serves."""
+    with broken_kernels(broken), caplog.at_level(logging.WARNING, "flux2"):
+        ours = encoder(WEIGHTS)
+        assert ours.attention == attention
+        check(served(ours), expected)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (attention != "any")
+    assert all(repr(attention) in line for line in lines)
+
+
+@pytest.mark.parametrize("only_compiled", [False, True])
+@pytest.mark.parametrize(("broken", "attention"), [CASES[2], CASES[3]])
+def test_what_is_trimmed_and_compiled_is_checked_too(
+    broken: tuple[Kernel, ...], attention: str, only_compiled: bool, expected: list[torch.Tensor]
+) -> None:
+    """Where a kernel fails in compiled code, the layers are compiled again with the next ones, and are still fast."""
+    with broken_kernels(broken, only_compiled=only_compiled):
+        ours = encoder(WEIGHTS)
+        assert ours.attention == ("any" if only_compiled else attention)
+        ours.speed_up(1, "eager")
+        assert ours.attention == attention
+        assert isinstance(ours._forward, FastLayers)
+        check(served(ours), expected)
+
+
+def test_where_all_compiled_kernels_fail_it_is_exact(
+    expected: list[torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The service starts all the same, uncompiled, and says so."""
+    with broken_kernels(ALL, only_compiled=True), caplog.at_level(logging.WARNING, "flux2"):
+        ours = encoder(WEIGHTS)
+        ours.speed_up(1, "eager")
+        assert "performance is exact" in caplog.text
+        assert ours.attention == "math"
+        check(served(ours), expected)
+
+
+def test_where_all_kernels_fail_the_service_does_not_start() -> None:
+    """One line says that it is not the kernel alone."""
+    with broken_kernels(ALL), pytest.raises(ModelRefused, match="not finite numbers, with any of PyTorch's attention"):
+        load_encoder(TextEncoderSettings(model=str(WEIGHTS)))
+
+
+def test_damaged_weights_are_refused_at_the_start(tmp_path: Path) -> None:
+    """Weights that are not finite numbers make no embeddings."""
+    folder = shutil.copytree(WEIGHTS, tmp_path / "model")
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["language_model.model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ModelRefused, match="weights are damaged"):
+        encoder(folder)
+
+
+def test_the_command_line_rules_them_out_too(expected: list[torch.Tensor]) -> None:
+    """``flux2 calibrate`` and ``flux2 generate --local`` embed with a kernel that passes, or say that there is none."""
+    with broken_kernels(["cudnn"]):
+        ours = embed_prompts(FOLDER, PROMPTS, CPU, torch.float32)
+        assert chosen() == "flash"
+    check(ours, expected)
+    with broken_kernels(ALL), pytest.raises(ModelRefused, match="not finite numbers"):
+        embed_prompts(FOLDER, PROMPTS[:1], CPU, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_no_cache_of_compiled_code_keeps_a_kernel_that_is_ruled_out() -> None:
+    """What was compiled with it, in this process or on disk, is not used again."""
+    query, mask = torch.randn(1, 2, 64, 32), torch.ones(64, 64, dtype=torch.bool).tril()
+    kernels: list[set[str]] = []
+
+    def work() -> None:
+        compiled: Any = torch.compile(torch.nn.functional.scaled_dot_product_attention, fullgraph=True)
+        compiled(query, query, query, mask)
+        with torch.profiler.profile() as profile:
+            compiled(query, query, query, mask)
+        kernels.append({event.key for event in profile.key_averages()})
+        if len(kernels) < 3:
+            raise NonFiniteStates
+
+    with fresh_cache(), torch.inference_mode():
+        assert run_finite(work) == (None, "math")
+    assert ["aten::_scaled_dot_product_flash_attention_for_cpu" in names for names in kernels] == [True, True, False]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_is_enough(value: float) -> None:
+    """Not all of the states need to be NaN."""
+    states = torch.zeros(2, 3)
+    assert check_finite(states) is states
+    states[1, 2] = value
+    with pytest.raises(NonFiniteStates):
+        check_finite(states)
+
+
+@pytest.mark.anyio
+async def test_info_says_which_kernels_are_used(serve_encoder: Serve) -> None:
+    """``GET /info`` tells of the restriction; what an older service answers is understood."""
+    with broken_kernels(["cudnn"]):
+        async with serve_encoder() as http:
+            info = (await http.get("/info")).json()
+    assert info["attention"] == "without_cudnn"
+    del info["attention"]
+    assert EncoderInfo(**info).attention is None
