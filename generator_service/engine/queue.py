@@ -20,7 +20,7 @@ from generator_service.order import Order
 from shared.errors import Busy
 
 FIRST_GUESS_S = 1.0
-"""How long a generation is taken to last whose estimate is not known."""
+"""How long a generation is taken to last as long as nothing is known of any."""
 
 Params = TypeVar("Params")
 Image = TypeVar("Image")
@@ -239,9 +239,11 @@ class Queue(Generic[Params, Image]):
         return max(0.0, work.order.estimate_s - (self._clock() - work.started))
 
     def _seconds_of_all(self) -> float:
-        """How long everything in the queue will take, with a guess for what is not known."""
+        """How long everything in the queue will take; what is not known is taken to last as long as the rest."""
         seconds = [self._seconds_left(work) for run in self._runs() for work in run]
         preparing = [place for place in self._places.values() if not place.ready and not place.has_begun]
         seconds += [order.estimate_s for place in preparing for order in place.generation.orders]
-        unknown = len(self._permits) - len(self._places) + seconds.count(None)
-        return (sum(filter(None, seconds)) + unknown * FIRST_GUESS_S) / max(1, self._num_devices())
+        known = [each for each in seconds if each is not None]
+        unknown = len(self._permits) - len(self._places) + len(seconds) - len(known)
+        guess = sum(known) / len(known) if known else FIRST_GUESS_S
+        return (sum(known) + unknown * guess) / max(1, self._num_devices())
