@@ -25,9 +25,9 @@ from tests.generator_service.test_optimised import OTHER_SIDE, SIDE, loaded, wan
 BATCHING = Batching(max_batch=3, max_pixels=SIDE * SIDE)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """Models of other tests, whose blocks have the same code, leave nothing compiled."""
+    """Models of other tests, whose blocks have the same code, leave nothing compiled, and no limit half used up."""
     torch.compiler.reset()
 
 
@@ -49,13 +49,13 @@ class Backend:
         return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def backend() -> Backend:
     """What ``compiled`` is compiled with."""
     return Backend()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPathFactory) -> Flux2Model:
     """The demo model, compiled, with an adapter at hand, and warm."""
     folder = tmp_path_factory.mktemp("lora")
@@ -82,7 +82,7 @@ def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
 
 
 @pytest.fixture
-def nothing_compiles(backend: Backend) -> Iterator[None]:
+def nothing_compiles(compiled: Flux2Model, backend: Backend) -> Iterator[None]:
     """Fails the test if it compiled anything."""
     before = (backend.graphs, num_compilations())
     yield

@@ -254,6 +254,7 @@ async def test_whoever_is_left_at_the_end_gets_an_answer(serve_generator: Serve,
     """When the service closes, what runs and what waits ends with 503 ``shutting_down``, streams with that event."""
     async with serve_generator() as http:
         streams = [await begin(http, small(seed)) for seed in (1, 2)]
+        await until_positions(http, [0, 1])  # both were resolved: their answers are streams by now
         plain = asyncio.create_task(http.post("/generate", json=small(3)))
         await asyncio.sleep(0)
         while queue_of(http).num_in_flight < 3:  # noqa: ASYNC110 - admission has no event
