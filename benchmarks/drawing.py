@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from generator_service.engine import Engine, Runtime, generation_request
+from generator_service.engine.engine import Engine, Runtime
+from generator_service.engine.generation import GenerationResult
+from generator_service.engine.provenance import generation_request
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.order import Order
 from generator_service.pipelines.flux2 import Flux2Model
@@ -94,9 +96,9 @@ class Bench:
         """
         order = self._order(shape, schedule, seed)
         began = time.perf_counter()
-        (delivery,) = self._runner.run(self.engine.deliver([order]))
+        (result,) = self._runner.run(generated(self.engine, order))
         total_s = time.perf_counter() - began
-        return Taken(total_s, delivery.timings.denoise_s, delivery.timings.decode_s)
+        return Taken(total_s, result.timings.denoise_s, result.timings.decode_s)
 
     def _order(self, shape: Shape, schedule: Schedule, seed: int) -> Order:
         return Order(
@@ -129,8 +131,14 @@ async def opened_engine(stack: AsyncExitStack, model: Flux2Model, embedding: tor
     """An engine whose thread and queue ``stack`` closes."""
     thread = await stack.enter_async_context(DeviceThread())
     engine = Engine(model, ReadyEncoder(embedding), Runtime(thread, Metrics()), max_waiting=1)
-    await stack.enter_async_context(engine.queue)
-    return engine
+    return await stack.enter_async_context(engine)
+
+
+async def generated(engine: Engine, order: Order) -> list[GenerationResult]:
+    """The result of one request."""
+    with engine.admit() as permit:
+        generation = engine.submit([order], permit)
+    return await generation.images()
 
 
 def noise_reference(shape: Shape, seed: int) -> Reference:

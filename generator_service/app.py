@@ -14,8 +14,9 @@ from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
 from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
-from generator_service.engine import Batching, Engine, PictureMaker, PromptEncoder, Runtime
-from generator_service.jobs import JobStore
+from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
+from generator_service.engine.job_store import JobStore
+from generator_service.engine.worker import Batching
 from generator_service.order import open_shelf
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
@@ -30,6 +31,7 @@ from shared.health import ReadyCheck
 from shared.model_folder import find_model, read_prompt_format
 from shared.report import Report, ignore
 from shared.schemas import EncoderInfo
+from shared.thread_pool import ThreadPool
 from shared.version import product_version
 from shared.web import make_app, require_token
 
@@ -42,7 +44,7 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 class Studio:
     """What stands behind the API."""
 
-    engine: PictureMaker
+    engine: ImageGenerator
     embedding_shape: tuple[int, int]
     ready: ReadyCheck
 
@@ -73,13 +75,13 @@ def app_around(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         warn_of_strangers(settings)
-        async with open_studio(app) as studio:
+        async with open_studio(app) as studio, ThreadPool("requests") as pool:
             shelf = await asyncio.to_thread(open_shelf, settings, studio.engine.card)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
-            app.state.generator = GeneratorState(settings, studio.engine, shelf, jobs, studio.embedding_shape)
-            app.state.health.start_serving(studio.ready)
+            app.state.generator = GeneratorState(settings, studio.engine, shelf, jobs, studio.embedding_shape, pool)
+            app.state.health.start_serving(studio.ready, studio.engine.close)
             yield
-            await jobs.close()
+            jobs.close()
 
     app = make_app("FLUX.2 generator", product_version(), settings, lifespan)
     for routes in (generate, job_routes, modes, openai):
@@ -101,10 +103,9 @@ async def running_engine(
     batching = Batching(settings.max_batch, settings.max_batch_pixels)
     engine = Engine(model, encoder, runtime, settings.max_waiting, settings.quality_sampling, upsampler, batching)
     runtime.metrics.watch_memory(model.device)
-    await runtime.thread.call(engine.warm_up, embedding_shape, settings.warm_up_sizes)
-    async with engine.queue, upsampler or nullcontext():
+    await runtime.thread.call(engine.worker.warm_up, embedding_shape, settings.warm_up_sizes, runtime.report)
+    async with upsampler or nullcontext(), engine:
         yield engine
-        await engine.close()
 
 
 def make_encoder_client(

@@ -18,6 +18,7 @@ from generator_service.http_body import IDENTITY, BodyRefused, read_body
 from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
 from shared.logs import request_id
 from shared.schemas import EncoderInfo
+from shared.thread_pool import ThreadPool
 from shared.tracing import Tracing
 from shared.wire import (
     EMBEDDING_DTYPES,
@@ -60,6 +61,7 @@ class EncoderClient:
         self._base = url.rstrip("/").removesuffix("/predict")
         self._shape = embedding_shape
         self._timeout_s = timeout_s
+        self._pool = ThreadPool("embeddings")
         self._embedder = Embedder(self._embed_once, timeout_s=timeout_s, cache_bytes=cache_bytes)
         headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
         self._http = httpx.AsyncClient(
@@ -78,6 +80,7 @@ class EncoderClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
+        await self._pool.__aexit__()
 
     async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
         """The prompt's embedding ``[1, L, D]``, and whether it was cached; as ``Embedder.embed``."""
@@ -116,7 +119,7 @@ class EncoderClient:
             media_type = response.headers.get("content-type", "").split(";")[0]
         parse = parse_safetensors if media_type == SAFETENSORS_MEDIA_TYPE else parse_torch
         try:
-            return await asyncio.to_thread(parse, body, (1, tokens, width))
+            return await self._pool.run(parse, body, (1, tokens, width))
         except WireError as error:
             raise BadEncoderResponse("the text encoder's answer is not this model's prompt embedding") from error
 

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from generator_service.api.schemas import GenerateRequest
-from generator_service.engine import generation_request, provenance
+from generator_service.engine.provenance import generation_request, provenance
 from generator_service.imaging import encode_image
 from generator_service.order import Order, make_order, open_shelf
 from generator_service.pipelines import flux2, parts, prompt

@@ -18,6 +18,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from generator_service.http_body import IDENTITY, BodyRefused, read_body
 from generator_service.pipelines.prompt import LARGEST_UPSAMPLING_AREA, UPSAMPLING_MESSAGE, UPSAMPLING_MESSAGE_EDIT
 from shared.errors import BadUpsamplerResponse, UpsamplerUnavailable
+from shared.thread_pool import ThreadPool
 
 TEMPERATURE = 0.15
 MAX_TOKENS = 512
@@ -61,6 +62,7 @@ class Upsampler:
     ) -> None:
         self._url = f"{url.rstrip('/')}/chat/completions"
         self._model = model
+        self._pool = ThreadPool("upsampling", 1)
         headers = IDENTITY | ({"Authorization": f"Bearer {token.get_secret_value()}"} if token else {})
         self._http = httpx.AsyncClient(headers=headers, timeout=timeout_s, transport=transport, follow_redirects=False)
 
@@ -69,6 +71,7 @@ class Upsampler:
 
     async def __aexit__(self, *_: object) -> None:
         await self._http.aclose()
+        await self._pool.__aexit__()
 
     async def rewrite(self, prompt: str, references: Sequence[Image] = ()) -> str:
         """The prompt with more of what the model needs to know; for an edit the chat model sees the pictures.
@@ -78,7 +81,8 @@ class Upsampler:
             BadUpsamplerResponse: the answer holds no prompt.
         """
         try:
-            async with self._http.stream("POST", self._url, json=self._question(prompt, references)) as response:
+            question = await self._pool.run(self._question, prompt, references)
+            async with self._http.stream("POST", self._url, json=question) as response:
                 raise_for_status(response.status_code)
                 return rewritten(await read_body(response, MAX_ANSWER_BYTES))
         except BodyRefused as error:

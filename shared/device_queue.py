@@ -85,6 +85,7 @@ class DeviceQueue(Generic[Work, Result]):
         self._num_places_taken = 0
         self._batch_s = FIRST_GUESS_S
         self._arrival = asyncio.Event()
+        self._is_closed = False
         self._thread = thread
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -94,8 +95,14 @@ class DeviceQueue(Generic[Work, Result]):
 
     async def __aexit__(self, *_: object) -> None:
         assert self._loop_task is not None
-        self._loop_task.cancel()
+        self.close()
         await asyncio.gather(self._loop_task, return_exceptions=True)
+
+    def close(self) -> None:
+        """Answer everyone with ``ShuttingDown``; nothing is run any more."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+        self._is_closed = True
         self._fail(ShuttingDown())
 
     @property
@@ -111,7 +118,7 @@ class DeviceQueue(Generic[Work, Result]):
             Busy: none is free; the error says when to come back.
             DeviceLost: nothing can run any more.
         """
-        self._thread.refuse_if_lost()
+        self._refuse_at_the_end()
         if self._num_places_taken >= self._max_waiting + self._max_batch:
             rounds = self._num_places_taken / self._max_batch
             raise Busy("the service is busy: the queue is full", retry_after_s=rounds * self._batch_s)
@@ -133,7 +140,7 @@ class DeviceQueue(Generic[Work, Result]):
             DeviceLost: the device failed before the result was there.
             ShuttingDown: the queue was closed before the result was there.
         """
-        self._thread.refuse_if_lost()
+        self._refuse_at_the_end()
         loop = asyncio.get_running_loop()
         entry = _Entry[Work, Result](work, loop.create_future(), time.monotonic())
         self._waiting.append(entry)
@@ -145,6 +152,11 @@ class DeviceQueue(Generic[Work, Result]):
             return await entry.answer
         finally:
             timer.cancel()
+
+    def _refuse_at_the_end(self) -> None:
+        self._thread.refuse_if_lost()
+        if self._is_closed:
+            raise ShuttingDown
 
     def _give_up(self, entry: _Entry[Work, Result]) -> None:
         if entry in self._waiting and not entry.answer.done():

@@ -26,6 +26,7 @@ class Health:
         self._began = time.monotonic()
         self._stage = "starting"
         self._check: ReadyCheck | None = None
+        self._close: Callable[[], None] = lambda: None
         self.device_lost = asyncio.Event()
 
     def report(self, stage: str) -> None:
@@ -33,9 +34,19 @@ class Health:
         self._stage = stage
         logger.info("%s", stage)
 
-    def start_serving(self, check: ReadyCheck) -> None:
-        """From now on the service is ready whenever ``check`` says so."""
+    def start_serving(self, check: ReadyCheck, close: Callable[[], None]) -> None:
+        """From now on the service is ready whenever ``check`` says so.
+
+        Args:
+            check: says why the service is not ready, or None.
+            close: answers everyone who still waits when the service ends.
+        """
         self._check = check
+        self._close = close
+
+    def close(self) -> None:
+        """The time to end in peace is over: answer everyone who still waits."""
+        self._close()
 
     @property
     def progress(self) -> str:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import TypeVar
 
 import uvicorn
@@ -22,6 +23,8 @@ from shared.settings import ServiceSettings
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
 DEVICE_LOST_STATUS = 1
+CLOSING_S = 2
+"""How long answers to those who did not end within the drain may take."""
 LAST_ANSWERS_S = 3.0
 """How long a service whose device is lost goes on answering."""
 LAST_MOMENT_S = 4.5
@@ -72,12 +75,15 @@ async def _serve(app: FastAPI, port: socket.socket, drain_s: int) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=drain_s,
+        timeout_graceful_shutdown=drain_s + CLOSING_S,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     has_started, ends = asyncio.Event(), asyncio.Event()
     lifespan = asyncio.create_task(_run_lifespan(app, server, has_started, ends))
-    watch = asyncio.create_task(_end_when_device_is_lost(app, server))
+    watches = [
+        asyncio.create_task(_end_when_device_is_lost(app, server)),
+        asyncio.create_task(_close_after_drain(app, server, drain_s)),
+    ]
     try:
         await server.serve([port])
     finally:
@@ -85,9 +91,31 @@ async def _serve(app: FastAPI, port: socket.socket, drain_s: int) -> None:
             _leave(DEVICE_LOST_STATUS)
         if not has_started.is_set() and not lifespan.done():
             _leave(0)  # asked to end while the model is loaded, which cannot be interrupted
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
         ends.set()
         await lifespan
+
+
+class _Server(uvicorn.Server):
+    """Says when it has been asked to end."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ends = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """As uvicorn's signal handler."""
+        super().handle_exit(sig, frame)
+        self._loop.call_soon_threadsafe(self.ends.set)
+
+
+async def _close_after_drain(app: FastAPI, server: _Server, drain_s: int) -> None:
+    """Answer those whom the drain was too short for; uvicorn would cut them off."""
+    await server.ends.wait()
+    await asyncio.sleep(drain_s)
+    app.state.health.close()
 
 
 async def _run_lifespan(app: FastAPI, server: uvicorn.Server, has_started: asyncio.Event, ends: asyncio.Event) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.device import resolve_device
 from shared.logs import LogFormat
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ class ServiceSettings(BaseSettings):
         Raises:
             ModelRefused: there is no such device here.
         """
+        from shared.device import resolve_device  # noqa: PLC0415 - settings can be read where torch cannot be imported
+
         return resolve_device(self.device, f"{self.model_config['env_prefix']}DEVICE")
 
     def torch_dtype(self) -> "torch.dtype":

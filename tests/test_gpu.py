@@ -19,6 +19,7 @@ from benchmarks.synthetic import source_of
 from demo_model.services import WEIGHTS
 from generator_service.app import create_app as create_generator
 from generator_service.lemica import PREDICTORS
+from generator_service.pipelines import attention
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.performance import Performance
@@ -45,6 +46,12 @@ FOLDER = ModelFolder("weights", "local", WEIGHTS)
 TOLERANCE = 1e-4
 """Of final latents: projections are joined, and attention is another."""
 PROFILES: list[tuple[Optimisation, ...]] = [(), ("attention", "fused_qkv", "vae")]
+
+
+@pytest.fixture(autouse=True)
+def native_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is chosen for its speed: here all are the CPU's, and diffusers would give the choice to every model."""
+    monkeypatch.setattr(attention, "WORTH", 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
             running_encoder(settings, app.state.metrics, thread, health.report) as state,
         ):
             app.state.encoder = state
-            health.start_serving(is_ready)
+            health.start_serving(is_ready, state.queue.close)
             yield
 
     app = make_app("FLUX.2 text encoder", product_version(), settings, lifespan)

@@ -4,10 +4,9 @@ Stands where a single machine has its engine. A request whose generator dies is 
 of the order, so the picture is the same.
 """
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing
 from contextvars import Context
 from functools import partial
 from typing import Any
@@ -16,31 +15,31 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from generator_service.cost import CostModel
-from generator_service.engine import Delivery, work_s
-from generator_service.happenings import Happening, Listener, StepBegun, ignore
-from generator_service.line import Line
+from generator_service.engine.events import ProgressEvent, StepStarted
+from generator_service.engine.generation import Generation, GenerationResult
+from generator_service.engine.queue import Permit, Queue
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
-from shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, GeneratorUnavailable
+from shared.errors import Busy, DeviceLost, Flux2Error, GeneratorUnavailable, ShuttingDown
 from shared.metrics import Metrics
 
 logger = logging.getLogger("flux2")
 
 MAX_ATTEMPTS = 4
 FIRST_GUESS_S = 10.0
-"""How long a picture is taken to last before one was drawn."""
+"""How long an image is taken to last before one was generated."""
 
 
 class Fleet:
-    """Delivers pictures by whichever generator is free.
+    """Generates images by whichever generator is free.
 
     Args:
         handle: of the deployment of ``GeneratorReplica``.
         card: their model.
         cost: what is known of their speed.
         num_generators: how many there are now.
-        max_waiting: how many requests may wait beside those that are drawn.
-        metrics: get the number of places taken.
+        max_waiting: how many requests may wait beside those that run.
+        metrics: get the number of requests in flight.
     """
 
     def __init__(
@@ -54,73 +53,68 @@ class Fleet:
     ) -> None:
         self.card = card
         self.cost = cost
+        self._is_closed = False
         self._handle = handle.options(stream=True)
-        self._num_generators = num_generators
-        self._max_waiting = max_waiting
-        self._num_places_taken = 0
-        self._line = Line(num_devices=num_generators)
-        metrics.queue_depth.set_function(lambda: self._num_places_taken)
+        self._queue = Queue[None, None](lambda: num_generators() + max_waiting, num_devices=num_generators)
+        metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
 
-    async def deliver(self, orders: Sequence[Order], listener: Listener | None = None) -> list[Delivery]:
-        """As ``Engine.deliver``; what happened before a generator was lost is told again by the next.
+    def admit(self) -> AbstractContextManager[Permit]:
+        """As ``Engine.admit``.
 
         Raises:
             Busy: too many wait.
-            DeadlineExceeded: the drawing has not begun in time.
-            GeneratorUnavailable: one generator after the other was lost.
-            Flux2Error: what the generator says.
         """
-        tell = listener or ignore
-        ask = self._handle.deliver_quietly if listener is None else self._handle.deliver
-        attempt = partial(self._attempt, partial(ask.remote, orders), tell)
-        with self._place(), self._line.waiting(work_s(orders), tell):
-            try:
-                async with asyncio.timeout(orders[0].deadline_s) as until_begun:
-                    return await self._with_retries(partial(attempt, until_begun))
-            except TimeoutError:
-                if until_begun.expired():
-                    told = "the deadline passed before it was this request's turn"
-                    raise DeadlineExceeded(told) from None
-                raise
+        self._refuse_if_closed()
+        return self._queue.admit()
 
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        devices = self._num_generators()
-        if self._num_places_taken >= devices + self._max_waiting:
-            cost = self.cost.of(self.card.default_num_tokens)
-            picture_s = FIRST_GUESS_S if cost is None else cost.total_s(50, 50)
-            rounds = self._num_places_taken / max(1, devices)
-            raise Busy("the service is busy: the queue is full", retry_after_s=rounds * picture_s)
-        self._num_places_taken += 1
-        try:
-            yield
-        finally:
-            self._num_places_taken -= 1
+    def submit(self, orders: Sequence[Order], permit: Permit, *, is_followed: bool = False) -> Generation:
+        """As ``Engine.submit``. Serve's router picks the next request, so positions are estimates.
 
-    async def _with_retries(self, attempt: Callable[[], Awaitable[list[Delivery]]]) -> list[Delivery]:
+        The generation fails with ``GeneratorUnavailable`` if one generator after the other is lost.
+        """
+        self._refuse_if_closed()
+        generation = Generation(orders, is_followed=is_followed, on_end=self._queue.leave)
+        self._queue.enter(generation, permit)
+        for index, order in enumerate(orders):
+            self._queue.add(generation, order, None, index)
+        generation.start(partial(self._with_retries, orders), orders[0].deadline_s)
+        return generation
+
+    def close(self) -> None:
+        """End everything that has not ended; nothing is admitted any more."""
+        self._is_closed = True
+        for generation in self._queue.generations:
+            generation.fail(ShuttingDown())
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise ShuttingDown
+
+    async def _with_retries(self, orders: Sequence[Order], generation: Generation) -> list[GenerationResult]:
         for number in range(1, MAX_ATTEMPTS + 1):
             try:
-                return await attempt()
+                return await self._attempt(orders, generation)
             except GeneratorUnavailable as error:
                 logger.warning("attempt %d: %s", number, error, exc_info=error.__cause__)
-        told = "one generator after the other was lost before the picture was finished"
-        raise GeneratorUnavailable(told, retry_after_s=FIRST_GUESS_S)
+        lost = "one generator after the other was lost before the image was finished"
+        raise GeneratorUnavailable(lost, retry_after_s=FIRST_GUESS_S)
 
-    async def _attempt(self, ask: Callable[[], Any], tell: Listener, until_begun: asyncio.Timeout) -> list[Delivery]:
-        deliveries = []
-        async with aclosing(self._events(ask)) as events:
+    async def _attempt(self, orders: Sequence[Order], generation: Generation) -> list[GenerationResult]:
+        method = self._handle.generate if generation.is_followed else self._handle.generate_without_events
+        results = []
+        async with aclosing(self._events(partial(method.remote, orders))) as events:
             async for event in events:
-                if isinstance(event, Delivery):
+                if isinstance(event, GenerationResult):
                     self._learn(event)
-                    deliveries.append(event)
+                    results.append(event)
                     continue
-                if isinstance(event, StepBegun):
-                    until_begun.reschedule(None)
-                tell(event)
-        return deliveries
+                if isinstance(event, StepStarted):
+                    self._queue.begin(generation)
+                generation.emit(event)
+        return results
 
-    async def _events(self, ask: Callable[[], Any]) -> AsyncGenerator[Happening | Delivery, None]:
-        """What some generator tells."""
+    async def _events(self, ask: Callable[[], Any]) -> AsyncGenerator[ProgressEvent | GenerationResult, None]:
+        """What some generator sends."""
         # Outside of the HTTP request's context: Serve would cancel a job when the client that began it leaves.
         stream = Context().run(ask)
         try:
@@ -139,14 +133,14 @@ class Fleet:
         finally:
             stream.cancel()  # of a stream that has ended there is nothing left to cancel
 
-    def _learn(self, delivery: Delivery) -> None:
-        order = delivery.order
+    def _learn(self, result: GenerationResult) -> None:
+        order = result.order
         if order.adapters or order.preview_steps:
             return  # they took longer than others of their size
         self.cost.observe(
             order.num_tokens,
             num_computed=order.schedule.num_computed,
             num_steps=order.schedule.num_steps,
-            denoise_s=delivery.timings.denoise_s,
-            decode_s=delivery.timings.decode_s,
+            denoise_s=result.timings.denoise_s,
+            decode_s=result.timings.decode_s,
         )

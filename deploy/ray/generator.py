@@ -1,22 +1,20 @@
-"""The generator as a deployment: an engine without the API, which tells what happens as a stream."""
+"""The generator as a deployment: an engine without the API, which sends events as a stream."""
 
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from deploy.ray.remote_encoder import RemoteEncoder
 from generator_service.app import load_model, make_upsampler, running_engine
 from generator_service.cost import Cost
-from generator_service.engine import Delivery, Runtime
-from generator_service.happenings import Happening, StepBegun
-from generator_service.line import Queued
+from generator_service.engine.engine import Runtime
+from generator_service.engine.events import ProgressEvent, Queued, StepStarted
+from generator_service.engine.generation import GenerationResult
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.progress import Progress
 from generator_service.settings import GeneratorSettings
 from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error
@@ -68,23 +66,30 @@ class GeneratorReplica:
         cost = self._engine.cost.of(card.default_num_tokens)
         return Introduction(card, self._shape, cost)
 
-    async def deliver(self, orders: Sequence[Order]) -> AsyncIterator[Happening | Delivery | Flux2Error]:
-        """Everything that happens to a request, but for its place in the line, which is elsewhere; at last its files.
+    async def generate(self, orders: Sequence[Order]) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
+        """The events of a generation but for its position, which is known elsewhere; at last its results.
 
         What goes wrong is the last item, not raised: Ray would wrap it in its own errors.
         """
         try:
-            async for event in await Progress.start(partial(self._engine.deliver, orders)):
-                if not isinstance(event, Queued):
-                    yield event
+            with self._engine.admit() as permit:
+                generation = self._engine.submit(orders, permit, is_followed=True)
+            try:
+                async for event in generation.events():
+                    if not isinstance(event, Queued):
+                        yield event
+            finally:
+                generation.cancel()
         except Flux2Error as error:
             yield error
 
-    async def deliver_quietly(self, orders: Sequence[Order]) -> AsyncIterator[Happening | Delivery | Flux2Error]:
-        """As ``deliver``, but only that the drawing has begun, and what came out: messages that nobody reads cost."""
+    async def generate_without_events(
+        self, orders: Sequence[Order]
+    ) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
+        """As ``generate``, but only the first step and the results: messages that nobody reads cost time."""
         has_begun = False
-        async for event in self.deliver(orders):
-            if isinstance(event, Delivery | Flux2Error) or (isinstance(event, StepBegun) and not has_begun):
+        async for event in self.generate(orders):
+            if isinstance(event, GenerationResult | Flux2Error) or (isinstance(event, StepStarted) and not has_begun):
                 has_begun = True
                 yield event
 

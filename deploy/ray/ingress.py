@@ -46,7 +46,10 @@ def create_app() -> FastAPI:
             async def is_ready() -> str | None:
                 return await readiness() if census.running(GENERATOR) else "no generator runs"
 
-            yield Studio(fleet, told.embedding_shape, is_ready)
+            try:
+                yield Studio(fleet, told.embedding_shape, is_ready)
+            finally:
+                fleet.close()
 
     app = app_around(open_studio, settings)
     app.add_middleware(WithoutRequestId)

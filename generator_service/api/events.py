@@ -12,10 +12,16 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
-from generator_service.engine import Delivery
-from generator_service.happenings import Encoding, Happening, Preview, Rewritten, StepBegun
+from generator_service.engine.events import (
+    EncodingPrompt,
+    Preview,
+    ProgressEvent,
+    PromptUpsampled,
+    Queued,
+    StepStarted,
+)
+from generator_service.engine.generation import GenerationResult
 from generator_service.imaging import preview_file
-from generator_service.line import Queued
 from shared.errors import Flux2Error
 from shared.web import problem_of, unknown_error
 
@@ -79,22 +85,22 @@ def queued(place: Queued) -> dict[str, Any]:
 
 
 async def native_events(
-    happening: AsyncIterable[Happening | Delivery],
+    progress: AsyncIterable[ProgressEvent | GenerationResult],
     num_steps: int,
-    as_json: Callable[[Delivery], dict[str, str]],
+    as_json: Callable[[GenerationResult], dict[str, str]],
 ) -> Told:
     """``queued``, ``encoding``, ``step`` and ``preview`` as they happen, then for each picture ``completed``."""
     index = 0
-    async for event in happening:
-        if isinstance(event, StepBegun):
+    async for event in progress:
+        if isinstance(event, StepStarted):
             step = {"index": event.index, "step": event.step, "total": num_steps, "computed": event.is_computed}
             eta = {} if event.seconds_left is None else {"eta_ms": round(1000 * event.seconds_left)}
             yield "step", step | eta
         elif isinstance(event, Queued):
             yield "queued", queued(event)
-        elif isinstance(event, Rewritten):
+        elif isinstance(event, PromptUpsampled):
             yield "rewritten", {"prompt": event.prompt}
-        elif isinstance(event, Encoding):
+        elif isinstance(event, EncodingPrompt):
             yield "encoding", {}
         elif isinstance(event, Preview):
             image = await asyncio.to_thread(preview_file, event.image)

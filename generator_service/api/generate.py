@@ -3,7 +3,6 @@
 import base64
 import secrets
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated
 from urllib.parse import quote
 
@@ -15,10 +14,9 @@ from generator_service.api import events
 from generator_service.api.huggingface import InferenceRequest
 from generator_service.api.schemas import GenerateRequest
 from generator_service.api.state import GeneratorState, generator_state
-from generator_service.engine import Delivery
+from generator_service.engine.generation import Generation, GenerationResult
+from generator_service.engine.job_store import Job
 from generator_service.imaging import MEDIA_TYPES
-from generator_service.jobs import Job
-from generator_service.progress import Progress
 from shared.web import CLIENT_CLOSED_REQUEST, owner_of, while_connected
 
 router = APIRouter()
@@ -65,75 +63,83 @@ async def generate(
 
 
 async def answer(body: GenerateRequest, request: Request, state: GeneratorState, accept: str) -> Response:
-    """The pictures of a request, in the form that ``accept`` asks for."""
-    order = await state.order(body)
-    orders = order.siblings(body.num_images)
-    if events.MEDIA_TYPE in accept:
-        progress = await Progress.start(partial(state.engine.deliver, orders))
-        told = events.native_events(progress, order.schedule.num_steps, as_json)
-        return events.respond(request, told, progress.cancel)
-    deliveries = await while_connected(request, state.engine.deliver(orders))
-    if deliveries is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return delivered(deliveries, accept)
+    """The images of a request, in the form that ``accept`` asks for."""
+    is_stream = events.MEDIA_TYPE in accept
+    generation = await state.submit(body, is_followed=is_stream)
+    if is_stream:
+        return events.respond(request, native_events(generation), generation.cancel)
+    results = await images_while_connected(request, generation)
+    return Response(status_code=CLIENT_CLOSED_REQUEST) if results is None else to_response(results, accept)
 
 
 async def answer_of_job(job: Job, request: Request, accept: str) -> Response:
-    """The pictures of a job, in the form that ``accept`` asks for; a client that leaves does not stop it."""
+    """The images of a job, in the form that ``accept`` asks for; a client that leaves does not stop it."""
     if events.MEDIA_TYPE in accept:
-        response: Response = events.respond(request, events.native_events(job.follow(), job.num_steps, as_json))
+        response: Response = events.respond(request, native_events(job.generation))
     else:
-        deliveries = await while_connected(request, job.finished())
-        response = Response(status_code=CLIENT_CLOSED_REQUEST) if deliveries is None else delivered(deliveries, accept)
+        results = await while_connected(request, job.generation.images())
+        response = Response(status_code=CLIENT_CLOSED_REQUEST) if results is None else to_response(results, accept)
     response.headers["x-job-id"] = job.id
     return response
 
 
-def delivered(deliveries: Sequence[Delivery], accept: str) -> Response:
+async def images_while_connected(request: Request, generation: Generation) -> list[GenerationResult] | None:
+    """The results, or None if the client left before: then the generation is cancelled."""
+    try:
+        return await while_connected(request, generation.images())
+    finally:
+        generation.cancel()  # one that has ended stays as it is
+
+
+def native_events(generation: Generation) -> events.Told:
+    """The generation's events as this API sends them."""
+    num_steps = generation.orders[0].schedule.num_steps
+    return events.native_events(generation.events(), num_steps, as_json)
+
+
+def to_response(results: Sequence[GenerationResult], accept: str) -> Response:
     """Finished pictures in the form that ``accept`` asks for."""
     if JSON_MEDIA_TYPE in accept:
-        return JSONResponse({"images": [as_json(delivery) for delivery in deliveries]})
-    return one_file(deliveries[0]) if len(deliveries) == 1 else multipart(deliveries)
+        return JSONResponse({"images": [as_json(result) for result in results]})
+    return one_file(results[0]) if len(results) == 1 else multipart(results)
 
 
-def as_json(delivery: Delivery) -> dict[str, str]:
+def as_json(result: GenerationResult) -> dict[str, str]:
     """The picture as base64, beside what would be in the headers."""
-    told = result_headers(delivery) | {"image": base64.b64encode(delivery.data).decode()}
-    if delivery.comparison is not None:
-        told["side_by_side"] = base64.b64encode(delivery.side_by_side).decode()
+    told = result_headers(result) | {"image": base64.b64encode(result.data).decode()}
+    if result.comparison is not None:
+        told["side_by_side"] = base64.b64encode(result.side_by_side).decode()
     return told
 
 
-def one_file(delivery: Delivery) -> Response:
+def one_file(result: GenerationResult) -> Response:
     """The picture's file is the body; of a comparison, both side by side."""
-    return Response(
-        delivery.file, media_type=MEDIA_TYPES[delivery.order.output_format], headers=result_headers(delivery)
-    )
+    return Response(result.file, media_type=MEDIA_TYPES[result.order.output_format], headers=result_headers(result))
 
 
-def multipart(deliveries: Sequence[Delivery]) -> Response:
+def multipart(results: Sequence[GenerationResult]) -> Response:
     """Each picture is a part with its own headers (RFC 2046)."""
     boundary = f"picture-{secrets.token_hex(16)}"
     body = bytearray()
-    for delivery in deliveries:
-        headers = {"content-type": MEDIA_TYPES[delivery.order.output_format]} | result_headers(delivery)
+    for result in results:
+        headers = {"content-type": MEDIA_TYPES[result.order.output_format]} | result_headers(result)
         lines = [f"--{boundary}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
-        body += "\r\n".join(lines).encode("latin-1") + delivery.file + b"\r\n"
+        body += "\r\n".join(lines).encode("latin-1") + result.file + b"\r\n"
     body += f"--{boundary}--\r\n".encode()
     return Response(bytes(body), media_type=f"multipart/mixed; boundary={boundary}")
 
 
-def result_headers(delivery: Delivery) -> dict[str, str]:
+def result_headers(result: GenerationResult) -> dict[str, str]:
     """What the answer says beside the picture."""
-    order, timings = delivery.order, delivery.timings
+    order, timings = result.order, result.timings
     known: dict[str, str] = {}
     if order.estimate_s is not None:
         known["x-estimate-ms"] = f"{1000 * order.estimate_s:.1f}"
     if order.is_upsampled and order.prompt is not None:
         known["x-revised-prompt"] = quote(order.prompt, safe=" ,;:'()!?")
-    if delivery.comparison is not None:
-        known["x-psnr-db"] = f"{delivery.comparison.psnr_db:.2f}"
-        known["x-ssim"] = f"{delivery.comparison.ssim:.5f}"
+    if result.comparison is not None:
+        known["x-psnr-db"] = f"{result.comparison.psnr_db:.2f}"
+        known["x-ssim"] = f"{result.comparison.ssim:.5f}"
     return known | {
         "x-seed": str(order.seed),
         "x-steps-computed": str(order.schedule.num_computed),

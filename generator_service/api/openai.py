@@ -4,7 +4,6 @@ import asyncio
 import base64
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -13,16 +12,17 @@ from pydantic import Field, StrictInt, StrictStr, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from generator_service.api import events
+from generator_service.api.generate import images_while_connected
 from generator_service.api.schemas import GenerateRequest, Sampling
 from generator_service.api.state import GeneratorState, generator_state
-from generator_service.engine import Delivery
-from generator_service.happenings import Preview
+from generator_service.engine.events import Preview
+from generator_service.engine.generation import Generation, GenerationResult
+from generator_service.engine.queue import Permit
 from generator_service.imaging import ImageFormat, preview_file
 from generator_service.order import Order
-from generator_service.progress import Progress
 from shared.errors import InvalidRequest, UnsupportedParameter
 from shared.schemas import Text
-from shared.web import CLIENT_CLOSED_REQUEST, while_connected
+from shared.web import CLIENT_CLOSED_REQUEST
 
 router = APIRouter(prefix="/v1")
 State = Annotated[GeneratorState, Depends(generator_state)]
@@ -92,7 +92,9 @@ def model_card(state: GeneratorState) -> dict[str, Any]:
 @router.post("/images/generations")
 async def generations(body: ImagesRequest, request: Request, state: State) -> Response:
     """Pictures of a prompt."""
-    return await answer(body, body.native(), request, state, "image_generation")
+    with state.engine.admit() as permit:
+        generation = await begin(body, body.native(), state, permit)
+    return await answer(generation, body, request, state, "image_generation")
 
 
 @router.post(
@@ -100,12 +102,14 @@ async def generations(body: ImagesRequest, request: Request, state: State) -> Re
 )
 async def edits(request: Request, state: State) -> Response:
     """Pictures made from reference images: a multipart body with one part ``image``, or several ``image[]``."""
-    async with request.form() as form:
-        body = form_request(form)
-        images = [await part.read() for name in ("image", "image[]") for part in files(form, name)]
-    if not images:
-        raise InvalidRequest("image: give one file or more", param="image")
-    return await answer(body, body.native(images), request, state, "image_edit")
+    with state.engine.admit() as permit:  # before the files are read
+        async with request.form() as form:
+            body = form_request(form)
+            images = [await part.read() for name in ("image", "image[]") for part in files(form, name)]
+        if not images:
+            raise InvalidRequest("image: give one file or more", param="image")
+        generation = await begin(body, await state.pool.run(body.native, images), state, permit)
+    return await answer(generation, body, request, state, "image_edit")
 
 
 def form_request(form: FormData) -> ImagesRequest:
@@ -146,26 +150,33 @@ def files(form: FormData, name: str) -> list[UploadFile]:
     return cast("list[UploadFile]", parts)
 
 
+async def begin(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:
+    """Begin to generate the images."""
+    return state.submit_order(native, await state.order(native), permit, is_followed=body.stream)
+
+
 async def answer(
-    body: ImagesRequest, native: GenerateRequest, request: Request, state: GeneratorState, prefix: Prefix
+    generation: Generation, body: ImagesRequest, request: Request, state: GeneratorState, prefix: Prefix
 ) -> Response:
-    """The pictures as OpenAI's JSON, or as its stream of events."""
-    order = await state.order(native)
-    deliver = partial(state.engine.deliver, order.siblings(body.n))
+    """The images as OpenAI's JSON, or as its stream of events."""
+    order = generation.orders[0]
     told = description(order)
     usage = usage_of(order, state)
     if body.stream:
-        progress = await Progress.start(deliver)
-        return events.respond(request, openai_events(progress, prefix, told, usage), progress.cancel)
-    deliveries = await while_connected(request, deliver())
-    if deliveries is None:
+        return events.respond(request, openai_events(generation, prefix, told, usage), generation.cancel)
+    results = await images_while_connected(request, generation)
+    if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    data = [
-        {"b64_json": base64.b64encode(d.data).decode(), "seed": d.order.seed} | revised(d.order) for d in deliveries
-    ]
     total = usage | {name: usage[name] * body.n for name in ("output_tokens",)}
     total |= {"total_tokens": total["input_tokens"] + total["output_tokens"]}
+    data = await state.pool.run(lambda: [as_json(result) for result in results])
     return JSONResponse({"created": int(time.time()), "data": data, "usage": total} | told)
+
+
+def as_json(result: GenerationResult) -> dict[str, Any]:
+    """A finished image."""
+    image = base64.b64encode(result.data).decode()
+    return {"b64_json": image, "seed": result.order.seed} | revised(result.order)
 
 
 def description(order: Order) -> dict[str, Any]:
@@ -188,24 +199,20 @@ def usage_of(order: Order, state: GeneratorState) -> dict[str, Any]:
     }
 
 
-async def openai_events(progress: Progress, prefix: Prefix, told: dict[str, Any], usage: dict[str, Any]) -> events.Told:
+async def openai_events(
+    generation: Generation, prefix: Prefix, told: dict[str, Any], usage: dict[str, Any]
+) -> events.Told:
     """``partial_image`` and ``completed``, as OpenAI's clients read them."""
     created = {"created_at": int(time.time())}
-    async for event in progress:
+    async for event in generation.events():
         if isinstance(event, Preview):
             image = await asyncio.to_thread(preview_file, event.image)
             kind = f"{prefix}.partial_image"
             partial_image = {"type": kind, "partial_image_index": event.number} | told | created
             yield kind, partial_image | {"b64_json": base64.b64encode(image).decode(), "output_format": "jpeg"}
-        elif isinstance(event, Delivery):
-            yield f"{prefix}.completed", completed(event, prefix) | told | created | {"usage": usage}
-
-
-def completed(delivery: Delivery, prefix: Prefix) -> dict[str, Any]:
-    """A finished picture."""
-    image = base64.b64encode(delivery.data).decode()
-    told = {"type": f"{prefix}.completed", "b64_json": image, "seed": delivery.order.seed}
-    return told | revised(delivery.order)
+        elif isinstance(event, GenerationResult):
+            kind = f"{prefix}.completed"
+            yield kind, {"type": kind} | as_json(event) | told | created | {"usage": usage}
 
 
 def revised(order: Order) -> dict[str, Any]:

@@ -1,19 +1,19 @@
-"""What the generator's routes have in common: the state behind them, and how a body becomes an order or a job."""
+"""What the generator's routes have in common: the state behind them, and how a body becomes a generation."""
 
-import asyncio
 import hashlib
 from dataclasses import dataclass
-from functools import partial
 
 from fastapi import Request
 
 from generator_service.api.schemas import GenerateRequest
-from generator_service.engine import PictureMaker
-from generator_service.jobs import Job, JobStore
+from generator_service.engine.engine import ImageGenerator
+from generator_service.engine.generation import Generation
+from generator_service.engine.job_store import Job, JobStore
+from generator_service.engine.queue import Permit
 from generator_service.lemica import Shelf
 from generator_service.order import Order, make_order
-from generator_service.progress import Progress
 from generator_service.settings import GeneratorSettings
+from shared.thread_pool import ThreadPool
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class GeneratorState:
     """What the lifespan of the app owns."""
 
     settings: GeneratorSettings
-    engine: PictureMaker
+    engine: ImageGenerator
     shelf: Shelf
     jobs: JobStore
     embedding_shape: tuple[int, int]
     """Tokens and width of a prompt embedding."""
+    pool: ThreadPool
+    """Decodes and hashes what clients send."""
 
     async def order(self, body: GenerateRequest) -> Order:
         """The body, checked and complete.
@@ -34,9 +36,23 @@ class GeneratorState:
             InvalidRequest: a field is outside its limits; the error names it.
         """
         engine = self.engine
-        return await asyncio.to_thread(
+        return await self.pool.run(
             make_order, body, self.settings, engine.card, self.shelf, self.embedding_shape, engine.cost.of
         )
+
+    async def submit(self, body: GenerateRequest, *, is_followed: bool) -> Generation:
+        """Begin to generate what the body asks for.
+
+        Raises:
+            Busy: the queue is full; nothing of the body was decoded.
+            InvalidRequest: a field is outside its limits.
+        """
+        with self.engine.admit() as permit:
+            return self.submit_order(body, await self.order(body), permit, is_followed=is_followed)
+
+    def submit_order(self, body: GenerateRequest, order: Order, permit: Permit, *, is_followed: bool) -> Generation:
+        """Begin to generate the images of ``order``, as many as the body asks for."""
+        return self.engine.submit(order.siblings(body.num_images), permit, is_followed=is_followed)
 
     async def job(self, body: GenerateRequest, owner: str, key: str | None) -> Job:
         """A job for the body, or the one that the same ``Idempotency-Key`` has begun.
@@ -45,16 +61,11 @@ class GeneratorState:
             InvalidRequest: a field is outside its limits, or the key was used for another body.
             Busy: the queue is full; nothing was begun.
         """
-        fingerprint = await asyncio.to_thread(digest, body) if key else ""
-        job = self.jobs.repeated(owner, key, fingerprint)
-        if job is not None:
-            return job
-        order = await self.order(body)
-        async with self.jobs.beginning:  # the same request may have come meanwhile
+        fingerprint = await self.pool.run(digest, body) if key else ""
+        async with self.jobs.lock(owner, key):
             job = self.jobs.repeated(owner, key, fingerprint)
             if job is None:
-                deliver = partial(self.engine.deliver, order.siblings(body.num_images))
-                job = Job(owner, order, await Progress.start(deliver))
+                job = Job(owner, await self.submit(body, is_followed=True))
                 self.jobs.add(job, key, fingerprint)
         return job
 

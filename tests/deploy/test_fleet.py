@@ -9,13 +9,12 @@ from typing import Any, Self
 import pytest
 
 from generator_service.cost import CostModel
-from generator_service.engine import Delivery, Timings
-from generator_service.happenings import Encoding, StepBegun
+from generator_service.engine.events import EncodingPrompt, StepStarted
+from generator_service.engine.generation import Generation, GenerationResult, Timings
 from generator_service.lemica import schedule_for
 from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
-from generator_service.progress import Progress
-from shared.errors import Busy, DeadlineExceeded, GeneratorUnavailable, OutOfMemory
+from shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, GeneratorUnavailable, OutOfMemory
 from shared.metrics import Metrics
 
 pytestmark = [
@@ -26,8 +25,8 @@ pytestmark = [
 
 CARD = ModelCard("model", "1", "transformer 0", "float32", "none", 4, 64, 16)
 ORDER = Order("a prompt", None, 64, 64, 4.0, 1, "none", schedule_for("none", 2), num_tokens=16)
-DELIVERY = Delivery(ORDER, b"file", Timings(0.0, 0.0, 1.0, 0.1))
-BEGUN = StepBegun(0, 0, is_computed=True, seconds_left=None)
+RESULT = GenerationResult(ORDER, b"file", Timings(0.0, 0.0, 1.0, 0.1))
+BEGUN = StepStarted(0, 0, is_computed=True, seconds_left=None)
 
 
 @dataclass
@@ -96,27 +95,42 @@ def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:
     return Fleet(handle, CARD, CostModel(), lambda: 1, max_waiting, Metrics())
 
 
+def submit(fleet: Any, *, order: Order = ORDER, is_followed: bool = False) -> Generation:
+    """Begin one image."""
+    with fleet.admit() as permit:
+        generation: Generation = fleet.submit([order], permit, is_followed=is_followed)
+    return generation
+
+
 async def test_a_lost_generator_is_replaced() -> None:
     """The request goes to another generator; who follows is told again from the start."""
-    handle = FakeHandle([[Encoding(), BEGUN, lost], [Encoding(), BEGUN, DELIVERY]])
-    told: list[object] = []
-    assert await fleet_of(handle).deliver([ORDER], told.append) == [DELIVERY]
-    assert handle.asked == ["deliver", "deliver"]
-    assert told[1:] == [Encoding(), BEGUN, Encoding(), BEGUN]
+    handle = FakeHandle([[EncodingPrompt(), BEGUN, lost], [EncodingPrompt(), BEGUN, RESULT]])
+    generation = submit(fleet_of(handle), is_followed=True)
+    assert await generation.images() == [RESULT]
+    assert handle.asked == ["generate", "generate"]
+    seen = [event async for event in generation.events()]
+    assert seen == [EncodingPrompt(), BEGUN, EncodingPrompt(), BEGUN, RESULT]
 
 
 async def test_one_after_the_other_is_lost() -> None:
     """After four attempts the client is told, with a time to come back."""
     with pytest.raises(GeneratorUnavailable) as caught:
-        await fleet_of(FakeHandle([[lost]] * 4)).deliver([ORDER])
+        await submit(fleet_of(FakeHandle([[lost]] * 4))).images()
     assert caught.value.retry_after_s
+
+
+async def test_a_generator_whose_gpu_failed_is_replaced() -> None:
+    """Its last word is that the device is lost; another generator is asked."""
+    handle = FakeHandle([[EncodingPrompt(), BEGUN, DeviceLost()], [BEGUN, RESULT]])
+    assert await submit(fleet_of(handle)).images() == [RESULT]
+    assert len(handle.asked) == 2
 
 
 async def test_what_a_generator_says_is_final() -> None:
     """An error of ours is the answer; nobody else is asked."""
-    handle = FakeHandle([[Encoding(), OutOfMemory("too large")]])
+    handle = FakeHandle([[EncodingPrompt(), OutOfMemory("too large")]])
     with pytest.raises(OutOfMemory):
-        await fleet_of(handle).deliver([ORDER])
+        await submit(fleet_of(handle)).images()
     assert len(handle.asked) == 1
 
 
@@ -125,50 +139,53 @@ async def test_an_error_in_the_code_is_not_repeated() -> None:
     from ray.exceptions import RayTaskError  # noqa: PLC0415 - optional
 
     handle = FakeHandle([[lambda: RayTaskError("deliver", "traceback", ValueError("x"))]])
-    with pytest.raises(RayTaskError):
-        await fleet_of(handle).deliver([ORDER])
+    with pytest.raises(Flux2Error) as caught:
+        await submit(fleet_of(handle)).images()
+    assert caught.value.code == "internal_error"
+    assert "traceback" not in str(caught.value)
     assert len(handle.asked) == 1
 
 
 async def test_refusals_come_at_once() -> None:
     """With one drawn and as many waiting as may, the next is refused before anything is sent; places are given back."""
-    handle = FakeHandle([[30.0], [30.0], [DELIVERY]])
+    handle = FakeHandle([[30.0], [30.0], [RESULT]])
     fleet = fleet_of(handle, max_waiting=1)
-    running = [await Progress.start(lambda listener: fleet.deliver([ORDER], listener)) for _ in range(2)]
+    running = [submit(fleet) for _ in range(2)]
     with pytest.raises(Busy) as caught:
-        await Progress.start(lambda listener: fleet.deliver([ORDER], listener))
+        submit(fleet)
     assert caught.value.retry_after_s
+    await asyncio.sleep(0)  # each has asked
     assert len(handle.asked) == 2
-    for progress in running:
-        progress.cancel()
-    await asyncio.sleep(0.01)
-    assert handle.num_cancelled == 2
-    assert await fleet.deliver([ORDER]) == [DELIVERY]
+    for generation in running:
+        generation.cancel()
+    assert await submit(fleet).images() == [RESULT]
+    assert handle.num_cancelled == 3  # a stream that has ended is cancelled, too
 
 
-@pytest.mark.parametrize(("script", "is_in_time"), [([0.5, BEGUN, DELIVERY], False), ([BEGUN, 0.5, DELIVERY], True)])
+@pytest.mark.parametrize(("script", "is_in_time"), [([0.5, BEGUN, RESULT], False), ([BEGUN, 0.5, RESULT], True)])
 async def test_a_deadline_is_for_the_beginning(script: list[Any], *, is_in_time: bool) -> None:
     """A picture that has not begun in time is given up; one that has is finished."""
     handle = FakeHandle([script])
-    delivering = fleet_of(handle).deliver([replace(ORDER, deadline_s=0.1)])
+    generation = submit(fleet_of(handle), order=replace(ORDER, deadline_s=0.1))
     if is_in_time:
-        assert await delivering == [DELIVERY]
+        assert await generation.images() == [RESULT]
     else:
         with pytest.raises(DeadlineExceeded):
-            await delivering
+            await generation.images()
+    await asyncio.sleep(0.01)
     assert handle.num_cancelled == 1
 
 
 async def test_steps_that_nobody_follows_are_not_sent() -> None:
-    """Without a listener the generator is asked to be quiet."""
-    handle = FakeHandle([[BEGUN, DELIVERY]])
-    await fleet_of(handle).deliver([ORDER])
-    assert handle.asked == ["deliver_quietly"]
+    """Unless somebody follows the generation, the generator is asked for no events."""
+    handle = FakeHandle([[BEGUN, RESULT]])
+    await submit(fleet_of(handle)).images()
+    assert handle.asked == ["generate_without_events"]
 
 
 async def test_the_fleet_learns_what_pictures_take() -> None:
     """Each file brings its times, from which later requests are told what to expect."""
-    fleet = fleet_of(FakeHandle([[DELIVERY]]))
+    fleet = fleet_of(FakeHandle([[RESULT]]))
     assert fleet.cost.of(16) is None
-    await fleet.deliver([ORDER])
+    await submit(fleet).images()
     assert fleet.cost.of(16).total_s(2, 2) == pytest.approx(1.1, rel=0.05)

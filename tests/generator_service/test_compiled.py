@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from generator_service.engine import Batching, Engine, Job, Runtime
-from generator_service.order import Order
+from generator_service.cost import CostModel
+from generator_service.engine.worker import Batching, ImageWork, Worker
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.performance import Performance
@@ -18,15 +18,16 @@ from shared.compilation import num_compilations
 from shared.device_thread import DeviceThread
 from shared.errors import NonFiniteOutput
 from shared.metrics import Metrics
+from shared.report import ignore
 from tests.generator_service.test_lora import adapter_file
 from tests.generator_service.test_optimised import OTHER_SIDE, SIDE, loaded, wanted
 
 BATCHING = Batching(max_batch=3, max_pixels=SIDE * SIDE)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """Models of other tests, whose blocks have the same code, leave nothing compiled."""
+    """Models of other tests, whose blocks have the same code, leave nothing compiled, and no limit half used up."""
     torch.compiler.reset()
 
 
@@ -48,13 +49,13 @@ class Backend:
         return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def backend() -> Backend:
     """What ``compiled`` is compiled with."""
     return Backend()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPathFactory) -> Flux2Model:
     """The demo model, compiled, with an adapter at hand, and warm."""
     folder = tmp_path_factory.mktemp("lora")
@@ -70,19 +71,18 @@ def difference(picture: GeneratedPicture, other: GeneratedPicture) -> int:
     return int(abs(ours - theirs).max())
 
 
-def engine_of(model: Flux2Model, batching: Batching = BATCHING) -> Engine:
-    """An engine around ``model``, cold."""
-    runtime = Runtime(DeviceThread(), Metrics())
-    return Engine(model, encoder=None, runtime=runtime, max_waiting=1, batching=batching)  # type: ignore[arg-type]
+def worker_of(model: Flux2Model, batching: Batching = BATCHING) -> Worker:
+    """A worker for ``model``, cold."""
+    return Worker(model, DeviceThread(), CostModel(), Metrics(), batching)
 
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
     """Start ``model`` as the service starts it."""
-    engine_of(model).warm_up((32, model.card.embedding_width), sizes)
+    worker_of(model).warm_up((32, model.card.embedding_width), sizes, ignore)
 
 
 @pytest.fixture
-def nothing_compiles(backend: Backend) -> Iterator[None]:
+def nothing_compiles(compiled: Flux2Model, backend: Backend) -> Iterator[None]:
     """Fails the test if it compiled anything."""
     before = (backend.graphs, num_compilations())
     yield
@@ -150,7 +150,8 @@ def test_batches_are_prepared_at_a_size_that_they_are_drawn_at(
         Flux2Model, "prepare_batch", lambda _, batch, _kind: tried.append((len(batch), batch[0].width, batch[0].height))
     )
     monkeypatch.setattr(Flux2Model, "prepare", lambda _, request, _kind="this": demo.generate(request))
-    engine_of(demo, Batching(3, max_pixels)).warm_up((32, demo.card.embedding_width), [(SIDE, 2 * SIDE)])
+    shape = (32, demo.card.embedding_width)
+    worker_of(demo, Batching(3, max_pixels)).warm_up(shape, [(SIDE, 2 * SIDE)], ignore)
     assert tried == ([] if side is None else [(2, side, side)])
 
 
@@ -167,11 +168,12 @@ def test_batches_that_do_not_fit_are_not_drawn(
 
     monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
     monkeypatch.setattr(demo, "_generate", too_small)
-    engine = engine_of(demo, BATCHING)
-    engine.warm_up((32, demo.card.embedding_width), [(SIDE, SIDE)])
+    worker = worker_of(demo, BATCHING)
+    worker.warm_up((32, demo.card.embedding_width), [(SIDE, SIDE)], ignore)
     assert "will not share runs: a run of 2 pictures of 64x64 does not fit" in caplog.text
-    order = cast("Order", SimpleNamespace(preview_steps=()))
-    assert engine._common(Job(order, wanted(), 0, None)) is None
+    generation, order = SimpleNamespace(is_followed=False), SimpleNamespace(preview_steps=())
+    work = cast("ImageWork", SimpleNamespace(params=wanted(), order=order, index=0, generation=generation))
+    assert worker.batch_key(work) is None
 
 
 @pytest.mark.usefixtures("nothing_compiles")

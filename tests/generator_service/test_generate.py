@@ -234,7 +234,8 @@ async def test_retry_after_is_never_zero(serve_generator: Serve, model_control: 
             await until_queued(http, 2)
             refused = await http.post("/generate", json=SMALL)
         assert [answer.status_code for answer in await asyncio.gather(*accepted)] == [200, 200]
-    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
 
 
 async def test_an_encoder_that_comes_back(serve_generator: Serve) -> None:

@@ -36,6 +36,7 @@ class Settings(ServiceSettings):
     port: int = int(sys.argv[1])
     max_body_bytes: int = 1000
     max_waiting: int = 8
+    drain_s: int = 1
 
 
 def wait_for(name):
@@ -66,7 +67,7 @@ def create_app(settings):
             async with DeviceQueue(run, thread, max_waiting=8) as queue:
                 app.state.queue = queue
                 app.state.metrics.queue_depth.set_function(lambda: queue.depth)
-                health.start_serving(ready)
+                health.start_serving(ready, queue.close)
                 yield
 
     async def ready():
@@ -162,3 +163,19 @@ def test_a_service_that_lost_its_device_ends(tmp_path: Path) -> None:
         assert (live.status_code, ready.status_code) == (500, 503)
         assert process.wait(PATIENCE_S) == 1
     assert LAST_ANSWERS_S < LAST_MOMENT_S < 5
+
+
+def test_who_does_not_end_within_the_drain_gets_an_answer(tmp_path: Path) -> None:
+    """After SIGTERM requests may end; what has not after the drain is 503 ``shutting_down``, not a cut connection."""
+    with service(tmp_path) as (process, url), ThreadPoolExecutor(4) as clients:
+        tell(tmp_path, "loaded")
+        wait_for(lambda: is_ready(url))
+        waiting = [clients.submit(httpx.post, f"{url}/work", timeout=PATIENCE_S) for _ in range(4)]
+        wait_for(lambda: "flux2_queue_depth 4.0" in httpx.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        for answer in (client.result() for client in waiting):
+            assert (answer.status_code, answer.json()["code"]) == (503, "shutting_down")
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert int(answer.headers["retry-after"]) >= 1
+        tell(tmp_path, "run")
+        assert process.wait(PATIENCE_S) == 0

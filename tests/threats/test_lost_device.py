@@ -88,7 +88,7 @@ async def test_an_image_that_is_being_encoded_is_held_back(
         asyncio.run_coroutine_threadsafe(may_go_on.wait(), loop).result()
         return encode_image(*args)
 
-    monkeypatch.setattr("generator_service.engine.encode_image", slow_encode)
+    monkeypatch.setattr("generator_service.engine.engine.encode_image", slow_encode)
     async with serve_generator() as http:
         before = asyncio.create_task(http.post("/generate", json=SMALL))
         await is_encoding.wait()

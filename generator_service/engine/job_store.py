@@ -1,0 +1,90 @@
+"""Generations that outlive the request that asked for them, in a store bounded in number, bytes and age."""
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+from generator_service.engine.generation import Generation
+from shared.errors import InvalidRequest, JobNotFound
+
+
+@dataclass(frozen=True)
+class Job:
+    """A generation that its owner can come back to."""
+
+    owner: str
+    generation: Generation
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+
+
+class JobStore:
+    """The jobs of all clients. Each sees only its own.
+
+    Args:
+        max_jobs: how many ended jobs are kept.
+        max_bytes: how much their results may take together.
+        ttl_s: how long a job is kept after its end.
+    """
+
+    def __init__(self, *, max_jobs: int, max_bytes: int, ttl_s: float) -> None:
+        self._max_jobs = max_jobs
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._jobs: dict[str, Job] = {}
+        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._keys: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def add(self, job: Job, key: str | None, fingerprint: str) -> None:
+        """Keep ``job``; a repetition of its request finds it by ``key``, the client's ``Idempotency-Key``."""
+        self._forget_old()
+        self._jobs[job.id] = job
+        if key is not None:
+            self._keys[job.owner, key] = (fingerprint, job.id)
+
+    def get(self, job_id: str, owner: str) -> Job:
+        """The job.
+
+        Raises:
+            JobNotFound: there is none, it was forgotten, or it is somebody else's.
+        """
+        self._forget_old()
+        job = self._jobs.get(job_id)
+        if job is None or job.owner != owner:
+            raise JobNotFound("there is no such job, or no more")
+        return job
+
+    def repeated(self, owner: str, key: str | None, fingerprint: str) -> Job | None:
+        """The job that a request with the same ``key`` began, if it is still known.
+
+        Raises:
+            InvalidRequest: that request was another one.
+        """
+        self._forget_old()
+        if key is None or (owner, key) not in self._keys:
+            return None
+        known, job_id = self._keys[owner, key]
+        if known != fingerprint:
+            raise InvalidRequest("Idempotency-Key: was used for another request", param="Idempotency-Key")
+        return self._jobs[job_id]
+
+    def lock(self, owner: str, key: str | None) -> asyncio.Lock:
+        """Held from the look-up of an ``Idempotency-Key`` to the ``add`` of its job, so that it cannot begin twice."""
+        return asyncio.Lock() if key is None else self._locks.setdefault((owner, key), asyncio.Lock())
+
+    def close(self) -> None:
+        """Stop what still runs."""
+        for job in self._jobs.values():
+            job.generation.cancel()
+
+    def _forget_old(self) -> None:
+        generations = {job.id: job.generation for job in self._jobs.values()}
+        ended = sorted((each.ended, job_id) for job_id, each in generations.items() if each.ended is not None)
+        kept_bytes = sum(generations[job_id].num_bytes for _, job_id in ended)
+        oldest_allowed = time.monotonic() - self._ttl_s
+        for position, (when, job_id) in enumerate(ended):
+            is_over = len(ended) - position > self._max_jobs or kept_bytes > self._max_bytes
+            if is_over or when < oldest_allowed:
+                kept_bytes -= self._jobs.pop(job_id).generation.num_bytes
+        self._keys = {key: known for key, known in self._keys.items() if known[1] in self._jobs}
