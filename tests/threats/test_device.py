@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKLFlux2
 from PIL import Image
 
 from generator_service.pipelines.flux2 import Flux2Model
@@ -62,6 +64,32 @@ async def test_a_picture_that_does_not_fit_harms_no_other(
             assert refused.headers["x-should-retry"] == "false"
             assert "0x7f" not in refused.text
             assert np.array_equal(pixels((await http.post("/generate", json=SMALL)).content), expected)
+
+
+async def test_what_is_not_finite_is_not_decoded(serve_generator: Serve, model_control: ModelControl) -> None:
+    """Latents that are no finite numbers, even with every step computed, are refused before they are decoded."""
+    decodes: list[int] = []
+    async with serve_generator() as http:
+        model_control.on_decode = lambda: decodes.append(1)
+        model_control.change = lambda velocity: torch.full_like(velocity, float("nan"))
+        refused = await http.post("/generate", json=SMALL)
+    assert (refused.status_code, refused.json()["code"]) == (500, "nonfinite_output")
+    assert decodes == []
+
+
+async def test_a_decoder_that_gives_no_numbers_gives_no_image(
+    serve_generator: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the decoder makes of finite latents has to be numbers, too: NaN would be a black image."""
+    decode = AutoencoderKLFlux2.decode
+
+    def not_a_number(vae: Any, *args: Any, **kwargs: Any) -> Any:
+        return (torch.full_like(decode(vae, *args, **kwargs)[0], float("nan")),)
+
+    async with serve_generator() as http:
+        monkeypatch.setattr(AutoencoderKLFlux2, "decode", not_a_number)
+        refused = await http.post("/generate", json=SMALL)
+    assert (refused.status_code, refused.json()["code"]) == (500, "nonfinite_output")
 
 
 async def test_no_false_alarm(serve_generator: Serve, times: Times, caplog: pytest.LogCaptureFixture) -> None:
