@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,11 +17,10 @@ from PIL import Image
 
 from generator_service.engine.engine import Engine, Runtime
 from generator_service.engine.generation import GenerationResult
-from generator_service.engine.provenance import generation_request
+from generator_service.engine.request import Request
 from generator_service.lemica import Schedule, schedule_for
-from generator_service.order import Order
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.references import Reference
+from generator_service.pipelines.params import Params, Reference
 from shared.device_thread import DeviceThread
 from shared.metrics import Metrics
 
@@ -85,7 +84,8 @@ class Bench:
         """Compile for pictures of this shape, where the model is compiled, and run both kinds of step; the seconds."""
         began = time.perf_counter()
         for schedule in (schedule_for("none", 1), schedule_for(1, 2)):
-            self.engine.model.prepare(generation_request(self._order(shape, schedule, 0), self._embedding))
+            params = self._request(shape, schedule, 0).params
+            self.engine.model.prepare(replace(params, prompt_embeds=self._embedding))
         return time.perf_counter() - began
 
     def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Taken:
@@ -94,25 +94,25 @@ class Bench:
         Raises:
             Flux2Error: it cannot be drawn, for want of memory for instance.
         """
-        order = self._order(shape, schedule, seed)
+        request = self._request(shape, schedule, seed)
         began = time.perf_counter()
-        (result,) = self._runner.run(generated(self.engine, order))
+        (result,) = self._runner.run(generated(self.engine, request))
         total_s = time.perf_counter() - began
         return Taken(total_s, result.timings.denoise_s, result.timings.decode_s)
 
-    def _order(self, shape: Shape, schedule: Schedule, seed: int) -> Order:
-        return Order(
-            prompt="a benchmark",
+    def _request(self, shape: Shape, schedule: Schedule, seed: int) -> Request:
+        params = Params(
             prompt_embeds=None,
             width=shape.side,
             height=shape.side,
             guidance_scale=GUIDANCE,
             seed=seed,
-            cache=schedule.name,
             schedule=schedule,
             references=tuple(noise_reference(shape, 1000 * seed + k) for k in range(shape.num_references)),
-            num_tokens=shape.num_image_tokens(self.engine.card.pixels_per_token),
+            prompt="a benchmark",
+            cache=schedule.name,
         )
+        return Request(params, num_tokens=shape.num_image_tokens(self.engine.card.pixels_per_token))
 
 
 @contextmanager
@@ -134,10 +134,10 @@ async def opened_engine(stack: AsyncExitStack, model: Flux2Model, embedding: tor
     return await stack.enter_async_context(engine)
 
 
-async def generated(engine: Engine, order: Order) -> list[GenerationResult]:
+async def generated(engine: Engine, request: Request) -> list[GenerationResult]:
     """The result of one request."""
     with engine.admit() as permit:
-        generation = engine.submit([order], permit)
+        generation = engine.submit(request, permit)
     return await generation.images()
 
 

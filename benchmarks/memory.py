@@ -28,8 +28,9 @@ from benchmarks.meta_model import META, meta_model, num_bytes, on_meta, tensors_
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.synthetic import Source, empty_parts
 from generator_service.lemica import Fitted, Schedule, Signature
-from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES, GenerationRequest
+from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES
 from generator_service.pipelines.offload import gathered_sizes
+from generator_service.pipelines.params import Params, Reference
 from generator_service.pipelines.parts import Parts
 from text_encoder_service.encoder import on_cpu, run_library
 
@@ -106,17 +107,17 @@ def tracked(*modules: nn.Module) -> tuple[PeakMemory, int]:
     return memory, memory.take_peak()
 
 
-def request(case: Case, path: Path, dtype: torch.dtype) -> GenerationRequest:
+def request(case: Case, path: Path, dtype: torch.dtype) -> Params:
     """What the service's model of a folder's architecture is given for each image of a case."""
     side, reference_side = case.shape.side, min(case.shape.side, LARGEST_REFERENCE)
-    return GenerationRequest(
+    return Params(
         prompt_embeds=Source(path).embedding().to(dtype),
         width=side,
         height=side,
         guidance_scale=GUIDANCE,
         seed=0,
         schedule=SCHEDULE,
-        references=(Image.new("RGB", (reference_side, reference_side)),) * case.shape.num_references,
+        references=(Reference(Image.new("RGB", (reference_side, reference_side))),) * case.shape.num_references,
     )
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from deploy.ray.generator import GeneratorReplica
 from generator_service.pipelines.compiled_model import Kind
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest, StepListener
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, StepListener
+from generator_service.pipelines.params import Params
 from generator_service.pipelines.parts import PARTS, load_parts
 from generator_service.pipelines.step_clock import Previews
 from generator_service.settings import GeneratorSettings
@@ -21,22 +22,22 @@ class PacedModel(Flux2Model):
     step_s = 0.0
 
     def generate(
-        self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
-    ) -> GeneratedPicture:
+        self, params: Params, on_step: StepListener | None = None, previews: Previews | None = None
+    ) -> GeneratedImage:
         """Sleep through every step, as a thread sleeps that waits for a GPU."""
         del previews
         began = time.perf_counter()
-        for step in range(request.schedule.num_steps):
+        for step in range(params.schedule.num_steps):
             if on_step is not None:
-                on_step(step, request.schedule.is_computed(step))
+                on_step(step, params.schedule.is_computed(step))
             time.sleep(self.step_s)
-        image = Image.effect_noise((request.width, request.height), 64).convert("RGB")
-        return GeneratedPicture(image, time.perf_counter() - began, 0.0, torch.empty(0), 0.0, request.schedule)
+        image = Image.effect_noise((params.width, params.height), 64).convert("RGB")
+        return GeneratedImage(image, time.perf_counter() - began, 0.0, torch.empty(0), 0.0, params.schedule)
 
-    def prepare(self, request: GenerationRequest, kind: Kind = "this") -> GeneratedPicture:
+    def prepare(self, params: Params, kind: Kind = "this") -> GeneratedImage:
         """There is nothing to compile."""
         del kind
-        return self.generate(request)
+        return self.generate(params)
 
 
 class PacedGenerator(GeneratorReplica):

@@ -30,7 +30,7 @@ from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Spread, Stopwatch
 from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import GenerationRequest
+from generator_service.pipelines.params import Params
 from generator_service.settings import ProfileName
 
 PLAIN = "diffusers"
@@ -158,9 +158,9 @@ class Race:
 
                 self._time(f"ours, {profile}", draw, warm_up_steps=2, profile=profile)
 
-    def _request(self, embedding: torch.Tensor, num_computed: int, num_steps: int) -> GenerationRequest:
+    def _request(self, embedding: torch.Tensor, num_computed: int, num_steps: int) -> Params:
         side, schedule = self._args.side, schedule_for(num_computed, num_steps)
-        return GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule)
+        return Params(embedding, side, side, GUIDANCE, 0, schedule)
 
     def _call(self, pipeline: Flux2Pipeline, embedding: torch.Tensor, num_steps: int, side: int | None = None) -> None:
         pipeline(

@@ -25,7 +25,8 @@ from benchmarks.quality import GUIDANCE, Case, Studio
 from demo_model.checker import mistakes, read_picture
 from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest, picture_of
+from generator_service.pipelines.flux2 import Flux2Model, to_pil
+from generator_service.pipelines.params import Params
 from generator_service.pipelines.performance import EXACT, Performance
 from generator_service.similarity import pixels, psnr
 from shared.model_folder import ModelFolder
@@ -68,7 +69,7 @@ def draw(dtype: torch.dtype, performance: Performance, studio: Studio) -> Drawn:
     schedule = schedule_for("none", studio.num_steps)
     images = []
     for case in track(studio.cases, str(dtype), transient=True):
-        request = GenerationRequest(case.embedding, studio.side, studio.side, GUIDANCE, case.seed, schedule)
+        request = Params(case.embedding, studio.side, studio.side, GUIDANCE, case.seed, schedule)
         images.append(model.generate(request).image)
     return Drawn([velocity(model, case, studio.side) for case in studio.cases], images)
 
@@ -135,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     studio = Studio(args.prompts, args.steps, args.side)
     single = draw(torch.float32, EXACT, studio)
-    assert single.images[0].tobytes() == picture_of(studio.references[0]).tobytes()  # diffusers' own
+    assert single.images[0].tobytes() == to_pil(studio.references[0]).tobytes()  # diffusers' own
     half = draw(torch.bfloat16, EXACT, studio)
     ways = {"float32": single, "bfloat16": half}
     if find_spec("torchao") is not None:

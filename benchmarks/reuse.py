@@ -22,14 +22,15 @@ from benchmarks.stopwatch import Spread
 from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
 from demo_model.services import WEIGHTS
 from generator_service.lemica import Schedule, schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.params import Params
 from shared.compilation import num_compilations
 
 AFTER_WARM_UP = (("none", 4), (2, 4), ("medium", 9), ("fast", 12))
 """Modes and lengths of the runs that must compile nothing."""
 
 
-def step_seconds(model: Flux2Model, request: GenerationRequest) -> dict[bool, list[float]]:
+def step_seconds(model: Flux2Model, request: Params) -> dict[bool, list[float]]:
     """The seconds of each step of one run but the first and the last, by whether it was computed."""
     began: list[float] = []
 
@@ -49,11 +50,11 @@ def measure_reuse(source: Source, side: int, schedule: Schedule, num_runs: int) 
     """Both kinds of step under ``exact``, after a run that does not count."""
     with source.model("exact") as model:
         embedding = source.embedding()
-        request = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule)
+        request = Params(embedding, side, side, GUIDANCE, 0, schedule)
         step_seconds(model, request)
         runs = [step_seconds(model, request) for _ in range(num_runs)]
         computed, reused = (Spread.of([s for run in runs for s in run[kind]]) for kind in (True, False))
-        is_equal = equals_diffusers(model, GenerationRequest(embedding, side, side, GUIDANCE, 7, few_steps()))
+        is_equal = equals_diffusers(model, Params(embedding, side, side, GUIDANCE, 7, few_steps()))
     return {
         "mode": schedule.name,
         "computed_s": vars(computed),
@@ -68,10 +69,10 @@ def few_steps() -> Schedule:
     return schedule_for("none", 4)
 
 
-def equals_diffusers(model: Flux2Model, request: GenerationRequest) -> bool:
+def equals_diffusers(model: Flux2Model, request: Params) -> bool:
     """Whether the model's final latents are, bit for bit, those of the library's pipeline."""
     expected = pipeline_of(model.parts)(
-        prompt_embeds=request.prompt_embeds.to(model.device),
+        prompt_embeds=request.embeddings.to(model.device),
         width=request.width,
         height=request.height,
         num_inference_steps=request.schedule.num_steps,
@@ -90,7 +91,7 @@ def compilations_after_warm_up(source: Source, side: int) -> int:
     """
     with source.model("fast") as model:
         embedding = source.embedding()
-        once = GenerationRequest(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
+        once = Params(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
         model.prepare(once)
         model.prepare(once, "any")
         check_whole(model)
@@ -98,7 +99,7 @@ def compilations_after_warm_up(source: Source, side: int) -> int:
         for mode, num_steps in AFTER_WARM_UP:
             for width in (side, side // 2):
                 schedule = schedule_for(mode, num_steps)
-                model.generate(GenerationRequest(embedding, width, side, GUIDANCE, 0, schedule))
+                model.generate(Params(embedding, width, side, GUIDANCE, 0, schedule))
         return num_compilations() - before
 
 

@@ -24,7 +24,8 @@ from benchmarks.drawing import GUIDANCE
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.synthetic import add_source_options, source_of
 from generator_service.lemica import Reuse, Schedule, Signature
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.params import Params
 
 MARK = "flux2 step "
 WAITS = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize"})
@@ -64,7 +65,7 @@ def alternating(num_steps: int) -> Schedule:
     return Schedule("alternating", num_steps, steps, "benchmark", Signature("any", num_steps), Reuse())
 
 
-def recorded(model: Flux2Model, request: GenerationRequest, before_step: Callable[[], None]) -> list[Event]:
+def recorded(model: Flux2Model, request: Params, before_step: Callable[[], None]) -> list[Event]:
     """What the profiler sees of one picture; a mark stands at the beginning of each step.
 
     Other marks are left out: compiled code sets one around its kernels, which would count them twice.
@@ -128,7 +129,7 @@ def kernels_of(events: list[Event], step: int, *, is_computed: bool, on_device: 
     )
 
 
-def measure_waits(model: Flux2Model, request: GenerationRequest) -> dict[str, Any]:
+def measure_waits(model: Flux2Model, request: Params) -> dict[str, Any]:
     """The run in which nothing is waited for."""
     waits = waits_by_step(recorded(model, request, lambda: None))
     return {
@@ -138,7 +139,7 @@ def measure_waits(model: Flux2Model, request: GenerationRequest) -> dict[str, An
     }
 
 
-def measure_steps(model: Flux2Model, request: GenerationRequest) -> list[dict[str, Any]]:
+def measure_steps(model: Flux2Model, request: Params) -> list[dict[str, Any]]:
     """A computed and a reused step of the run in which the device is waited for."""
     is_gpu = model.device.type == "cuda"
     events = recorded(model, request, torch.cuda.synchronize if is_gpu else lambda: None)
@@ -170,7 +171,7 @@ def main() -> None:
     side = args.side or source.default_side
     with source.model(args.profile) as model:
         embedding = source.embedding()
-        runs = [GenerationRequest(embedding, side, side, GUIDANCE, 0, alternating(count)) for count in (2, 4, 12, 6)]
+        runs = [Params(embedding, side, side, GUIDANCE, 0, alternating(count)) for count in (2, 4, 12, 6)]
         model.prepare(runs[0])
         model.generate(runs[1])
         about = {"benchmark": "trace", "card": card, "weights": source.name, "side": side}

@@ -17,7 +17,8 @@ from demo_model.checker import mistakes, read_picture
 from demo_model.scenes import Scene, scenes
 from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.params import Params
 from shared.model_folder import ModelFolder, read_prompt_format
 from text_encoder_service.encoder import MistralEncoder
 
@@ -37,7 +38,7 @@ class Painter:
         """One picture in 50 steps."""
         embedding = self._encoder.encode([prompt])[0].tensor
         schedule = schedule_for(cache, NUM_STEPS)
-        return self._model.generate(GenerationRequest(embedding, side, side, 4.0, seed, schedule)).image
+        return self._model.generate(Params(embedding, side, side, 4.0, seed, schedule)).image
 
 
 def judge(picture: Image.Image, scene: Scene) -> list[str]:

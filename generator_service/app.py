@@ -12,12 +12,12 @@ from fastapi import FastAPI
 
 from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
+from generator_service.api.resolve import Resolver, open_shelf
 from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.worker import Batching
-from generator_service.order import open_shelf
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.parts import PARTS, PartsReader, load_parts
@@ -75,11 +75,13 @@ def app_around(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         warn_of_strangers(settings)
-        async with open_studio(app) as studio, ThreadPool("requests") as pool:
-            shelf = await asyncio.to_thread(open_shelf, settings, studio.engine.card)
+        async with open_studio(app) as studio, ThreadPool("requests") as requests, ThreadPool("responses") as responses:
+            engine = studio.engine
+            shelf = await asyncio.to_thread(open_shelf, settings, engine.card)
+            resolver = Resolver(settings, engine.card, shelf, studio.embedding_shape, engine.latencies)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
-            app.state.generator = GeneratorState(settings, studio.engine, shelf, jobs, studio.embedding_shape, pool)
-            app.state.health.start_serving(studio.ready, studio.engine.close)
+            app.state.generator = GeneratorState(settings, engine, resolver, jobs, requests, responses)
+            app.state.health.start_serving(studio.ready, engine.close)
             yield
             jobs.close()
 

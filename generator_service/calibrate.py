@@ -27,6 +27,7 @@ from generator_service.lemica import (
     with_step_removed,
 )
 from generator_service.pipelines import flux2, parts, prompt
+from generator_service.pipelines.params import Params
 from generator_service.settings import GeneratorSettings
 from shared.device import resolve_device
 from shared.device_memory import run_within_memory
@@ -156,10 +157,10 @@ class Recording:
 
     def _run(self, embedding: torch.Tensor, seed: int, keep: torch.device | Path | None) -> Trajectory:
         size = self._samples
-        request = flux2.GenerationRequest(
+        params = Params(
             embedding, size.width, size.height, size.guidance_scale, seed, schedule_for("none", size.num_steps)
         )
-        return run_within_memory(lambda: self._model.record(request, self._predictor.trace, keep), TOO_LARGE)
+        return run_within_memory(lambda: self._model.record(params, self._predictor.trace, keep), TOO_LARGE)
 
 
 def calibrate(

@@ -17,6 +17,7 @@ from generator_service.client import stream_generate
 from generator_service.doctor.cli import doctor
 from generator_service.imaging import ImageFormat, NoProvenance, Provenance, read_provenance
 from generator_service.terminal import one_line_errors, parse_size, step_strip
+from shared.compile_cache import replace_unwritable_caches
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 app.add_typer(schedules_cli.schedules, name="schedules")
@@ -131,14 +132,15 @@ def draw_remote(url: str, body: dict[str, Any], token: str | None) -> tuple[byte
 def draw_local(body: dict[str, Any]) -> tuple[bytes, str]:
     """Load the model and draw in this process, with a bar that tells computed from reused steps."""
     with err.status("loading the model") as status:
-        from generator_service.local import draw  # noqa: PLC0415 - torch takes seconds to import
+        replace_unwritable_caches()
+        from generator_service.local import generate  # noqa: PLC0415 - torch takes seconds to import
         from generator_service.settings import GeneratorSettings  # noqa: PLC0415
 
         strip = StepStrip(status)
-        data, order, seconds = draw(body, GeneratorSettings(), strip.on_step)
-    schedule = order.schedule
+        result = generate(body, GeneratorSettings(), strip.on_step)
+    schedule = result.params.schedule
     told = f"{schedule.num_computed} of {schedule.num_steps} steps computed, {schedule}"
-    return data, f"{told}, {seconds:.2f} s"
+    return result.data, f"{told}, {result.denoise_s:.2f} s"
 
 
 class StepStrip:

@@ -25,7 +25,7 @@ FILES_BESIDE_PARTS = ("model_index.json", "text_encoder/config.json", "chat_temp
 FINGERPRINT_BYTES = 2**20
 """Files up to this size enter a folder's fingerprint whole, larger ones by name, size, and evenly spread blocks."""
 NUM_BLOCKS = 16
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, SafetensorError)
 """What the libraries raise for files that are missing or broken, or do not fit the configuration."""
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
-from transformers import Mistral3ForConditionalGeneration
+from transformers import Mistral3ForConditionalGeneration, MistralModel
 
 from demo_model.services import WEIGHTS
 from generator_service.app import load_model
@@ -26,6 +26,7 @@ from tests.conftest import CPU
 from tests.dev_layout import lay_out_as_dev, read_json, write_json
 from tests.generator_service.test_cli import pixels, run
 from tests.generator_service.test_optimised import wanted
+from tests.memory_errors import EVERY_KIND, KINDS
 from tests.text_encoder_service.test_encoder import PROMPTS, encoder
 from text_encoder_service.app import load_encoder
 from text_encoder_service.settings import TextEncoderSettings
@@ -55,6 +56,11 @@ def dev(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local(folder: Path) -> ModelFolder:
     """``folder``, checked."""
     return find_model(str(folder), "main", ("text_encoder", "tokenizer", "transformer", "vae", "scheduler"))
+
+
+def generator(folder: Path) -> object:
+    """The generator's model."""
+    return load_model(GeneratorSettings(model=str(folder)))
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
@@ -155,6 +161,15 @@ def embed_by_command_line(folder: Path) -> None:
     embed_prompts(local(folder), PROMPTS[:1], CPU, torch.float32)
 
 
+LOADERS = [
+    (embed_by_command_line, Mistral3ForConditionalGeneration),
+    (encoder, MistralModel),
+    (generator, Flux2Transformer2DModel),
+    (generator, AutoencoderKLFlux2),
+]
+"""What loads, and the library's class that reads the files."""
+
+
 def shard_of(folder: Path, tensor: str) -> Path:
     """The file of the text encoder that holds ``tensor``."""
     index = read_json(folder / "text_encoder" / "model.safetensors.index.json")
@@ -187,12 +202,31 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(damaged: Path, load: Callabl
         load(damaged)
 
 
-def test_too_little_memory_is_not_called_a_broken_file(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that cannot hold the whole text encoder is named."""
+@EVERY_KIND
+@pytest.mark.parametrize(("load", "loaded"), LOADERS)
+def test_too_little_memory_is_not_called_a_broken_file(
+    dev: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[Path], object], loaded: Any, kind: str
+) -> None:
+    """However a library reports it, the error of both services and of the command line names the device."""
 
     def from_pretrained(*_: object, **_more: object) -> None:
-        raise torch.OutOfMemoryError
+        error = KINDS[kind]()
+        raise error
 
-    monkeypatch.setattr(Mistral3ForConditionalGeneration, "from_pretrained", from_pretrained)
-    with pytest.raises(OutOfMemory, match="does not fit into the memory of cpu"):
-        embed_by_command_line(dev)
+    monkeypatch.setattr(loaded, "from_pretrained", from_pretrained)
+    with pytest.raises(OutOfMemory, match="does not fit into the memory of cpu: `flux2 doctor` shows"):
+        load(dev)
+
+
+@pytest.mark.parametrize(("load", "loaded"), LOADERS)
+def test_a_mistake_in_the_code_is_not_called_a_broken_file(
+    dev: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[Path], object], loaded: Any
+) -> None:
+    """An error that no file can cause keeps its name."""
+
+    def from_pretrained(*_: object, **_more: object) -> None:
+        raise AttributeError("nothing")
+
+    monkeypatch.setattr(loaded, "from_pretrained", from_pretrained)
+    with pytest.raises(AttributeError):
+        load(dev)

@@ -20,8 +20,9 @@ from demo_model.services import WEIGHTS
 from generator_service.app import create_app as create_generator
 from generator_service.lemica import PREDICTORS
 from generator_service.pipelines import attention
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.params import Params, Reference
 from generator_service.pipelines.performance import Performance
 from generator_service.pipelines.prompt import embed_prompts
 from generator_service.pipelines.step_clock import Previews
@@ -75,7 +76,7 @@ def on_gpu(*optimisations: Optimisation, lora_dir: Path | None = None) -> Flux2M
     return Flux2Model.load(FOLDER, DEVICE, torch.float32, lora_dir, performance=performance)
 
 
-def drawn(model: Flux2Model, request: GenerationRequest, previews: Previews | None = None) -> GeneratedPicture:
+def drawn(model: Flux2Model, request: Params, previews: Previews | None = None) -> GeneratedImage:
     """A picture; ``Gpu.waits`` is left with what was waited for from the beginning of step 1 to that of the last."""
     last = request.schedule.num_steps - 1
     between: list[str] = []
@@ -202,7 +203,7 @@ def test_references_and_batches_never_wait_either(optimisations: tuple[Optimisat
     """Nor with a reference image, nor for two pictures in one run; the pictures are those of the host."""
     model = on_gpu(*optimisations)
     reference = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    edit = replace(wanted(3, num_steps=6), references=(reference,))
+    edit = replace(wanted(3, num_steps=6), references=(Reference(reference),))
     assert (drawn(model, edit).latents - demo.generate(edit).latents).abs().max() <= TOLERANCE
     assert Gpu.waits == []
     two = [wanted(2, seed=seed) for seed in (1, 2)]

@@ -22,7 +22,8 @@ from shared.compilation import Backend
 from shared.device import use_device
 from shared.device_memory import run_within_memory
 from shared.errors import ModelRefused, OutOfMemory
-from shared.model_folder import LOADING_ERRORS, ModelFolder, PromptFormat
+from shared.loading import loading_errors
+from shared.model_folder import ModelFolder, PromptFormat
 from shared.report import Report, ignore
 from shared.tokenizer import load_tokenizer
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
@@ -75,6 +76,7 @@ class MistralEncoder:
 
     Raises:
         ModelRefused: the text encoder or its tokenizer cannot be used.
+        OutOfMemory: its weights do not fit into the device's memory.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class MistralEncoder:
         use_device(device)
         self._tokenizer = load_tokenizer(folder)
         num_layers = max(prompt_format.hidden_layers)
-        self._model: Any = (read or load_language_model)(folder.path / "text_encoder", num_layers, dtype).eval()
-        if weights != "full":
-            quantize(self._model.layers, weights, device)
-        self._model.to(device)
+        with loading_errors("the text encoder", device):
+            self._model: Any = (read or load_language_model)(folder.path / "text_encoder", num_layers, dtype).eval()
+            if weights != "full":
+                quantize(self._model.layers, weights, device)
+            self._model.to(device)
         self.hidden_size = int(self._model.config.hidden_size)
         self.dtype = dtype
         self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
@@ -250,25 +253,22 @@ def load_language_model(folder: Path, num_layers: int, dtype: torch.dtype) -> Mi
     """The first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without its final norm.
 
     Raises:
-        ModelRefused: it is not one, or a file is missing or broken.
+        ModelRefused: it is not one, or tensors are missing.
     """
     transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type != "mistral3" or config.text_config.num_hidden_layers < num_layers:
-            raise ModelRefused(f"the text encoder is no Mistral 3 of at least {num_layers} layers")
-        text_config = config.text_config
-        text_config.num_hidden_layers = num_layers
-        loaded: Any = _FirstLayers.from_pretrained(
-            folder,
-            config=text_config,
-            dtype=dtype,
-            use_safetensors=True,
-            key_mapping=LANGUAGE_MODEL_KEYS,
-            output_loading_info=True,
-        )
-    except LOADING_ERRORS as error:
-        raise ModelRefused("the text encoder cannot be loaded: a file is missing or broken") from error
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "mistral3" or config.text_config.num_hidden_layers < num_layers:
+        raise ModelRefused(f"the text encoder is not a Mistral 3 of at least {num_layers} layers")
+    text_config = config.text_config
+    text_config.num_hidden_layers = num_layers
+    loaded: Any = _FirstLayers.from_pretrained(
+        folder,
+        config=text_config,
+        dtype=dtype,
+        use_safetensors=True,
+        key_mapping=LANGUAGE_MODEL_KEYS,
+        output_loading_info=True,
+    )
     model, report = loaded
     if report["missing_keys"]:
         raise ModelRefused(f"the text encoder's checkpoint lacks {len(report['missing_keys'])} tensors")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import ray
 
 from shared.byte_cache import ByteBoundedCache
+from shared.compile_cache import replace_unwritable_caches
 from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error
 from shared.logs import set_up_logs
@@ -32,6 +33,7 @@ class EncoderReplica:
     async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = TextEncoderSettings()
         set_up_logs(settings.log_level, settings.log_format)
+        replace_unwritable_caches()
         self._stack = AsyncExitStack()
         self._thread = await self._stack.enter_async_context(DeviceThread())
         encoder = running_encoder(settings, Metrics(), self._thread, logger.info)

@@ -5,7 +5,7 @@ of the order, so the picture is the same.
 """
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing
 from contextvars import Context
 from functools import partial
@@ -14,11 +14,11 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from generator_service.cost import CostModel
 from generator_service.engine.events import ProgressEvent, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult
+from generator_service.engine.latency import LatencyModel
 from generator_service.engine.queue import Permit, Queue
-from generator_service.order import Order
+from generator_service.engine.request import Request
 from generator_service.pipelines.card import ModelCard
 from shared.errors import Busy, DeviceLost, Flux2Error, GeneratorUnavailable, ShuttingDown
 from shared.metrics import Metrics
@@ -36,7 +36,7 @@ class Fleet:
     Args:
         handle: of the deployment of ``GeneratorReplica``.
         card: their model.
-        cost: what is known of their speed.
+        latencies: how long images take them.
         num_generators: how many there are now.
         max_waiting: how many requests may wait beside those that run.
         metrics: get the number of requests in flight.
@@ -46,16 +46,16 @@ class Fleet:
         self,
         handle: Any,
         card: ModelCard,
-        cost: CostModel,
+        latencies: LatencyModel,
         num_generators: Callable[[], int],
         max_waiting: int,
         metrics: Metrics,
     ) -> None:
         self.card = card
-        self.cost = cost
+        self.latencies = latencies
         self._is_closed = False
         self._handle = handle.options(stream=True)
-        self._queue = Queue[None, None](lambda: num_generators() + max_waiting, num_devices=num_generators)
+        self._queue = Queue[None](lambda: num_generators() + max_waiting, num_devices=num_generators)
         metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
 
     def admit(self) -> AbstractContextManager[Permit]:
@@ -67,17 +67,17 @@ class Fleet:
         self._refuse_if_closed()
         return self._queue.admit()
 
-    def submit(self, orders: Sequence[Order], permit: Permit, *, is_followed: bool = False) -> Generation:
+    def submit(self, request: Request, permit: Permit) -> Generation:
         """As ``Engine.submit``. Serve's router picks the next request, so positions are estimates.
 
         The generation fails with ``GeneratorUnavailable`` if one generator after the other is lost.
         """
         self._refuse_if_closed()
-        generation = Generation(orders, is_followed=is_followed, on_end=self._queue.leave)
+        generation = Generation(request, on_end=self._queue.leave)
         self._queue.enter(generation, permit)
-        for index, order in enumerate(orders):
-            self._queue.add(generation, order, None, index)
-        generation.start(partial(self._with_retries, orders), orders[0].deadline_s)
+        for index, params in enumerate(request.all_params()):
+            self._queue.add(generation, params, index)
+        generation.start(partial(self._with_retries, request))
         return generation
 
     def close(self) -> None:
@@ -90,22 +90,22 @@ class Fleet:
         if self._is_closed:
             raise ShuttingDown
 
-    async def _with_retries(self, orders: Sequence[Order], generation: Generation) -> list[GenerationResult]:
+    async def _with_retries(self, request: Request, generation: Generation) -> list[GenerationResult]:
         for number in range(1, MAX_ATTEMPTS + 1):
             try:
-                return await self._attempt(orders, generation)
+                return await self._attempt(request, generation)
             except GeneratorUnavailable as error:
                 logger.warning("attempt %d: %s", number, error, exc_info=error.__cause__)
         lost = "one generator after the other was lost before the image was finished"
         raise GeneratorUnavailable(lost, retry_after_s=FIRST_GUESS_S)
 
-    async def _attempt(self, orders: Sequence[Order], generation: Generation) -> list[GenerationResult]:
-        method = self._handle.generate if generation.is_followed else self._handle.generate_without_events
+    async def _attempt(self, request: Request, generation: Generation) -> list[GenerationResult]:
+        method = self._handle.generate if request.is_followed else self._handle.generate_without_events
         results = []
-        async with aclosing(self._events(partial(method.remote, orders))) as events:
+        async with aclosing(self._events(partial(method.remote, request))) as events:
             async for event in events:
                 if isinstance(event, GenerationResult):
-                    self._learn(event)
+                    self._learn(request, event)
                     results.append(event)
                     continue
                 if isinstance(event, StepStarted):
@@ -133,14 +133,14 @@ class Fleet:
         finally:
             stream.cancel()  # of a stream that has ended there is nothing left to cancel
 
-    def _learn(self, result: GenerationResult) -> None:
-        order = result.order
-        if order.adapters or order.preview_steps:
+    def _learn(self, request: Request, result: GenerationResult) -> None:
+        if request.params.adapters or request.preview_steps:
             return  # they took longer than others of their size
-        self.cost.observe(
-            order.num_tokens,
-            num_computed=order.schedule.num_computed,
-            num_steps=order.schedule.num_steps,
+        schedule = result.params.schedule
+        self.latencies.observe(
+            request.num_tokens,
+            num_computed=schedule.num_computed,
+            num_steps=schedule.num_steps,
             denoise_s=result.timings.denoise_s,
             decode_s=result.timings.decode_s,
         )

@@ -1,21 +1,22 @@
 """The generator as a deployment: an engine without the API, which sends events as a stream."""
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deploy.ray.remote_encoder import RemoteEncoder
 from generator_service.app import load_model, make_upsampler, running_engine
-from generator_service.cost import Cost
 from generator_service.engine.engine import Runtime
 from generator_service.engine.events import ProgressEvent, Queued, StepStarted
 from generator_service.engine.generation import GenerationResult
-from generator_service.order import Order
+from generator_service.engine.latency import LatencyEstimate
+from generator_service.engine.request import Request
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.settings import GeneratorSettings
+from shared.compile_cache import replace_unwritable_caches
 from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error
 from shared.logs import set_up_logs
@@ -30,8 +31,8 @@ class Introduction:
 
     card: ModelCard
     embedding_shape: tuple[int, int]
-    cost: Cost | None
-    """Of a picture of the model's own size, as the warm-up has shown."""
+    latency: LatencyEstimate | None
+    """Of an image of the default size, as measured by the warm-up."""
 
 
 class GeneratorReplica:
@@ -44,6 +45,7 @@ class GeneratorReplica:
     async def __init__(self, encoder: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = GeneratorSettings()
         set_up_logs(settings.log_level, settings.log_format)
+        replace_unwritable_caches()
         self._stack = AsyncExitStack()
         self._thread = await self._stack.enter_async_context(DeviceThread())
         model, self._shape = await self._thread.call(self.load, settings)
@@ -63,17 +65,16 @@ class GeneratorReplica:
     async def introduce(self) -> Introduction:
         """What the API needs to know before the first request."""
         card = self._engine.card
-        cost = self._engine.cost.of(card.default_num_tokens)
-        return Introduction(card, self._shape, cost)
+        return Introduction(card, self._shape, self._engine.latencies.estimate(card.default_num_tokens))
 
-    async def generate(self, orders: Sequence[Order]) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
+    async def generate(self, request: Request) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
         """The events of a generation but for its position, which is known elsewhere; at last its results.
 
         What goes wrong is the last item, not raised: Ray would wrap it in its own errors.
         """
         try:
             with self._engine.admit() as permit:
-                generation = self._engine.submit(orders, permit, is_followed=True)
+                generation = self._engine.submit(replace(request, is_followed=True), permit)
             try:
                 async for event in generation.events():
                     if not isinstance(event, Queued):
@@ -84,11 +85,11 @@ class GeneratorReplica:
             yield error
 
     async def generate_without_events(
-        self, orders: Sequence[Order]
+        self, request: Request
     ) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
         """As ``generate``, but only the first step and the results: messages that nobody reads cost time."""
         has_begun = False
-        async for event in self.generate(orders):
+        async for event in self.generate(request):
             if isinstance(event, GenerationResult | Flux2Error) or (isinstance(event, StepStarted) and not has_begun):
                 has_begun = True
                 yield event

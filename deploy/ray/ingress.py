@@ -12,7 +12,7 @@ from deploy.ray.fleet import Fleet
 from deploy.ray.generator import Introduction
 from deploy.ray.remote_encoder import RemoteEncoder
 from generator_service.app import Readiness, Studio, app_around
-from generator_service.cost import CostModel
+from generator_service.engine.latency import LatencyModel
 from generator_service.settings import GeneratorSettings
 from shared.logs import set_up_logs
 
@@ -36,7 +36,7 @@ def create_app() -> FastAPI:
             fleet = Fleet(
                 generators,
                 told.card,
-                cost_model(told),
+                latency_model(told),
                 lambda: census.running(GENERATOR),
                 settings.max_waiting,
                 app.state.metrics,
@@ -73,16 +73,16 @@ class WithoutRequestId:
         await self._app(scope, receive, send_without)
 
 
-def cost_model(told: Introduction) -> CostModel:
+def latency_model(told: Introduction) -> LatencyModel:
     """What a generator's warm-up has shown."""
-    model = CostModel()
-    if told.cost is not None:
+    model = LatencyModel()
+    if told.latency is not None:
         for num_computed, num_steps in ((3, 3), (1, 3)):
             model.observe(
                 told.card.default_num_tokens,
                 num_computed=num_computed,
                 num_steps=num_steps,
-                denoise_s=told.cost.denoise_s(num_computed, num_steps),
-                decode_s=told.cost.decode_s,
+                denoise_s=told.latency.denoise_s(num_computed, num_steps),
+                decode_s=told.latency.decode_s,
             )
     return model

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
-from generator_service.api import events
-from generator_service.api.generate import MAX_KEY_CHARS, native_events, to_response
+from generator_service.api import sse
+from generator_service.api.generate import MAX_KEY_CHARS
+from generator_service.api.responses import to_response
 from generator_service.api.schemas import GenerateRequest
 from generator_service.api.state import GeneratorState, generator_state
 from generator_service.engine.job_store import Job
@@ -37,19 +38,19 @@ async def show(job_id: str, request: Request, state: State) -> dict[str, Any]:
 
 @router.get("/{job_id}/result", response_class=Response)
 async def result(job_id: str, request: Request, state: State, accept: Annotated[str, Header()] = "") -> Response:
-    """The pictures, as ``POST /generate`` would have answered."""
+    """The images, as ``POST /generate`` would have answered."""
     generation = state.jobs.get(job_id, owner_of(request)).generation
     if generation.is_wanted:
-        told = f"the job is {generation.status}"
-        raise JobNotFinished(told, retry_after_s=generation.orders[0].estimate_s or 1.0)
-    return to_response(await generation.images(), accept)
+        retry_after_s = generation.request.estimate_s or 1.0
+        raise JobNotFinished(f"the job is {generation.status}", retry_after_s=retry_after_s)
+    return await to_response(generation.request, await generation.images(), accept, state.responses)
 
 
 @router.get("/{job_id}/events", response_class=Response)
 async def follow(job_id: str, request: Request, state: State) -> Response:
     """What has happened since the job began, then what happens, as server-sent events."""
     job = state.jobs.get(job_id, owner_of(request))
-    return events.respond(request, native_events(job.generation))
+    return sse.stream(request, sse.native_events(job.generation, state.responses))
 
 
 @router.delete("/{job_id}")
@@ -61,13 +62,13 @@ async def cancel(job_id: str, request: Request, state: State) -> dict[str, Any]:
 
 
 def described(job: Job, request: Request) -> dict[str, Any]:
-    """What is told of a job."""
+    """Status, seed, and where it waits or what went wrong."""
     generation = job.generation
-    order = generation.orders[0]
-    description: dict[str, Any] = {"id": job.id, "status": generation.status, "seed": order.seed}
+    params, estimate_s = generation.request.params, generation.request.estimate_s
+    description: dict[str, Any] = {"id": job.id, "status": generation.status, "seed": params.seed}
     if generation.is_wanted:
-        description |= events.queued(generation.queued) if generation.queued else {}
-        description |= {} if order.estimate_s is None else {"estimate_ms": round(1000 * order.estimate_s)}
+        description |= sse.queue_fields(generation.queued) if generation.queued else {}
+        description |= {} if estimate_s is None else {"estimate_ms": round(1000 * estimate_s)}
     if generation.error is not None:
         description["problem"] = problem_of(request, generation.error).model_dump()
     return description

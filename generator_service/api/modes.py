@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from generator_service.api.schemas import GenerateRequest
 from generator_service.api.state import GeneratorState, generator_state
+from generator_service.engine.request import Request
 from generator_service.lemica import PUBLISHED
-from generator_service.order import Order
 from shared.errors import InvalidRequest
 
 router = APIRouter()
@@ -77,12 +77,12 @@ async def modes(
     return Modes(
         model=state.engine.card.name,
         default=defaults(state),
-        modes=[described(order) for order in await orders(query.request(), state)],
+        modes=[described(request) for request in await in_every_mode(query.request(), state)],
     )
 
 
 def defaults(state: GeneratorState) -> Defaults:
-    """As ``make_order`` fills them in."""
+    """As ``Resolver`` fills them in."""
     side, blank = state.engine.card.default_side, GenerateRequest(prompt="", images=[])
     return Defaults(
         width=side,
@@ -93,26 +93,27 @@ def defaults(state: GeneratorState) -> Defaults:
     )
 
 
-async def orders(body: GenerateRequest, state: GeneratorState) -> list[Order]:
-    """The picture in every mode, the service's default among them."""
-    found = []
+async def in_every_mode(body: GenerateRequest, state: GeneratorState) -> list[Request]:
+    """The request in every mode, the service's default among them."""
+    requests = []
     for cache in dict.fromkeys(("none", *PUBLISHED, state.settings.default_cache)):
         try:
-            found.append(await state.order(body.model_copy(update={"cache": cache})))
+            requests.append(await state.resolve(body.model_copy(update={"cache": cache}), is_followed=False))
         except InvalidRequest as error:
             if error.param != "cache":
                 raise  # else the default is a schedule that was not made for such a picture
-    return found
+    return requests
 
 
-def described(order: Order) -> Mode:
-    """What is told of a mode."""
-    assert isinstance(order.cache, str | int)  # none of those above is a bound of the error
+def described(request: Request) -> Mode:
+    """The mode of ``request`` as JSON."""
+    params, estimate_s = request.params, request.estimate_s
+    assert isinstance(params.cache, str | int)  # none of the modes above is a bound of the error
     return Mode(
-        name=order.cache,
-        computed=order.schedule.num_computed,
-        total=order.schedule.num_steps,
-        computed_steps=list(order.schedule.computed_steps),
-        schedule=str(order.schedule),
-        estimate_ms=None if order.estimate_s is None else round(1000 * order.estimate_s),
+        name=params.cache,
+        computed=params.schedule.num_computed,
+        total=params.schedule.num_steps,
+        computed_steps=list(params.schedule.computed_steps),
+        schedule=str(params.schedule),
+        estimate_ms=None if estimate_s is None else round(1000 * estimate_s),
     )

@@ -1,28 +1,28 @@
 """OpenAI's images API: its Python and Node clients work with ``base_url=http://.../v1`` and nothing else changed."""
 
-import asyncio
 import base64
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Response
+from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import Field, StrictInt, StrictStr, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from generator_service.api import events
-from generator_service.api.generate import images_while_connected
+from generator_service.api import sse
 from generator_service.api.schemas import GenerateRequest, Sampling
 from generator_service.api.state import GeneratorState, generator_state
 from generator_service.engine.events import Preview
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.queue import Permit
-from generator_service.imaging import ImageFormat, preview_file
-from generator_service.order import Order
+from generator_service.engine.request import Request
+from generator_service.imaging import ImageFormat
 from shared.errors import InvalidRequest, UnsupportedParameter
 from shared.schemas import Text
-from shared.web import CLIENT_CLOSED_REQUEST
+from shared.thread_pool import ThreadPool
+from shared.web import CLIENT_CLOSED_REQUEST, while_connected
 
 router = APIRouter(prefix="/v1")
 State = Annotated[GeneratorState, Depends(generator_state)]
@@ -90,26 +90,26 @@ def model_card(state: GeneratorState) -> dict[str, Any]:
 
 
 @router.post("/images/generations")
-async def generations(body: ImagesRequest, request: Request, state: State) -> Response:
+async def generations(body: ImagesRequest, http_request: HTTPRequest, state: State) -> Response:
     """Pictures of a prompt."""
     with state.engine.admit() as permit:
         generation = await begin(body, body.native(), state, permit)
-    return await answer(generation, body, request, state, "image_generation")
+    return await answer(generation, body, http_request, state, "image_generation")
 
 
 @router.post(
     "/images/edits", openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": EDIT_FORM}}}}
 )
-async def edits(request: Request, state: State) -> Response:
+async def edits(http_request: HTTPRequest, state: State) -> Response:
     """Pictures made from reference images: a multipart body with one part ``image``, or several ``image[]``."""
     with state.engine.admit() as permit:  # before the files are read
-        async with request.form() as form:
+        async with http_request.form() as form:
             body = form_request(form)
             images = [await part.read() for name in ("image", "image[]") for part in files(form, name)]
         if not images:
             raise InvalidRequest("image: give one file or more", param="image")
-        generation = await begin(body, await state.pool.run(body.native, images), state, permit)
-    return await answer(generation, body, request, state, "image_edit")
+        generation = await begin(body, await state.requests.run(body.native, images), state, permit)
+    return await answer(generation, body, http_request, state, "image_edit")
 
 
 def form_request(form: FormData) -> ImagesRequest:
@@ -152,69 +152,70 @@ def files(form: FormData, name: str) -> list[UploadFile]:
 
 async def begin(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:
     """Begin to generate the images."""
-    return state.submit_order(native, await state.order(native), permit, is_followed=body.stream)
+    return state.engine.submit(await state.resolve(native, is_followed=body.stream), permit)
 
 
 async def answer(
-    generation: Generation, body: ImagesRequest, request: Request, state: GeneratorState, prefix: Prefix
+    generation: Generation, body: ImagesRequest, http_request: HTTPRequest, state: GeneratorState, prefix: Prefix
 ) -> Response:
     """The images as OpenAI's JSON, or as its stream of events."""
-    order = generation.orders[0]
-    told = description(order)
-    usage = usage_of(order, state)
+    common, usage = common_fields(generation.request), usage_of(generation.request, state)
     if body.stream:
-        return events.respond(request, openai_events(generation, prefix, told, usage), generation.cancel)
-    results = await images_while_connected(request, generation)
+        events = openai_events(generation, prefix, common, usage, state.responses)
+        return sse.stream(http_request, events, on_end=generation.cancel)
+    try:
+        results = await while_connected(http_request, generation.images())
+    finally:
+        generation.cancel()  # the client left; a generation that has ended stays as it is
     if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    total = usage | {name: usage[name] * body.n for name in ("output_tokens",)}
+    total = usage | {"output_tokens": usage["output_tokens"] * body.n}
     total |= {"total_tokens": total["input_tokens"] + total["output_tokens"]}
-    data = await state.pool.run(lambda: [as_json(result) for result in results])
-    return JSONResponse({"created": int(time.time()), "data": data, "usage": total} | told)
+    fields = {"created": int(time.time()), "usage": total} | common
+    return await state.responses.run(json_response, generation.request, results, fields)
 
 
-def as_json(result: GenerationResult) -> dict[str, Any]:
-    """A finished image."""
-    image = base64.b64encode(result.data).decode()
-    return {"b64_json": image, "seed": result.order.seed} | revised(result.order)
+def json_response(request: Request, results: Sequence[GenerationResult], fields: dict[str, Any]) -> Response:
+    """All images in one JSON object."""
+    return JSONResponse({"data": [as_json(request, result) for result in results]} | fields)
 
 
-def description(order: Order) -> dict[str, Any]:
-    """What every answer says of its pictures."""
-    size = f"{order.width}x{order.height}"
-    return {"background": "opaque", "output_format": order.output_format, "quality": "high", "size": size}
+def as_json(request: Request, result: GenerationResult) -> dict[str, Any]:
+    """A finished image, and the prompt that it was generated with if the client's was rewritten."""
+    revised = {"revised_prompt": result.params.prompt} if request.is_upsampled else {}
+    return {"b64_json": base64.b64encode(result.data).decode(), "seed": result.params.seed} | revised
 
 
-def usage_of(order: Order, state: GeneratorState) -> dict[str, Any]:
-    """Tokens of one picture, as the transformer counts them."""
-    unit = state.engine.card.pixels_per_token
-    text = state.embedding_shape[0]
-    image = sum(reference.num_tokens(unit) for reference in order.references)
-    output = state.engine.card.num_image_tokens(order.width, order.height)
+def common_fields(request: Request) -> dict[str, Any]:
+    """What every response says about its images."""
+    size = f"{request.params.width}x{request.params.height}"
+    return {"background": "opaque", "output_format": request.output_format, "quality": "high", "size": size}
+
+
+def usage_of(request: Request, state: GeneratorState) -> dict[str, Any]:
+    """Tokens of one image, as the transformer counts them."""
+    text, model = state.resolver.embedding_shape[0], state.engine.card
+    output = model.num_image_tokens(request.params.width, request.params.height)
+    references = request.num_tokens - output
     return {
-        "input_tokens": text + image,
-        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "input_tokens": text + references,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": references},
         "output_tokens": output,
-        "total_tokens": text + image + output,
+        "total_tokens": text + references + output,
     }
 
 
 async def openai_events(
-    generation: Generation, prefix: Prefix, told: dict[str, Any], usage: dict[str, Any]
-) -> events.Told:
+    generation: Generation, prefix: Prefix, common: dict[str, Any], usage: dict[str, Any], threads: ThreadPool
+) -> sse.Events:
     """``partial_image`` and ``completed``, as OpenAI's clients read them."""
-    created = {"created_at": int(time.time())}
+    common = common | {"created_at": int(time.time())}
     async for event in generation.events():
         if isinstance(event, Preview):
-            image = await asyncio.to_thread(preview_file, event.image)
             kind = f"{prefix}.partial_image"
-            partial_image = {"type": kind, "partial_image_index": event.number} | told | created
-            yield kind, partial_image | {"b64_json": base64.b64encode(image).decode(), "output_format": "jpeg"}
+            image = {"b64_json": await threads.run(sse.preview_base64, event), "output_format": "jpeg"}
+            yield kind, {"type": kind, "partial_image_index": event.number} | common | image
         elif isinstance(event, GenerationResult):
             kind = f"{prefix}.completed"
-            yield kind, {"type": kind} | as_json(event) | told | created | {"usage": usage}
-
-
-def revised(order: Order) -> dict[str, Any]:
-    """The prompt that was drawn, if it is not the client's."""
-    return {"revised_prompt": order.prompt} if order.is_upsampled else {}
+            image = await threads.run(as_json, generation.request, event)
+            yield kind, {"type": kind} | image | common | {"usage": usage}

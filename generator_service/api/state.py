@@ -3,15 +3,14 @@
 import hashlib
 from dataclasses import dataclass
 
-from fastapi import Request
+from fastapi import Request as HTTPRequest
 
+from generator_service.api.resolve import Resolver
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.engine import ImageGenerator
 from generator_service.engine.generation import Generation
 from generator_service.engine.job_store import Job, JobStore
-from generator_service.engine.queue import Permit
-from generator_service.lemica import Shelf
-from generator_service.order import Order, make_order
+from generator_service.engine.request import Request
 from generator_service.settings import GeneratorSettings
 from shared.thread_pool import ThreadPool
 
@@ -22,23 +21,20 @@ class GeneratorState:
 
     settings: GeneratorSettings
     engine: ImageGenerator
-    shelf: Shelf
+    resolver: Resolver
     jobs: JobStore
-    embedding_shape: tuple[int, int]
-    """Tokens and width of a prompt embedding."""
-    pool: ThreadPool
+    requests: ThreadPool
     """Decodes and hashes what clients send."""
+    responses: ThreadPool
+    """Encodes what clients receive."""
 
-    async def order(self, body: GenerateRequest) -> Order:
+    async def resolve(self, body: GenerateRequest, *, is_followed: bool) -> Request:
         """The body, checked and complete.
 
         Raises:
             InvalidRequest: a field is outside its limits; the error names it.
         """
-        engine = self.engine
-        return await self.pool.run(
-            make_order, body, self.settings, engine.card, self.shelf, self.embedding_shape, engine.cost.of
-        )
+        return await self.requests.run(self.resolver.resolve, body, is_followed)
 
     async def submit(self, body: GenerateRequest, *, is_followed: bool) -> Generation:
         """Begin to generate what the body asks for.
@@ -48,11 +44,7 @@ class GeneratorState:
             InvalidRequest: a field is outside its limits.
         """
         with self.engine.admit() as permit:
-            return self.submit_order(body, await self.order(body), permit, is_followed=is_followed)
-
-    def submit_order(self, body: GenerateRequest, order: Order, permit: Permit, *, is_followed: bool) -> Generation:
-        """Begin to generate the images of ``order``, as many as the body asks for."""
-        return self.engine.submit(order.siblings(body.num_images), permit, is_followed=is_followed)
+            return self.engine.submit(await self.resolve(body, is_followed=is_followed), permit)
 
     async def job(self, body: GenerateRequest, owner: str, key: str | None) -> Job:
         """A job for the body, or the one that the same ``Idempotency-Key`` has begun.
@@ -61,7 +53,7 @@ class GeneratorState:
             InvalidRequest: a field is outside its limits, or the key was used for another body.
             Busy: the queue is full; nothing was begun.
         """
-        fingerprint = await self.pool.run(digest, body) if key else ""
+        fingerprint = await self.requests.run(digest, body) if key else ""
         async with self.jobs.lock(owner, key):
             job = self.jobs.repeated(owner, key, fingerprint)
             if job is None:
@@ -70,7 +62,7 @@ class GeneratorState:
         return job
 
 
-async def generator_state(request: Request) -> GeneratorState:
+async def generator_state(request: HTTPRequest) -> GeneratorState:
     """The state that the lifespan made; raises ``Starting`` while there is none."""
     request.app.state.health.refuse_while_starting()
     state: GeneratorState = request.app.state.generator

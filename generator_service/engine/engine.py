@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -22,17 +22,17 @@ import torch
 from PIL.Image import Image
 
 from generator_service.comparison import Comparison, compare
-from generator_service.cost import CostModel
 from generator_service.engine.events import EncodingPrompt, PromptUpsampled
 from generator_service.engine.generation import Generation, GenerationResult, Timings
-from generator_service.engine.provenance import generation_request, provenance
+from generator_service.engine.latency import LatencyModel
+from generator_service.engine.provenance import provenance
 from generator_service.engine.queue import Permit, Queue
+from generator_service.engine.request import Request
 from generator_service.engine.worker import ALONE, Batching, ImageQueue, ImageWork, Worker
 from generator_service.imaging import encode_image
-from generator_service.lemica import schedule_for
-from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
+from generator_service.pipelines.params import Params
 from generator_service.upsampler import Upsampler
 from shared.device_thread import DeviceThread
 from shared.errors import DeviceLost, Flux2Error, ShuttingDown
@@ -62,13 +62,13 @@ class ImageGenerator(Protocol):
         """The model."""
 
     @property
-    def cost(self) -> CostModel:
-        """What images take."""
+    def latencies(self) -> LatencyModel:
+        """How long images take."""
 
     def admit(self) -> AbstractContextManager[Permit]:
         """As ``Engine.admit``."""
 
-    def submit(self, orders: Sequence[Order], permit: Permit, *, is_followed: bool) -> Generation:
+    def submit(self, request: Request, permit: Permit) -> Generation:
         """As ``Engine.submit``."""
 
     def close(self) -> None:
@@ -111,8 +111,8 @@ class Engine:
     ) -> None:
         self.model = model
         self.card = model.card
-        self.cost = CostModel()
-        self.worker = Worker(model, runtime.thread, self.cost, runtime.metrics, batching)
+        self.latencies = LatencyModel()
+        self.worker = Worker(model, runtime.thread, self.latencies, runtime.metrics, batching)
         self.queue: ImageQueue = Queue(
             lambda: max_waiting + batching.max_batch, max_batch=batching.max_batch, batch_key=self.worker.batch_key
         )
@@ -148,21 +148,20 @@ class Engine:
         self._refuse_at_the_end()
         return self.queue.admit()
 
-    def submit(self, orders: Sequence[Order], permit: Permit, *, is_followed: bool = False) -> Generation:
+    def submit(self, request: Request, permit: Permit) -> Generation:
         """Begin to generate; never waits.
 
         Args:
-            orders: one for each image; they have the prompt in common.
+            request: what to generate.
             permit: of ``admit``.
-            is_followed: whether somebody reads the events.
 
         Raises:
             DeviceLost, ShuttingDown: meanwhile the device failed, or the engine was closed.
         """
         self._refuse_at_the_end()
-        generation = Generation(orders, is_followed=is_followed, on_end=self.queue.leave)
+        generation = Generation(request, on_end=self.queue.leave)
         self.queue.enter(generation, permit)
-        generation.start(self._generate, orders[0].deadline_s)
+        generation.start(self._generate)
         return generation
 
     def close(self) -> None:
@@ -188,14 +187,12 @@ class Engine:
             generation.fail(error)
 
     async def _generate(self, generation: Generation) -> list[GenerationResult]:
-        """A generation's results: embed, wait for the device, write the files."""
+        """Embed the prompt, wait for the device, and write the files of all images."""
         began = time.monotonic()
-        orders = await self._upsampled(generation)
-        with self._tracing.span("encode"):
-            embeddings = await self._embeddings(orders[0], generation)
+        request = await self._embedded(generation)
         encode_s = time.monotonic() - began
-        works = [self._add(generation, order, embeddings, index) for index, order in enumerate(orders)]
-        references = [self._add_reference(work) if work.order.compare else None for work in works]
+        works = [self.queue.add(generation, params, index) for index, params in enumerate(request.all_params())]
+        references = [self._add_reference(work) if request.compare else None for work in works]
         try:
             return [
                 await self._result(work, reference, encode_s) for work, reference in zip(works, references, strict=True)
@@ -204,53 +201,74 @@ class Engine:
             for work in (*works, *filter(None, references)):
                 abandon(work)
 
-    def _add(self, generation: Generation, order: Order, embeddings: torch.Tensor, index: int | None) -> ImageWork:
-        return self.queue.add(generation, order, generation_request(order, embeddings), index)
+    async def _embedded(self, generation: Generation) -> Request:
+        """The request with its prompt, rewritten if it asks for that, embedded."""
+        request = generation.request
+        params = request.params
+        if request.is_upsampled:
+            params = await self._upsampled(generation)
+        if params.prompt_embeds is None:
+            assert params.prompt is not None
+            generation.emit(EncodingPrompt())
+            with self._tracing.span("encode"):
+                embeddings, was_cached = await self._encoder.embed(params.prompt)
+            self._metrics.cache.labels("hit" if was_cached else "miss").inc()
+            params = replace(params, prompt_embeds=embeddings)
+        return replace(request, params=params)
+
+    async def _upsampled(self, generation: Generation) -> Params:
+        """The generation's parameters with the rewritten prompt."""
+        params = generation.request.params
+        assert self._upsampler is not None
+        assert params.prompt is not None
+        with self._tracing.span("upsample"):
+            images = [reference.image for reference in params.references]
+            prompt = await self._upsampler.rewrite(params.prompt, images)
+        generation.emit(PromptUpsampled(prompt))
+        return replace(params, prompt=prompt)
 
     def _add_reference(self, work: ImageWork) -> ImageWork | None:
-        """The same image with every step computed, unless it is that already."""
-        schedule = work.params.schedule
-        if schedule.num_computed == schedule.num_steps:
+        """The same image without a cache, unless it is that already."""
+        if work.params.is_uncached:
             return None
-        order = replace(work.order, schedule=schedule_for("none", schedule.num_steps))
-        return self._add(work.generation, order, work.params.prompt_embeds, None)
+        return self.queue.add(work.generation, work.params.uncached(), None)
 
     async def _result(self, work: ImageWork, reference: ImageWork | None, encode_s: float) -> GenerationResult:
+        request = work.generation.request
         with self._tracing.span("draw"):
             image = await work.result
-        order = replace(work.order, schedule=image.schedule)
+        params = replace(work.params, schedule=image.schedule)
         with self._tracing.span("write"):
-            data = await self._files.run(self._file, image.image, order, work.params.prompt_embeds)
+            data = await self._files.run(self._file, image.image, params, request)
         comparison, side_by_side = None, b""
-        if order.compare:
+        if request.compare:
             comparison = await self._compared(image, reference)
-            both = comparison.side_by_side
-            side_by_side = await self._files.run(self._file, both, order, work.params.prompt_embeds)
+            side_by_side = await self._files.run(self._file, comparison.side_by_side, params, request)
         elif random.random() < self._quality_sampling:  # noqa: S311 - not a secret
             self._spawn(self._sample(work, image), "quality sample")
-        self._thread.refuse_if_lost()  # meanwhile: then what came before may be wrong, too
+        self._thread.refuse_if_lost()  # lost meanwhile: the image may be wrong, too
         timings = Timings(work.queue_s, encode_s, image.denoise_s, image.decode_s)
-        self._observe(timings, order)
-        return GenerationResult(order.without_inputs(), data, timings, comparison, side_by_side)
+        self._observe(timings, params)
+        return GenerationResult(params.without_tensors(), data, timings, comparison, side_by_side)
 
-    def _observe(self, timings: Timings, order: Order) -> None:
+    def _observe(self, timings: Timings, params: Params) -> None:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        self._metrics.pictures.labels(mode_of(order)).observe(timings.denoise_s + timings.decode_s)
+        self._metrics.pictures.labels(mode_of(params)).observe(timings.denoise_s + timings.decode_s)
 
-    def _file(self, image: Image, order: Order, embeddings: torch.Tensor) -> bytes:
-        record = provenance(order, self.model, embeddings)
-        return encode_image(image, order.output_format, record, order.quality)
+    def _file(self, image: Image, params: Params, request: Request) -> bytes:
+        return encode_image(image, request.output_format, provenance(params, self.model), request.quality)
 
-    async def _compared(self, image: GeneratedPicture, reference: ImageWork | None) -> Comparison:
+    async def _compared(self, image: GeneratedImage, reference: ImageWork | None) -> Comparison:
         full = image if reference is None else await reference.result
         return await self._files.run(compare, image.image, full.image)
 
-    async def _sample(self, work: ImageWork, image: GeneratedPicture) -> None:
+    async def _sample(self, work: ImageWork, image: GeneratedImage) -> None:
         """Compare an image with the one without a cache, in the background, for the metrics."""
+        request = replace(work.generation.request, params=work.params, num_images=1, is_followed=False)
         try:
             with self.admit() as permit:
-                sample = Generation([work.order], is_followed=False, on_end=self.queue.leave)
+                sample = Generation(request, on_end=self.queue.leave)
                 self.queue.enter(sample, permit)
         except Flux2Error:
             return  # the queue is full, and the requests come first; or the engine ends
@@ -265,36 +283,15 @@ class Engine:
         self._metrics.psnr.observe(min(comparison.psnr_db, MAX_PSNR_DB))
         self._metrics.ssim.observe(comparison.ssim)
 
-    async def _upsampled(self, generation: Generation) -> Sequence[Order]:
-        """The generation's orders, with the rewritten prompt if they want that."""
-        first = generation.orders[0]
-        if not first.is_upsampled:
-            return generation.orders
-        assert self._upsampler is not None
-        assert first.prompt is not None
-        with self._tracing.span("upsample"):
-            prompt = await self._upsampler.rewrite(first.prompt, [reference.image for reference in first.references])
-        generation.emit(PromptUpsampled(prompt))
-        return [replace(order, prompt=prompt) for order in generation.orders]
-
-    async def _embeddings(self, order: Order, generation: Generation) -> torch.Tensor:
-        if order.prompt_embeds is not None:
-            return order.prompt_embeds
-        assert order.prompt is not None
-        generation.emit(EncodingPrompt())
-        embeddings, was_cached = await self._encoder.embed(order.prompt)
-        self._metrics.cache.labels("hit" if was_cached else "miss").inc()
-        return embeddings
-
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-def mode_of(order: Order) -> str:
-    """The order's schedule as a metric's label: the names are few, while numbers of steps and bounds are many."""
-    return order.cache if isinstance(order.cache, str) else "other"
+def mode_of(params: Params) -> str:
+    """The cache mode as a metric's label: the names are few, while numbers of steps and bounds are many."""
+    return params.cache if isinstance(params.cache, str) else "other"
 
 
 def abandon(work: ImageWork) -> None:

@@ -7,14 +7,15 @@ events. It lives on the event loop; the device thread reads ``is_wanted`` and ca
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from generator_service.comparison import Comparison
 from generator_service.engine.events import Preview, ProgressEvent, Queued, StepStarted
-from generator_service.order import Order
+from generator_service.engine.request import Request
+from generator_service.pipelines.params import Params
 from shared.errors import DeadlineExceeded, Flux2Error, JobCancelled
 
 logger = logging.getLogger("flux2")
@@ -44,7 +45,8 @@ class Timings:
 class GenerationResult:
     """An encoded image and the parameters it was generated with."""
 
-    order: Order
+    params: Params
+    """Without tensors."""
     data: bytes
     timings: Timings
     comparison: Comparison | None = None
@@ -64,14 +66,12 @@ class Generation:
     It ends once, by ``complete``, ``fail`` or ``cancel``; what happens later is ignored.
 
     Args:
-        orders: one for each image; they have the prompt in common.
-        is_followed: whether somebody reads its events. A generation that is not followed keeps none.
+        request: what to generate. Without ``is_followed`` no event is kept.
         on_end: called once, when it ends.
     """
 
-    def __init__(self, orders: Sequence[Order], *, is_followed: bool, on_end: Callable[["Generation"], None]) -> None:
-        self.orders = tuple(orders)
-        self.is_followed = is_followed
+    def __init__(self, request: Request, *, on_end: Callable[["Generation"], None]) -> None:
+        self.request = request
         self.status = Status.QUEUED
         self.results: list[GenerationResult] = []
         self.error: Flux2Error | None = None
@@ -86,14 +86,14 @@ class Generation:
         self._driver: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, work: "GenerationWork", deadline_s: float | None = None) -> None:
+    def start(self, work: "GenerationWork") -> None:
         """Do ``work`` in a task, and end with its results or its error.
 
         Args:
             work: makes the results. A function, because a task that is cancelled at once never enters its coroutine.
-            deadline_s: within which the device must have begun, else the generation fails.
         """
         self._driver = asyncio.create_task(self._drive(work))
+        deadline_s = self.request.deadline_s
         if deadline_s is not None:
             error = DeadlineExceeded("the deadline passed before it was this request's turn")
             self._timer = self._loop.call_later(deadline_s, self.fail, error)
@@ -121,7 +121,7 @@ class Generation:
             self.queued = event
         elif isinstance(event, StepStarted):
             self.status = Status.RUNNING
-        if self.is_followed:
+        if self.request.is_followed:
             self._history.append(event)
             self._wake()
 
@@ -192,7 +192,7 @@ class Generation:
         self.status, self.error, self.ended = status, error, time.monotonic()
         # What is large or past goes: a job is kept for long. Readers keep count, so the places stay.
         self._history = [None if isinstance(event, Preview | Queued) else event for event in self._history]
-        self.orders = tuple(order.without_inputs() for order in self.orders)
+        self.request = self.request.without_tensors()
         self.begin()
         if self._driver is not None and self._driver is not asyncio.current_task():
             self._driver.cancel()

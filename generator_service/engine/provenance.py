@@ -2,44 +2,28 @@
 
 from dataclasses import asdict
 
-import torch
-
 from generator_service.imaging import Provenance
-from generator_service.order import Order
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.params import Params
 from shared.cpu_tensors import float32_sha256
 
 
-def generation_request(order: Order, embeddings: torch.Tensor) -> GenerationRequest:
-    """What the model needs to know of an order."""
-    return GenerationRequest(
-        prompt_embeds=embeddings,
-        width=order.width,
-        height=order.height,
-        guidance_scale=order.guidance_scale,
-        seed=order.seed,
-        schedule=order.schedule,
-        references=tuple(reference.image for reference in order.references),
-        adapters=order.adapters,
-    )
-
-
-def provenance(order: Order, model: Flux2Model, embeddings: torch.Tensor) -> Provenance:
-    """The record that goes into the file; hashes the embedding where no prompt stands for it."""
+def provenance(params: Params, model: Flux2Model) -> Provenance:
+    """The record for the file of an image; includes a hash of the embedding if there is no prompt."""
     return Provenance(
-        prompt=order.prompt,
-        width=order.width,
-        height=order.height,
-        num_inference_steps=order.schedule.num_steps,
-        guidance_scale=order.guidance_scale,
-        seed=order.seed,
-        cache=order.cache,
-        schedule=str(order.schedule),
-        computed_steps=list(order.schedule.computed_steps),
+        prompt=params.prompt,
+        width=params.width,
+        height=params.height,
+        num_inference_steps=params.schedule.num_steps,
+        guidance_scale=params.guidance_scale,
+        seed=params.seed,
+        cache=params.cache,
+        schedule=str(params.schedule),
+        computed_steps=list(params.schedule.computed_steps),
         model=model.card.name,
         revision=model.card.revision,
         performance=model.performance.profile,
-        prompt_embeds_sha256=float32_sha256(embeddings) if order.prompt is None else None,
-        lora=[asdict(adapter) for adapter in order.adapters],
-        references_sha256=[reference.sha256 for reference in order.references],
+        prompt_embeds_sha256=float32_sha256(params.embeddings) if params.prompt is None else None,
+        lora=[asdict(adapter) for adapter in params.adapters],
+        references_sha256=[reference.sha256 for reference in params.references],
     )

@@ -16,13 +16,12 @@ from typing import Generic, TypeVar
 
 from generator_service.engine.events import Queued
 from generator_service.engine.generation import Generation
-from generator_service.order import Order
+from generator_service.pipelines.params import Params
 from shared.errors import Busy
 
 FIRST_GUESS_S = 1.0
 """How long a generation is taken to last as long as nothing is known of any."""
 
-Params = TypeVar("Params")
 Image = TypeVar("Image")
 
 
@@ -37,17 +36,21 @@ class Permit:
 
 
 @dataclass(eq=False)
-class Work(Generic[Params, Image]):
+class Work(Generic[Image]):
     """One image for the device."""
 
     generation: Generation
-    order: Order
     params: Params
     index: int | None
     """Which image of its generation; None: a reference without a cache, which is not delivered."""
     result: "asyncio.Future[Image]"
     added: float
     started: float | None = None
+
+    @property
+    def estimate_s(self) -> float | None:
+        """Estimated time on the device, in seconds."""
+        return self.generation.request.seconds_left(self.params.schedule)
 
     @property
     def queue_s(self) -> float:
@@ -65,14 +68,14 @@ class Work(Generic[Params, Image]):
 
 
 @dataclass(eq=False)
-class _Place(Generic[Params, Image]):
+class _Place(Generic[Image]):
     permit: Permit
     generation: Generation
-    ready: list[Work[Params, Image]] = field(default_factory=list)
+    ready: list[Work[Image]] = field(default_factory=list)
     has_begun: bool = False
 
 
-class Queue(Generic[Params, Image]):
+class Queue(Generic[Image]):
     """The order of service of one device, or an estimate of that of several.
 
     Args:
@@ -88,7 +91,7 @@ class Queue(Generic[Params, Image]):
         capacity: Callable[[], int],
         *,
         max_batch: int = 1,
-        batch_key: Callable[[Work[Params, Image]], object] = lambda _work: None,
+        batch_key: Callable[[Work[Image]], object] = lambda _work: None,
         num_devices: Callable[[], int] = lambda: 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -99,8 +102,8 @@ class Queue(Generic[Params, Image]):
         self._clock = clock
         self._numbers = itertools.count()
         self._permits: set[Permit] = set()
-        self._places: dict[Generation, _Place[Params, Image]] = {}
-        self._running: list[Work[Params, Image]] = []
+        self._places: dict[Generation, _Place[Image]] = {}
+        self._running: list[Work[Image]] = []
         self._arrival = asyncio.Event()
 
     @property
@@ -136,10 +139,10 @@ class Queue(Generic[Params, Image]):
         self._places[generation] = _Place(permit, generation)
         self._report()
 
-    def add(self, generation: Generation, order: Order, params: Params, index: int | None) -> Work[Params, Image]:
+    def add(self, generation: Generation, params: Params, index: int | None) -> Work[Image]:
         """An image of ``generation`` is ready for the device."""
         future = asyncio.get_running_loop().create_future()
-        work = Work(generation, order, params, index, future, self._clock())
+        work = Work(generation, params, index, future, self._clock())
         self._places[generation].ready.append(work)
         self._arrival.set()
         self._report()
@@ -159,7 +162,7 @@ class Queue(Generic[Params, Image]):
         self._permits.discard(place.permit)
         self._report()
 
-    async def take(self) -> list[Work[Params, Image]]:
+    async def take(self) -> list[Work[Image]]:
         """The images for the device's next run, as soon as there are any."""
         while not (batch := self._first_batch(self._ready())):
             self._arrival.clear()
@@ -192,7 +195,7 @@ class Queue(Generic[Params, Image]):
         runs = list(self._runs())
         return {place.generation: self._position(place, runs) for place in self._ordered()}
 
-    def _position(self, place: _Place[Params, Image], runs: Sequence[Sequence[Work[Params, Image]]]) -> Queued:
+    def _position(self, place: _Place[Image], runs: Sequence[Sequence[Work[Image]]]) -> Queued:
         if place.has_begun:
             return Queued(0, 0.0)
         before = list(itertools.takewhile(lambda run: all(w.generation is not place.generation for w in run), runs))
@@ -202,14 +205,14 @@ class Queue(Generic[Params, Image]):
             preparing = [p for p in self._ordered() if not p.ready and not p.has_begun]
             earlier = list(itertools.takewhile(lambda other: other is not place, preparing))
             others |= {other.generation for other in earlier}
-            seconds += [order.estimate_s for other in earlier for order in other.generation.orders]
+            seconds += [other.generation.request.estimate_of_all_s for other in earlier]
         devices = max(1, self._num_devices())
         position = max(0, len(others) - devices + 1)
         if position == 0:
             return Queued(0, 0.0)
         return Queued(position, None if None in seconds else sum(filter(None, seconds)) / devices)
 
-    def _runs(self) -> Iterator[list[Work[Params, Image]]]:
+    def _runs(self) -> Iterator[list[Work[Image]]]:
         """What runs, and what the device would take after it."""
         if self._running:
             yield [work for work in self._running if work.generation in self._places]
@@ -218,7 +221,7 @@ class Queue(Generic[Params, Image]):
             yield batch
             ready = [work for work in ready if work not in batch]
 
-    def _first_batch(self, ready: Sequence[Work[Params, Image]]) -> list[Work[Params, Image]]:
+    def _first_batch(self, ready: Sequence[Work[Image]]) -> list[Work[Image]]:
         """The first of ``ready``, and what may share its run."""
         batch = list(ready[:1])
         key = self._batch_key(batch[0]) if batch and self._max_batch > 1 else None
@@ -227,22 +230,22 @@ class Queue(Generic[Params, Image]):
             batch += itertools.islice(company, self._max_batch - 1)
         return batch
 
-    def _ready(self) -> list[Work[Params, Image]]:
+    def _ready(self) -> list[Work[Image]]:
         return [work for place in self._ordered() for work in place.ready]
 
-    def _ordered(self) -> Iterable[_Place[Params, Image]]:
+    def _ordered(self) -> Iterable[_Place[Image]]:
         return sorted(self._places.values(), key=lambda place: place.permit.number)
 
-    def _seconds_left(self, work: Work[Params, Image]) -> float | None:
-        if work.order.estimate_s is None or work.started is None:
-            return work.order.estimate_s
-        return max(0.0, work.order.estimate_s - (self._clock() - work.started))
+    def _seconds_left(self, work: Work[Image]) -> float | None:
+        if work.estimate_s is None or work.started is None:
+            return work.estimate_s
+        return max(0.0, work.estimate_s - (self._clock() - work.started))
 
     def _seconds_of_all(self) -> float:
         """How long everything in the queue will take; what is not known is taken to last as long as the rest."""
         seconds = [self._seconds_left(work) for run in self._runs() for work in run]
         preparing = [place for place in self._places.values() if not place.ready and not place.has_begun]
-        seconds += [order.estimate_s for place in preparing for order in place.generation.orders]
+        seconds += [place.generation.request.estimate_of_all_s for place in preparing]
         known = [each for each in seconds if each is not None]
         unknown = len(self._permits) - len(self._places) + len(seconds) - len(known)
         guess = sum(known) / len(known) if known else FIRST_GUESS_S

@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from PIL.Image import Image
 
-from generator_service.cost import CostModel
 from generator_service.engine.events import Preview, StepStarted
+from generator_service.engine.latency import LatencyModel
 from generator_service.engine.queue import Queue, Work
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationCancelled, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, GenerationCancelled
+from generator_service.pipelines.params import Params
 from generator_service.pipelines.step_clock import Previews
 from shared.device_thread import DeviceThread, refuse_lost_device
 from shared.errors import NonFiniteOutput, OutOfMemory
@@ -29,8 +30,8 @@ BATCHED_ROWS = 2
 """What is compiled for this many rows holds for more; for one row PyTorch compiles something else."""
 WarmUpStage = tuple[str, Callable[[], object]]
 """A name for people, and what is run."""
-ImageWork = Work[GenerationRequest, GeneratedPicture]
-ImageQueue = Queue[GenerationRequest, GeneratedPicture]
+ImageWork = Work[GeneratedImage]
+ImageQueue = Queue[GeneratedImage]
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,23 @@ class Worker:
     Args:
         model: loaded on the same thread.
         thread: the device's.
-        cost: learns from every usual image.
+        latencies: learns from every usual image.
         metrics: counts steps.
         batching: which images may share a run; changes if the warm-up shows that there is too little memory.
     """
 
     def __init__(
-        self, model: Flux2Model, thread: DeviceThread, cost: CostModel, metrics: Metrics, batching: Batching = ALONE
+        self,
+        model: Flux2Model,
+        thread: DeviceThread,
+        latencies: LatencyModel,
+        metrics: Metrics,
+        batching: Batching = ALONE,
     ) -> None:
         self.model = model
         self.batching = batching
         self._thread = thread
-        self._cost = cost
+        self._latencies = latencies
         self._metrics = metrics
 
     async def serve(self, queue: ImageQueue) -> None:
@@ -80,14 +86,10 @@ class Worker:
 
     def batch_key(self, work: ImageWork) -> object:
         """What images that share a run have in common; None for one that runs alone."""
-        request, order = work.params, work.order
-        is_small = request.width * request.height <= self.batching.max_pixels
-        if not is_small or request.references or request.adapters or order.preview_steps:
-            return None
-        embeds = request.prompt_embeds
-        return (order.width, order.height, request.guidance_scale, request.schedule, embeds.shape, embeds.dtype)
+        is_small = work.params.width * work.params.height <= self.batching.max_pixels
+        return work.params.batch_key if is_small and not work.generation.request.preview_steps else None
 
-    def run(self, works: Sequence[ImageWork]) -> Sequence[GeneratedPicture | Exception]:
+    def run(self, works: Sequence[ImageWork]) -> Sequence[GeneratedImage | Exception]:
         """On the device's thread: an image, or the error that belongs to it alone, for each of ``works``.
 
         Raises:
@@ -100,7 +102,7 @@ class Worker:
                 refuse_lost_device(result)
         return results
 
-    def _run_together(self, works: Sequence[ImageWork]) -> Sequence[GeneratedPicture | Exception] | None:
+    def _run_together(self, works: Sequence[ImageWork]) -> Sequence[GeneratedImage | Exception] | None:
         """The images of one run, or None if they have to be generated one by one."""
         try:
             return self.model.generate_batch([work.params for work in works], partial(self._on_step, works))
@@ -110,13 +112,13 @@ class Worker:
             pass  # each of them ends by itself
         return None
 
-    def _run_alone(self, work: ImageWork) -> GeneratedPicture | Exception:
+    def _run_alone(self, work: ImageWork) -> GeneratedImage | Exception:
         try:
             image = self.model.generate(work.params, partial(self._on_step, [work]), previews_of(work))
         except Exception as error:  # noqa: BLE001 - it belongs to this image's generation alone
             return error
-        if not work.order.adapters and image.schedule is work.params.schedule:  # else it took longer
-            self._learn(work.params, work.order.num_tokens, image)
+        if not work.params.adapters and image.schedule is work.params.schedule:  # else it took longer
+            self._learn(work.params, work.generation.request.num_tokens, image)
         return image
 
     def _on_step(self, works: Sequence[ImageWork], step: int, is_computed: bool) -> None:
@@ -126,8 +128,9 @@ class Worker:
             raise GenerationCancelled
         self._metrics.steps.labels("computed" if is_computed else "reused").inc(len(wanted))
         for work in wanted:
-            if work.index is not None and work.generation.is_followed:
-                left = work.order.seconds_left(step)
+            request = work.generation.request
+            if work.index is not None and request.is_followed:
+                left = request.seconds_left(work.params.schedule, step)
                 work.generation.emit_threadsafe(StepStarted(work.index, step, is_computed, left))
 
     def warm_up(self, embedding_shape: tuple[int, int], sizes: Sequence[tuple[int, int]], report: Report) -> None:
@@ -143,45 +146,45 @@ class Worker:
         schedule = schedule_for(1, WARM_UP_STEPS)
         stages: list[WarmUpStage] = []
         for width, height in sizes or [(side, side)]:
-            request = GenerationRequest(nothing, width, height, 4.0, 0, schedule)
-            stages.append((f"{width}x{height}", partial(self._warm_up_size, request)))
+            params = Params(nothing, width, height, 4.0, 0, schedule)
+            stages.append((f"{width}x{height}", partial(self._warm_up_size, params)))
         if "compile" in self.model.performance.optimisations:
-            stages.append(("other sizes", partial(self.model.prepare, request, "any")))
-            stages += self._batch_stages(request)
+            stages.append(("other sizes", partial(self.model.prepare, params, "any")))
+            stages += self._batch_stages(params)
         with alone_on_gpu(self.model.device, report):
             for number, (name, run) in enumerate(stages, 1):
                 report(f"warming up: {number} of {len(stages)}, {name}")
                 run()
         logger.info("%s", self.model.performance)
 
-    def _warm_up_size(self, request: GenerationRequest) -> None:
+    def _warm_up_size(self, params: Params) -> None:
         """Generate at one size with each kind of step; the first run also pays for what happens once."""
-        self.model.prepare(replace(request, schedule=schedule_for("none", 1)))
-        for schedule in (schedule_for("none", WARM_UP_STEPS), request.schedule):
-            timed = replace(request, schedule=schedule)
-            num_tokens = self.model.card.num_image_tokens(request.width, request.height)
+        self.model.prepare(replace(params, schedule=schedule_for("none", 1)))
+        for schedule in (schedule_for("none", WARM_UP_STEPS), params.schedule):
+            timed = replace(params, schedule=schedule)
+            num_tokens = self.model.card.num_image_tokens(params.width, params.height)
             self._learn(timed, num_tokens, self.model.prepare(timed))
 
-    def _batch_stages(self, request: GenerationRequest) -> list[WarmUpStage]:
-        """What runs of several images like ``request`` need, at the largest size that may share a run."""
+    def _batch_stages(self, params: Params) -> list[WarmUpStage]:
+        """What runs of several images like ``params`` need, at the largest size that may share a run."""
         unit = self.model.card.pixels_per_token
         side = min(math.isqrt(self.batching.max_pixels) // unit * unit, self.model.card.default_side)
         if self.batching.max_batch == 1 or side == 0:
             return []
-        return [("runs of several images", partial(self._warm_up_batch, replace(request, width=side, height=side)))]
+        return [("runs of several images", partial(self._warm_up_batch, replace(params, width=side, height=side)))]
 
-    def _warm_up_batch(self, request: GenerationRequest) -> None:
+    def _warm_up_batch(self, params: Params) -> None:
         try:
-            self.model.prepare_batch([request] * BATCHED_ROWS, "any")
+            self.model.prepare_batch([params] * BATCHED_ROWS, "any")
         except OutOfMemory as error:
             self.batching = ALONE
             logger.warning("images will not share runs: %s", error)
 
-    def _learn(self, request: GenerationRequest, num_tokens: int, image: GeneratedPicture) -> None:
-        self._cost.observe(
+    def _learn(self, params: Params, num_tokens: int, image: GeneratedImage) -> None:
+        self._latencies.observe(
             num_tokens,
-            num_computed=request.schedule.num_computed,
-            num_steps=request.schedule.num_steps,
+            num_computed=params.schedule.num_computed,
+            num_steps=params.schedule.num_steps,
             denoise_s=image.denoise_s - image.previews_s,
             decode_s=image.decode_s,
         )
@@ -190,11 +193,12 @@ class Worker:
 def previews_of(work: ImageWork) -> Previews | None:
     """The previews that somebody follows."""
     index, generation = work.index, work.generation
-    if index is None or not generation.is_followed or not work.order.preview_steps:
+    steps = generation.request.preview_steps
+    if index is None or not generation.request.is_followed or not steps:
         return None
     numbers = itertools.count()
 
     def show(image: Image) -> None:
         generation.emit_threadsafe(Preview(index, next(numbers), image))
 
-    return Previews(frozenset(work.order.preview_steps), show)
+    return Previews(frozenset(steps), show)

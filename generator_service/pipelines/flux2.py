@@ -1,15 +1,15 @@
-"""FLUX.2's pipeline without its text encoder: embeddings in, a picture out, under a LeMiCa schedule.
+"""FLUX.2's pipeline without its text encoder: from parameters to an image, under a LeMiCa schedule.
 
 The denoising loop, preparation and decoding are ``diffusers.Flux2Pipeline``'s own. Every generation gets a pipeline
 object, a scheduler and a ``CachedTransformer`` of its own around the shared weights, so that nothing one generation
 does, or leaves undone, can reach another.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,14 +30,16 @@ from generator_service.lemica import (
     TrajectoryRecorder,
     TransformerMismatch,
     check_transformer,
-    schedule_for,
 )
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.compiled_model import Kind
-from generator_service.pipelines.lora import Adapter, Adapters
+from generator_service.pipelines.example import small_example
+from generator_service.pipelines.lora import Adapters
 from generator_service.pipelines.optimised import Optimised
+from generator_service.pipelines.params import Params
 from generator_service.pipelines.parts import CPU, Parts, PartsReader, load_parts
 from generator_service.pipelines.performance import EXACT, Performance
+from generator_service.pipelines.reference_cache import ReferenceCachingPipeline
 from generator_service.pipelines.step_clock import Previews, PreviewTaker, StepClock
 from shared.byte_cache import ByteBoundedCache
 from shared.compilation import CompilationFailed
@@ -60,27 +62,12 @@ StepListener = Callable[[int, bool], None]
 
 
 class GenerationCancelled(Exception):
-    """Whoever asked for the picture does not want it any more."""
+    """The image is not wanted any more."""
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
-    """Everything a picture depends on, beside the weights."""
-
-    prompt_embeds: torch.Tensor
-    """``[1, L, D]``, on the CPU, of any floating dtype."""
-    width: int
-    height: int
-    guidance_scale: float
-    seed: int
-    schedule: Schedule
-    references: tuple[Image, ...] = ()
-    adapters: tuple[Adapter, ...] = ()
-
-
-@dataclass(frozen=True)
-class GeneratedPicture:
-    """A picture and what it took."""
+class GeneratedImage:
+    """An image, and how long it took."""
 
     image: Image
     denoise_s: float
@@ -88,9 +75,9 @@ class GeneratedPicture:
     latents: torch.Tensor = field(repr=False)
     """The final latents, ``[1, tokens, C]``, on the CPU."""
     previews_s: float
-    """What of ``denoise_s`` went into previews."""
+    """The part of ``denoise_s`` that previews took."""
     schedule: Schedule
-    """The request's, or one that computes every step if with the request's there was no picture."""
+    """That of the parameters, or one that computes every step if that one did not give an image."""
 
 
 class Flux2Model:
@@ -121,7 +108,7 @@ class Flux2Model:
         self.device: torch.device = parts.vae.device  # an offloaded transformer is in two places
         self.dtype: torch.dtype = parts.transformer.dtype
         self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
-        self._encoded_references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
+        self._references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
         pipeline = self._pipeline(parts.transformer, parts.scheduler)
         self.card = ModelCard(
             name=folder.name,
@@ -138,7 +125,7 @@ class Flux2Model:
         self.card = replace(self.card, adapters=tuple(self.adapters.names))
         try:
             with self._optimised.serving():
-                check_transformer(parts.transformer, self._small_example())
+                check_transformer(parts.transformer, small_example(parts.transformer, self.device, self.dtype))
         except TransformerMismatch as error:
             raise ModelRefused(str(error)) from error
 
@@ -182,131 +169,117 @@ class Flux2Model:
         """What was done to make it fast."""
         return self._optimised.performance
 
-    def prepare(self, request: GenerationRequest, kind: Kind = "this") -> GeneratedPicture:
-        """Draw before anyone waits, and have what it runs compiled.
+    def prepare(self, params: Params, kind: Kind = "this") -> GeneratedImage:
+        """Generate before the first request, and compile what runs.
 
         Args:
-            request: what to draw.
-            kind: compiled for pictures of ``this`` size, or of ``any`` that was not prepared.
+            params: of an image like those that will be asked for.
+            kind: compiled for images of ``this`` size, or of ``any`` that was not prepared.
 
         Raises:
-            OutOfMemory: the device has too little memory for a picture of this size.
+            OutOfMemory: the device has too little memory for an image of this size.
         """
-        return self.prepare_batch([request], kind)[0]
+        return self.prepare_batch([params], kind)[0]
 
-    def prepare_batch(self, requests: Sequence[GenerationRequest], kind: Kind) -> list[GeneratedPicture]:
-        """As ``prepare``, for pictures that are drawn together."""
+    def prepare_batch(self, batch: Sequence[Params], kind: Kind) -> list[GeneratedImage]:
+        """As ``prepare``, for images that share a run."""
 
-        def prepare() -> list[GeneratedPicture]:
+        def prepare() -> list[GeneratedImage]:
             try:
-                with self._optimised.preparing(kind):
-                    return self._generate(requests)
+                return self._generate(batch, kind=kind)
             except CompilationFailed as error:
                 self._optimised.give_up_compiling(error)
-            return self._generate(requests)
+            return self._generate(batch)
 
-        return run_within_memory(prepare, refusal(requests), num_attempts=ATTEMPTS)
+        return run_within_memory(prepare, refusal(batch), num_attempts=ATTEMPTS)
 
     def generate(
-        self, request: GenerationRequest, on_step: StepListener | None = None, previews: Previews | None = None
-    ) -> GeneratedPicture:
-        """Make one picture.
+        self, params: Params, on_step: StepListener | None = None, previews: Previews | None = None
+    ) -> GeneratedImage:
+        """Generate one image.
 
         What does not fit into memory is tried once more with nothing cached by the allocator. If it still does not
-        fit, or leaves no finite numbers, it is tried with every step computed and nothing kept of the steps before.
+        fit, or the latents are not finite, it is tried with every step computed and no cached features.
 
         Args:
-            request: what to make.
+            params: of the image.
             on_step: called with each step's number and whether it is computed, from 0 on in each attempt;
                 ``GenerationCancelled`` raised there ends the generation.
-            previews: what is shown meanwhile, each once; it does not change the picture.
+            previews: shown meanwhile, each once; they do not change the image.
 
         Raises:
-            OutOfMemory: the device has too little memory for a picture of this size.
-            NonFiniteOutput: the latents are no finite numbers, even with every step computed.
-            InvalidRequest: a LoRA adapter is none of this model.
+            OutOfMemory: the device has too little memory for an image of this size.
+            NonFiniteOutput: the latents are not finite, even with every step computed.
+            InvalidRequest: a LoRA adapter does not fit this model.
         """
+        attempt = partial(self._generate, on_step=on_step, previews=previews)
         try:
-            return self._serve([request], on_step, previews, ATTEMPTS)[0]
+            return run_within_memory(partial(attempt, [params]), refusal([params]), num_attempts=ATTEMPTS)[0]
         except (NonFiniteOutput, OutOfMemory) as error:
-            if request.schedule.num_computed == request.schedule.num_steps:
+            if params.is_uncached:
                 raise
-            logger.warning("%s; trying again with every step computed, instead of %s", error, request.schedule)
-        everything = schedule_for("none", request.schedule.num_steps)
-        return self._serve([replace(request, schedule=everything)], on_step, previews)[0]
+            logger.warning("%s; trying again with every step computed, instead of %s", error, params.schedule)
+        return run_within_memory(partial(attempt, [params.uncached()]), refusal([params]))[0]
 
-    def generate_batch(
-        self, requests: Sequence[GenerationRequest], on_step: StepListener | None = None
-    ) -> list[GeneratedPicture]:
-        """Make several pictures in one run; each equals the one that is drawn alone up to rounding.
+    def generate_batch(self, batch: Sequence[Params], on_step: StepListener | None = None) -> list[GeneratedImage]:
+        """Generate several images in one run; each equals the one that is generated alone up to rounding.
 
         Args:
-            requests: of one size, guidance scale, schedule and shape of embedding, without references and adapters.
+            batch: parameters with one ``batch_key``.
             on_step: as for ``generate``.
 
         Raises:
             OutOfMemory: the device has too little memory for so many.
-            NonFiniteOutput: the latents of one of them are no finite numbers.
+            NonFiniteOutput: the latents of one of them are not finite.
         """
-        return self._serve(requests, on_step)
-
-    def _serve(
-        self,
-        requests: Sequence[GenerationRequest],
-        on_step: StepListener | None,
-        previews: Previews | None = None,
-        num_attempts: int = 1,
-    ) -> list[GeneratedPicture]:
-        """Generate with the first request's adapters, without compiling anything."""
-
-        def serve() -> list[GeneratedPicture]:
-            with self._optimised.serving(), self.adapters.applied(requests[0].adapters):
-                return self._generate(requests, on_step, previews)
-
-        return run_within_memory(serve, refusal(requests), num_attempts=num_attempts)
+        return run_within_memory(partial(self._generate, batch, on_step), refusal(batch))
 
     def _generate(
         self,
-        requests: Sequence[GenerationRequest],
+        batch: Sequence[Params],
         on_step: StepListener | None = None,
         previews: Previews | None = None,
-    ) -> list[GeneratedPicture]:
-        request = requests[0]  # what they have in common
+        kind: Kind | None = None,
+    ) -> list[GeneratedImage]:
+        """One run of the pipeline; compiles only for a ``kind``."""
+        params = batch[0]  # what they have in common
         scheduler = self._scheduler()
         transformer = CachedTransformer(
             self._parts.transformer,
-            request.schedule,
-            self.card.num_image_tokens(request.width, request.height),
+            params.schedule,
+            self.card.num_image_tokens(params.width, params.height),
             on_step,
             scheduler,
-            None if request.adapters else TimeEmbeddings(request.guidance_scale, self._time_embeddings),
+            None if params.adapters else TimeEmbeddings(params.guidance_scale, self._time_embeddings),
         )
-        taker = PreviewTaker(previews, request.width // self.card.pixels_per_token) if previews else None
-        clock = StepClock(request.schedule.num_steps, self.device, taker)
+        taker = PreviewTaker(previews, params.width // self.card.pixels_per_token) if previews else None
+        clock = StepClock(params.schedule.num_steps, self.device, taker)
+        pipeline = self._pipeline(transformer, scheduler)
+        compilation = self._optimised.preparing(kind) if kind else self._optimised.serving()
         began = time.perf_counter()
-        pixels = self._run(requests, self._pipeline(transformer, scheduler), clock)
-        images = [picture_of(row) for row in pixels]
+        with compilation, self.adapters.applied(params.adapters):
+            pixels = pipeline(**self._inputs(batch), callback_on_step_end=clock, output_type="pt").images
+        images = [to_pil(row) for row in pixels]
         ended = time.perf_counter()
         seconds = clock.ended - began, ended - clock.ended
         return [
-            GeneratedPicture(image, *seconds, latents, clock.previews_s, request.schedule)
+            GeneratedImage(image, *seconds, latents, clock.previews_s, params.schedule)
             for image, latents in zip(images, torch.split(clock.latents, 1), strict=True)
         ]
 
-    def record(
-        self, request: GenerationRequest, trace: Trace = "residual", keep: torch.device | Path | None = None
-    ) -> Trajectory:
-        """The full run of a request, whatever its schedule, for calibration.
+    def record(self, params: Params, trace: Trace = "residual", keep: torch.device | Path | None = None) -> Trajectory:
+        """The full run of an image, whatever its schedule, for calibration.
 
         Args:
-            request: what to make.
+            params: of the image.
             trace: what to keep of each step.
             keep: the device, or the folder, that keeps it; None for the model's own device.
         """
         scheduler = self._scheduler()
         recorder = TrajectoryRecorder(self._parts.transformer, trace, keep or self.device)
-        clock = StepClock(request.schedule.num_steps, self.device)
-        self._run([request], self._pipeline(recorder, scheduler), clock, output_type="latent")
+        clock = StepClock(params.schedule.num_steps, self.device)
+        pipeline = self._pipeline(recorder, scheduler)
+        pipeline(**self._inputs([params]), callback_on_step_end=clock, output_type="latent")
         return recorder.trajectory(clock.latents, scheduler.sigmas)
 
     def calibration(
@@ -315,37 +288,28 @@ class Flux2Model:
         """The calibration of this model's transformer on recorded runs."""
         return Calibration(self._parts.transformer, trajectories, predictor, batch_size)
 
-    def _run(
-        self,
-        requests: Sequence[GenerationRequest],
-        pipeline: Flux2Pipeline,
-        clock: StepClock,
-        output_type: str = "pt",
-    ) -> torch.Tensor:
-        """What the library's pipeline makes of requests: pixels ``[B, 3, H, W]`` from 0 to 1, on the device."""
-        request = requests[0]
+    def _inputs(self, batch: Sequence[Params]) -> dict[str, Any]:
+        """The pipeline's arguments for ``batch``; with references or adapters it has one image."""
         use_device(self.device)
-        made: torch.Tensor = pipeline(
-            prompt_embeds=torch.cat([each.prompt_embeds for each in requests]).to(self.device, self.dtype),
-            image=list(request.references) or None,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.schedule.num_steps,
-            guidance_scale=request.guidance_scale,
+        params = batch[0]
+        return {
+            "prompt_embeds": torch.cat([each.embeddings for each in batch]).to(self.device, self.dtype),
+            "image": [reference.image for reference in params.references] or None,
+            "width": params.width,
+            "height": params.height,
+            "num_inference_steps": params.schedule.num_steps,
+            "guidance_scale": params.guidance_scale,
             # On the CPU, so that a seed means the same noise on every device.
-            generator=[torch.Generator("cpu").manual_seed(each.seed) for each in requests],
-            callback_on_step_end=clock,
-            output_type=output_type,
-        ).images
-        return made
+            "generator": [torch.Generator("cpu").manual_seed(each.seed) for each in batch],
+        }
 
     def _scheduler(self) -> Any:
-        """A scheduler for one generation: it counts steps."""
+        """A scheduler for one run: it counts steps."""
         scheduler = self._parts.scheduler
         return type(scheduler).from_config(scheduler.config)
 
     def _pipeline(self, transformer: Any, scheduler: Any) -> Flux2Pipeline:
-        pipeline = _RememberingPipeline(
+        pipeline = ReferenceCachingPipeline(
             scheduler=scheduler,
             vae=self._parts.vae,
             text_encoder=None,
@@ -353,55 +317,23 @@ class Flux2Model:
             transformer=transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.encoded = self._encoded_references
+        pipeline.reference_cache = self._references
         return pipeline
 
-    def _small_example(self) -> dict[str, Any]:
-        """Arguments of one forward pass over 2 x 2 image tokens and 8 text tokens."""
-        noise = torch.Generator("cpu").manual_seed(0)
-        channels = self._parts.transformer.config.in_channels
-        image_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 2, 2, 1)))
-        text = torch.randn(1, 8, self.card.embedding_width, generator=noise)
-        text_ids = torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, 8)))
-        return {
-            "hidden_states": torch.randn(1, 4, channels, generator=noise).to(self.device, self.dtype),
-            "timestep": torch.full([1], 0.5, device=self.device, dtype=self.dtype),
-            "guidance": torch.full([1], 4.0, device=self.device),
-            "encoder_hidden_states": text.to(self.device, self.dtype),
-            "img_ids": image_ids.to(self.device),
-            "txt_ids": text_ids.to(self.device),
-        }
+
+def refusal(batch: Sequence[Params]) -> str:
+    """What the client reads if the device has too little memory for ``batch``."""
+    what = "an image" if len(batch) == 1 else f"a run of {len(batch)} images"
+    return f"{what} of {batch[0].width}x{batch[0].height} does not fit into the device's memory now"
 
 
-class _RememberingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers ships no types
-    """The library's pipeline, which encodes a reference image that it has seen before only once."""
-
-    encoded: ByteBoundedCache[torch.Tensor]
-
-    def _encode_vae_image(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        pixels = image.contiguous().cpu().view(torch.uint8).numpy().tobytes()
-        key = hashlib.sha256(repr(tuple(image.shape)).encode() + pixels).hexdigest()
-        found = self.encoded.get(key)
-        if found is None:
-            found = super()._encode_vae_image(image=image, generator=generator)
-            self.encoded.put(key, found)
-        return found
-
-
-def refusal(requests: Sequence[GenerationRequest]) -> str:
-    """What the client reads if the device has too little memory for ``requests``."""
-    first = requests[0]
-    what = "a picture" if len(requests) == 1 else f"a run of {len(requests)} pictures"
-    return f"{what} of {first.width}x{first.height} does not fit into the device's memory now"
-
-
-def picture_of(pixels: torch.Tensor) -> Image:
+def to_pil(pixels: torch.Tensor) -> Image:
     """``[3, H, W]`` from 0 to 1, rounded on their device as the library rounds them on the host: a quarter to copy.
 
     Raises:
         NonFiniteOutput: one of the values is not a number.
     """
-    if pixels.amax().isnan():  # not lost in the largest one, and in bytes it would be black
+    if pixels.amax().isnan():  # a maximum keeps NaN, which would be black in bytes
         raise NonFiniteOutput("the decoder gave no image: not every value is a number")
     rounded = (pixels.float() * 255).round().to(torch.uint8)
     return fromarray(rounded.permute(1, 2, 0).contiguous().cpu().numpy())

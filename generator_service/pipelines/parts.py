@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
 
-from shared.errors import ModelRefused
+from shared.loading import loading_errors
 from shared.model_folder import ModelFolder
 
 PARTS = ("scheduler", "transformer", "vae")
@@ -52,17 +52,16 @@ def load_parts(
         transformer_device: where the transformer goes, if not there.
 
     Raises:
-        ModelRefused: it is no FLUX.2 pipeline, or a file is missing or broken.
+        ModelRefused: it is not a FLUX.2 pipeline, or a file is missing or broken.
+        OutOfMemory: it does not fit into the device's memory.
     """
     diffusers_logging.disable_progress_bar()
-    try:
+    with loading_errors(f"the pipeline of {folder.name}", device):
         return Parts(
             transformer=_load(Flux2Transformer2DModel, folder, "transformer", transformer_device or device, dtype),
             vae=_load(AutoencoderKLFlux2, folder, "vae", device, dtype),
             scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path, subfolder="scheduler"),
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelRefused(f"{folder.name} cannot be loaded as a FLUX.2 pipeline") from error
 
 
 def _load(kind: Any, folder: ModelFolder, part: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -14,8 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from shared.attention import check_finite, run_finite
 from shared.device import use_device
-from shared.errors import ModelRefused, OutOfMemory
-from shared.model_folder import LOADING_ERRORS, ModelFolder, PromptFormat, read_prompt_format
+from shared.errors import ModelRefused
+from shared.loading import loading_errors
+from shared.model_folder import ModelFolder, PromptFormat, read_prompt_format
 from shared.tokenizer import load_tokenizer
 
 PARTS = ("text_encoder", "tokenizer")
@@ -54,7 +55,7 @@ def load_pipeline(folder: ModelFolder, device: torch.device, dtype: torch.dtype)
     """
     transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(folder)
-    try:
+    with loading_errors(f"the text encoder of {folder.name}", device):
         loaded: Any = Mistral3ForConditionalGeneration.from_pretrained(
             folder.path / "text_encoder",
             dtype=dtype,
@@ -62,10 +63,6 @@ def load_pipeline(folder: ModelFolder, device: torch.device, dtype: torch.dtype)
             device_map={"": device},
             output_loading_info=True,
         )
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"the text encoder does not fit into the memory of {device}") from error
-    except LOADING_ERRORS as error:
-        raise ModelRefused(f"the text encoder of {folder.name} cannot be loaded") from error
     text_encoder, report = loaded
     if report["missing_keys"]:  # the library would go on with random numbers
         raise ModelRefused(f"the text encoder's checkpoint lacks {len(report['missing_keys'])} tensors")

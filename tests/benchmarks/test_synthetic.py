@@ -13,7 +13,7 @@ from benchmarks.synthetic import Source, fill, pipeline_of
 from demo_model.services import WEIGHTS
 from generator_service.app import load_model
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import GenerationRequest
+from generator_service.pipelines.params import Params
 from shared.errors import ModelRefused
 from shared.model_folder import read_prompt_format
 from tests.benchmarks.resized import resized
@@ -48,7 +48,7 @@ def test_a_model_is_loaded_as_the_service_loads_it() -> None:
     source = Source(WEIGHTS, has_weights=True, device="cpu")
     service, shape = load_model(source.settings())
     assert source.embedding().shape == (1, *shape)
-    request = GenerationRequest(source.embedding(), 64, 64, GUIDANCE, 0, schedule_for("none", 2))
+    request = Params(source.embedding(), 64, 64, GUIDANCE, 0, schedule_for("none", 2))
     expected = service.generate(request).latents
     with source.model("exact") as model:
         assert torch.equal(model.generate(request).latents, expected)
@@ -78,7 +78,7 @@ def test_offloaded_blocks_are_made_up_in_host_memory() -> None:
     """Under ``offload`` the service asks for the transformer in host memory, and gets it there."""
     with SOURCE.model("offload") as model:
         assert model.performance.profile == "offload"
-        request = GenerationRequest(SOURCE.embedding(), 64, 64, GUIDANCE, 0, schedule_for("none", 2))
+        request = Params(SOURCE.embedding(), 64, 64, GUIDANCE, 0, schedule_for("none", 2))
         assert model.generate(request).latents.isfinite().all()
 
 

@@ -10,7 +10,7 @@ from benchmarks.architectures import TINY
 from benchmarks.drawing import GUIDANCE
 from benchmarks.synthetic import Source
 from benchmarks.trace import MARK, Event, alternating, kernels_of, marks, recorded, waits_by_step
-from generator_service.pipelines.flux2 import GenerationRequest
+from generator_service.pipelines.params import Params
 
 EVENTS = [
     Event("cudaStreamSynchronize", 5, 6, is_on_device=False),  # before the loop
@@ -54,7 +54,7 @@ def test_marks_of_others_are_no_events() -> None:
             torch.ones(1)
 
     with source.model("exact") as model:
-        request = GenerationRequest(source.embedding(), 64, 64, GUIDANCE, 0, alternating(4))
+        request = Params(source.embedding(), 64, 64, GUIDANCE, 0, alternating(4))
         events = recorded(model, request, mark)
     assert len(marks(events)) == 4
     assert not any("somebody" in event.name for event in events)

@@ -2,18 +2,19 @@
 
 import asyncio
 import importlib.util
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import pytest
 
-from generator_service.cost import CostModel
 from generator_service.engine.events import EncodingPrompt, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult, Timings
+from generator_service.engine.latency import LatencyModel
+from generator_service.engine.request import Request
 from generator_service.lemica import schedule_for
-from generator_service.order import Order
 from generator_service.pipelines.card import ModelCard
+from generator_service.pipelines.params import Params
 from shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, GeneratorUnavailable, OutOfMemory
 from shared.metrics import Metrics
 
@@ -24,8 +25,8 @@ pytestmark = [
 ]
 
 CARD = ModelCard("model", "1", "transformer 0", "float32", "none", 4, 64, 16)
-ORDER = Order("a prompt", None, 64, 64, 4.0, 1, "none", schedule_for("none", 2), num_tokens=16)
-RESULT = GenerationResult(ORDER, b"file", Timings(0.0, 0.0, 1.0, 0.1))
+REQUEST = Request(Params(None, 64, 64, 4.0, 1, schedule_for("none", 2), prompt="a prompt"), num_tokens=16)
+RESULT = GenerationResult(REQUEST.params, b"file", Timings(0.0, 0.0, 1.0, 0.1))
 BEGUN = StepStarted(0, 0, is_computed=True, seconds_left=None)
 
 
@@ -52,9 +53,9 @@ class FakeMethod:
     handle: FakeHandle
     name: str
 
-    def remote(self, orders: Sequence[Order]) -> "FakeStream":
+    def remote(self, request: Request) -> "FakeStream":
         """As Ray's."""
-        assert orders
+        assert request.params.prompt
         self.handle.asked.append(self.name)
         return FakeStream(self.handle, self.handle.scripts.pop(0))
 
@@ -92,13 +93,13 @@ def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:
     """A fleet of one generator."""
     from deploy.ray.fleet import Fleet  # noqa: PLC0415 - optional
 
-    return Fleet(handle, CARD, CostModel(), lambda: 1, max_waiting, Metrics())
+    return Fleet(handle, CARD, LatencyModel(), lambda: 1, max_waiting, Metrics())
 
 
-def submit(fleet: Any, *, order: Order = ORDER, is_followed: bool = False) -> Generation:
+def submit(fleet: Any, *, request: Request = REQUEST, is_followed: bool = False) -> Generation:
     """Begin one image."""
     with fleet.admit() as permit:
-        generation: Generation = fleet.submit([order], permit, is_followed=is_followed)
+        generation: Generation = fleet.submit(replace(request, is_followed=is_followed), permit)
     return generation
 
 
@@ -166,7 +167,7 @@ async def test_refusals_come_at_once() -> None:
 async def test_a_deadline_is_for_the_beginning(script: list[Any], *, is_in_time: bool) -> None:
     """A picture that has not begun in time is given up; one that has is finished."""
     handle = FakeHandle([script])
-    generation = submit(fleet_of(handle), order=replace(ORDER, deadline_s=0.1))
+    generation = submit(fleet_of(handle), request=replace(REQUEST, deadline_s=0.1))
     if is_in_time:
         assert await generation.images() == [RESULT]
     else:
@@ -186,6 +187,6 @@ async def test_steps_that_nobody_follows_are_not_sent() -> None:
 async def test_the_fleet_learns_what_pictures_take() -> None:
     """Each file brings its times, from which later requests are told what to expect."""
     fleet = fleet_of(FakeHandle([[RESULT]]))
-    assert fleet.cost.of(16) is None
+    assert fleet.latencies.estimate(16) is None
     await submit(fleet).images()
-    assert fleet.cost.of(16).total_s(2, 2) == pytest.approx(1.1, rel=0.05)
+    assert fleet.latencies.estimate(16).total_s(2, 2) == pytest.approx(1.1, rel=0.05)

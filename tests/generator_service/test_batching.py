@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
+from generator_service.pipelines.params import Params
 from shared.errors import NonFiniteOutput, OutOfMemory
 from tests.conftest import Serve
 from tests.control import ModelControl, until, until_queued
@@ -23,10 +24,10 @@ TOLERANCE = 1e-4
 in another order. 2e-5 was seen."""
 
 
-def wanted(seed: int, cache: str | int = "medium") -> GenerationRequest:
+def wanted(seed: int, cache: str | int = "medium") -> Params:
     """A small picture."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
-    return GenerationRequest(noise, 64, 64, 4.0, seed, schedule_for(cache, 20))
+    return Params(noise, 64, 64, 4.0, seed, schedule_for(cache, 20))
 
 
 @pytest.mark.parametrize("cache", ["none", "medium", 5])
@@ -55,8 +56,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Batches:
     noted, draw = Batches(), Flux2Model.generate_batch
 
     def generate_batch(
-        self: Flux2Model, requests: Sequence[GenerationRequest], on_step: Callable[[int, bool], None] | None = None
-    ) -> list[GeneratedPicture]:
+        self: Flux2Model, requests: Sequence[Params], on_step: Callable[[int, bool], None] | None = None
+    ) -> list[GeneratedImage]:
         noted.seeds.append([request.seed for request in requests])
         if noted.fails_with is not None:
             raise noted.fails_with
@@ -166,7 +167,7 @@ async def test_a_batch_that_does_not_fit_is_drawn_one_by_one(
     """Whichever library has too little memory for several pictures together, each of them is delivered."""
     alone = Flux2Model._generate
 
-    def generate(model: Flux2Model, requests: Sequence[GenerationRequest], *more: Any) -> Any:
+    def generate(model: Flux2Model, requests: Sequence[Params], *more: Any) -> Any:
         if len(requests) > 1:
             error = KINDS[kind]()
             raise error

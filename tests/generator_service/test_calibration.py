@@ -30,16 +30,17 @@ from generator_service.lemica import (
     with_fitted_predictor,
 )
 from generator_service.lemica.calibration import edges_of
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.params import Params
 
 STEPS = 8
 SIGNATURE = Signature("demo", STEPS)
 
 
-def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> GenerationRequest:
+def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> Params:
     """A small picture of some embedding."""
     embeddings = torch.randn(1, 32, model.card.embedding_width, generator=torch.Generator().manual_seed(seed))
-    return GenerationRequest(embeddings, 64, 64, 4.0, seed, schedule or schedule_for("none", STEPS))
+    return Params(embeddings, 64, 64, 4.0, seed, schedule or schedule_for("none", STEPS))
 
 
 def calibration(model: Flux2Model, predictor: Predictor, num_samples: int = 2) -> Calibration:

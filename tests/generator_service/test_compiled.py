@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from generator_service.cost import CostModel
+from generator_service.engine.latency import LatencyModel
 from generator_service.engine.worker import Batching, ImageWork, Worker
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedPicture
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.performance import Performance
 from shared.compilation import num_compilations
@@ -65,7 +65,7 @@ def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPa
     return model
 
 
-def difference(picture: GeneratedPicture, other: GeneratedPicture) -> int:
+def difference(picture: GeneratedImage, other: GeneratedImage) -> int:
     """The largest of all pixels' values."""
     ours, theirs = (np.asarray(each.image, dtype=int) for each in (picture, other))
     return int(abs(ours - theirs).max())
@@ -73,7 +73,7 @@ def difference(picture: GeneratedPicture, other: GeneratedPicture) -> int:
 
 def worker_of(model: Flux2Model, batching: Batching = BATCHING) -> Worker:
     """A worker for ``model``, cold."""
-    return Worker(model, DeviceThread(), CostModel(), Metrics(), batching)
+    return Worker(model, DeviceThread(), LatencyModel(), Metrics(), batching)
 
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:

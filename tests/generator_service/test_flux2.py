@@ -12,7 +12,8 @@ from PIL import Image
 
 from demo_model.services import WEIGHTS
 from generator_service.lemica import CachedTransformer, Schedule, Signature, schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled
+from generator_service.pipelines.params import Params, Reference
 from shared.errors import NonFiniteOutput
 from tests.reference import denoise
 
@@ -33,10 +34,10 @@ def embeddings(model: Flux2Model, seed: int = 0) -> torch.Tensor:
 
 
 def request(
-    model: Flux2Model, schedule: Schedule, *, seed: int = 7, side: int = 128, references: tuple[Image.Image, ...] = ()
-) -> GenerationRequest:
+    model: Flux2Model, schedule: Schedule, *, seed: int = 7, side: int = 128, references: tuple[Reference, ...] = ()
+) -> Params:
     """A square picture under ``schedule``."""
-    return GenerationRequest(embeddings(model), side, side, 4.0, seed, schedule, references)
+    return Params(embeddings(model), side, side, 4.0, seed, schedule, references)
 
 
 def pattern(side: int) -> Image.Image:
@@ -86,7 +87,7 @@ def test_reference_images_keep_their_tokens_out_of_the_residual(
     """With reference images in the sequence the residual covers the noisy tokens alone."""
     schedule = schedule_for(cache, 20)
     picture = pattern(64)
-    ours = model.generate(request(model, schedule, references=(picture,))).latents
+    ours = model.generate(request(model, schedule, references=(Reference(picture),))).latents
     plain = denoise(
         pipeline,
         embeddings(model),

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.params import Params
 from generator_service.pipelines.step_clock import Previews
 from shared.errors import ModelRefused
 from shared.wire import dump_safetensors, dump_torch
@@ -485,7 +486,7 @@ def test_the_last_preview_would_be_the_picture(demo: Flux2Model) -> None:
     """After the last step the estimate is the picture itself, up to rounding."""
     shown: list[Image.Image] = []
     embeds = torch.zeros(1, 32, demo.card.embedding_width)
-    request = GenerationRequest(embeds, 128, 64, 4.0, 1, schedule_for("fast", 6))
+    request = Params(embeds, 128, 64, 4.0, 1, schedule_for("fast", 6))
     picture = demo.generate(request, previews=Previews(frozenset({0, 5}), shown.append)).image
     assert len(shown) == 1
     assert np.abs(np.asarray(shown[0], dtype=float) - np.asarray(picture, dtype=float)).max() <= 1

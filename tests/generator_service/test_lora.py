@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from demo_model.services import WEIGHTS
 from generator_service.imaging import read_provenance
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.params import Params
 from shared.errors import InvalidRequest
 from shared.model_folder import ModelFolder
 from tests.conftest import CPU, Serve
@@ -57,10 +58,10 @@ def model(folder: Path) -> Flux2Model:
     return Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, folder, max_loras=2)
 
 
-def request(*adapters: Adapter, cache: str = "fast") -> GenerationRequest:
+def request(*adapters: Adapter, cache: str = "fast") -> Params:
     """A small picture with adapters."""
     embeds = torch.zeros(1, 32, 384)
-    return GenerationRequest(embeds, 64, 64, 4.0, 7, schedule_for(cache, 8), adapters=adapters)
+    return Params(embeds, 64, 64, 4.0, 7, schedule_for(cache, 8), adapters=adapters)
 
 
 def drawn(model: Flux2Model, *adapters: Adapter) -> torch.Tensor:

@@ -13,8 +13,9 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
 from generator_service.pipelines import offload
-from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled
 from generator_service.pipelines.offload import ALIGNMENT, HOOK, gather_weights, offload_blocks
+from generator_service.pipelines.params import Params, Reference
 from generator_service.pipelines.performance import PROFILES, Performance
 from shared.model_folder import ModelFolder
 from tests.conftest import CPU, Serve
@@ -23,11 +24,11 @@ from tests.generator_service.test_flux2 import pattern
 NUM_BLOCKS = 6
 
 
-def wanted(cache: str | int = 3, *, seed: int = 0, has_reference: bool = False) -> GenerationRequest:
+def wanted(cache: str | int = 3, *, seed: int = 0, has_reference: bool = False) -> Params:
     """A small picture, most of whose steps are reused."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
-    references = (pattern(64),) if has_reference else ()
-    return GenerationRequest(noise, 64, 64, 4.0, seed, schedule_for(cache, 8), references)
+    references = (Reference(pattern(64)),) if has_reference else ()
+    return Params(noise, 64, 64, 4.0, seed, schedule_for(cache, 8), references)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> Moves:
 
 
 @pytest.mark.parametrize("request_", [wanted(), wanted("none"), wanted(seed=5, has_reference=True)])
-def test_pictures_stay_the_same(offloaded: Flux2Model, demo: Flux2Model, request_: GenerationRequest) -> None:
+def test_pictures_stay_the_same(offloaded: Flux2Model, demo: Flux2Model, request_: Params) -> None:
     """Offloading only moves weights: every bit is as without."""
     assert torch.equal(offloaded.generate(request_).latents, demo.generate(request_).latents)
 

@@ -11,8 +11,10 @@ from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
 from generator_service.pipelines import optimised
 from generator_service.pipelines.attention import fastest_attention
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
+from generator_service.pipelines.example import small_example
+from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.params import Params
 from generator_service.pipelines.performance import PROFILES, Performance
 from generator_service.settings import Optimisation
 from shared.compilation import num_compilations
@@ -46,10 +48,10 @@ def wanted(
     seed: int = 0,
     num_steps: int = 4,
     adapters: tuple[Adapter, ...] = (),
-) -> GenerationRequest:
+) -> Params:
     """A small picture."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
-    return GenerationRequest(noise, side, side, 4.0, seed, schedule_for(cache, num_steps), adapters=adapters)
+    return Params(noise, side, side, 4.0, seed, schedule_for(cache, num_steps), adapters=adapters)
 
 
 @pytest.mark.parametrize("optimisation", ["attention", "fused_qkv", "vae"])
@@ -149,7 +151,7 @@ def test_torchao_rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fp8" in fp8.performance.optimisations
     weight = fp8._parts.transformer.single_transformer_blocks[0].attn.to_out.weight
     assert weight.qdata.dtype == torch.float8_e4m3fn
-    example = plain._small_example() | {"return_dict": False}
+    example = small_example(plain.parts.transformer, CPU, torch.bfloat16) | {"return_dict": False}
     with torch.no_grad():
         ours, theirs = (model._parts.transformer(**example)[0].float() for model in (fp8, plain))
     assert 0 < (ours - theirs).norm() / theirs.norm() < 0.1

@@ -14,8 +14,9 @@ import torch
 
 from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled, GenerationRequest
+from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.params import Params
 from generator_service.pipelines.step_clock import Previews
 from shared.errors import NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
@@ -27,10 +28,10 @@ from tests.memory_errors import EVERY_KIND, KINDS
 STEPS = 8
 
 
-def wanted(cache: str | int = 3, **more: Any) -> GenerationRequest:
+def wanted(cache: str | int = 3, **more: Any) -> Params:
     """A small picture, most of whose steps are reused."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(0))
-    return replace(GenerationRequest(noise, 64, 64, 4.0, 7, schedule_for(cache, STEPS)), **more)
+    return replace(Params(noise, 64, 64, 4.0, 7, schedule_for(cache, STEPS)), **more)
 
 
 @dataclass

@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 
-from generator_service.cost import Cost
 from generator_service.engine.events import ProgressEvent, Queued
 from generator_service.engine.generation import Generation
+from generator_service.engine.latency import LatencyEstimate
 from generator_service.engine.queue import Queue, Work
+from generator_service.engine.request import Request
 from generator_service.lemica import schedule_for
-from generator_service.order import Order
+from generator_service.pipelines.params import Params
 from shared.errors import Busy
 
 pytestmark = pytest.mark.anyio
 
-ORDER = Order("a prompt", None, 64, 64, 4.0, 1, "none", schedule_for("none", 1))
+REQUEST = Request(Params(None, 64, 64, 4.0, 1, schedule_for("none", 1), prompt="a prompt"))
 
 
-def lasting(seconds: float | None, count: int = 1) -> list[Order]:
+def lasting(seconds: float | None, count: int = 1, width: int = 64) -> Request:
     """A request of ``count`` images that take ``seconds`` each."""
-    cost = None if seconds is None else Cost(seconds, 0.0, 0.0)
-    return [replace(ORDER, cost=cost, seed=seed) for seed in range(count)]
+    latency = None if seconds is None else LatencyEstimate(seconds, 0.0, 0.0)
+    return replace(REQUEST, params=replace(REQUEST.params, width=width), num_images=count, latency=latency)
 
 
 class Heard(Generation):
@@ -45,19 +46,19 @@ class Line:
 
     def __init__(self, capacity: int = 8, **options: Any) -> None:
         self.now = 100.0
-        self.queue = Queue[None, None](lambda: capacity, clock=lambda: self.now, **options)
+        self.queue = Queue[None](lambda: capacity, clock=lambda: self.now, **options)
 
-    def enter(self, orders: list[Order]) -> Heard:
+    def enter(self, request: Request) -> Heard:
         """A generation that is admitted, and whose prompt is not embedded yet."""
         with self.queue.admit() as permit:
-            generation = Heard(orders, is_followed=False, on_end=self.queue.leave)
+            generation = Heard(request, on_end=self.queue.leave)
             self.queue.enter(generation, permit)
         return generation
 
     def add(self, generation: Heard) -> Heard:
         """Its prompt is embedded: its images are ready."""
-        for index, order in enumerate(generation.orders):
-            self.queue.add(generation, order, None, index)
+        for index, params in enumerate(generation.request.all_params()):
+            self.queue.add(generation, params, index)
         return generation
 
     def positions(self, *generations: Generation) -> list[int]:
@@ -139,17 +140,17 @@ async def test_images_of_one_request_stay_together() -> None:
     assert await line.served() == [(first, 0), (first, 1), (first, 2), (second, 0)]
 
 
-def kind(work: Work[None, None]) -> object:
+def kind(work: Work[None]) -> object:
     """Images of one width share a run; wide ones run alone."""
-    return None if work.order.width > 64 else work.order.width
+    return None if work.params.width > 64 else work.params.width
 
 
 async def test_positions_know_batches() -> None:
     """Who joins an earlier run is served with it, before others that were admitted earlier, and is told so."""
     line = Line(max_batch=2, batch_key=kind)
     small = lasting(1.0)
-    wide = [replace(small[0], width=128)]
-    first, second, third, fourth = (line.add(line.enter(orders)) for orders in (small, wide, small, small))
+    wide = lasting(1.0, width=128)
+    first, second, third, fourth = (line.add(line.enter(request)) for request in (small, wide, small, small))
     assert line.positions(first, second, third, fourth) == [0, 2, 0, 3]
     assert [[work.generation for work in works] for works in [await line.queue.take()]] == [[first, third]]
     line.queue.finish()

@@ -128,14 +128,14 @@ async def test_a_full_queue_refuses_whatever_comes_before_the_work(
 ) -> None:
     """A stream or a job gets 429 however long its request takes to be resolved: the permit comes first."""
     resolved: list[bool] = []
-    real = GeneratorState.order
+    real = GeneratorState.resolve
 
-    async def slow_order(state: GeneratorState, body: Any) -> Any:
+    async def slow_resolve(state: GeneratorState, body: Any, **options: Any) -> Any:
         resolved.append(True)
         await asyncio.sleep(0.01)
-        return await real(state, body)
+        return await real(state, body, **options)
 
-    monkeypatch.setattr(GeneratorState, "order", slow_order)
+    monkeypatch.setattr(GeneratorState, "resolve", slow_resolve)
     async with serve_generator(max_waiting=1) as http:
         running = [await begin(http, small(seed)) for seed in (1, 2)]
         resolved.clear()

@@ -14,9 +14,10 @@ from diffusers import Flux2Pipeline
 from PIL import Image, ImageFile
 
 from demo_model.services import WEIGHTS
+from generator_service.api.references import parse_reference, read_reference
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.flux2 import Flux2Model, GenerationRequest
-from generator_service.references import parse_reference, read_reference
+from generator_service.pipelines.flux2 import Flux2Model
+from generator_service.pipelines.params import Params, Reference
 from shared.errors import InvalidRequest, UnsupportedImageType
 from shared.wire import dump_safetensors
 from tests.conftest import Serve, local_model
@@ -162,7 +163,7 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vae, "encode", counted)
     embeds = torch.zeros(1, 32, demo.card.embedding_width)
-    request = GenerationRequest(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (picture(112, 64),))
+    request = Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(picture(112, 64)),))
     first, second = demo.generate(request).latents, demo.generate(request).latents
     assert len(calls) == 1
     assert torch.equal(first, second)
@@ -172,7 +173,7 @@ def test_references_of_other_shapes_are_other_references(demo: Flux2Model) -> No
     """Two images of equal bytes and different shapes are encoded separately."""
     embeds = torch.zeros(1, 32, demo.card.embedding_width)
     wide, tall = Image.new("RGB", (128, 64)), Image.new("RGB", (64, 128))
-    wanted = [GenerationRequest(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (image,)) for image in (wide, tall)]
+    wanted = [Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(image),)) for image in (wide, tall)]
     first, second = (demo.generate(request).latents for request in wanted)
     assert not torch.equal(first, second)
     other_order = local_model(WEIGHTS)
@@ -207,7 +208,7 @@ async def test_too_many_tokens_are_refused_beforehand(serve_generator: Serve) ->
     async with serve_generator(max_image_tokens=40) as http:
         answer = await http.post("/generate", json=SMALL | {"images": [as_text(file_of(picture(128, 64)))]})
     assert answer.status_code == 422
-    assert "48 image tokens (16 of the picture) are more than 40" in answer.json()["detail"]
+    assert "48 image tokens (16 of the image itself) are more than 40" in answer.json()["detail"]
 
 
 async def test_several_pictures_have_their_own_seeds(serve_generator: Serve) -> None:

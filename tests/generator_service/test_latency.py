@@ -4,71 +4,71 @@ import random
 
 import pytest
 
-from generator_service.cost import Cost, CostModel
+from generator_service.engine.latency import LatencyEstimate, LatencyModel
 
 
-def observe(model: CostModel, num_tokens: int, num_computed: int, num_steps: int, denoise_s: float) -> None:
+def observe(model: LatencyModel, num_tokens: int, num_computed: int, num_steps: int, denoise_s: float) -> None:
     """One finished picture."""
     model.observe(num_tokens, num_computed=num_computed, num_steps=num_steps, denoise_s=denoise_s, decode_s=0.5)
 
 
 def test_nothing_is_known_before_the_first_picture() -> None:
     """Nobody is promised anything yet."""
-    assert CostModel().of(4096) is None
+    assert LatencyModel().estimate(4096) is None
 
 
 def test_one_picture_is_enough() -> None:
-    """After a run without reused steps their cost is a guess, and that of computed ones is known."""
-    model = CostModel()
+    """After a run without reused steps their estimate is a guess, and that of computed ones is known."""
+    model = LatencyModel()
     observe(model, 4096, 4, 4, 2.4)
-    cost = model.of(4096)
-    assert cost is not None
-    assert cost.computed_step_s == pytest.approx(0.6, rel=0.01)
-    assert cost.total_s(50, 50) == pytest.approx(30.5, rel=0.01)
-    assert 0 <= cost.reused_step_s < 0.1 * cost.computed_step_s
+    estimate = model.estimate(4096)
+    assert estimate is not None
+    assert estimate.computed_step_s == pytest.approx(0.6, rel=0.01)
+    assert estimate.total_s(50, 50) == pytest.approx(30.5, rel=0.01)
+    assert 0 <= estimate.reused_step_s < 0.1 * estimate.computed_step_s
 
 
 def test_both_kinds_of_steps_are_told_apart() -> None:
     """From pictures of different schedules both costs are learned, through some noise, within 2 %."""
-    model, rng = CostModel(), random.Random(0)
+    model, rng = LatencyModel(), random.Random(0)
     for _ in range(60):
         computed = rng.choice([10, 15, 20, 26, 50])
         took = computed * 0.6 + (50 - computed) * 0.02
         observe(model, 4096, computed, 50, took * rng.uniform(0.99, 1.01))
-    cost = model.of(4096)
-    assert cost is not None
+    estimate = model.estimate(4096)
+    assert estimate is not None
     for computed in (10, 15, 20, 26, 50):
-        assert cost.total_s(computed, 50) == pytest.approx(computed * 0.6 + (50 - computed) * 0.02 + 0.5, rel=0.02)
+        assert estimate.total_s(computed, 50) == pytest.approx(computed * 0.6 + (50 - computed) * 0.02 + 0.5, rel=0.02)
 
 
 def test_it_is_kept_current() -> None:
     """When the device becomes slower, a few pictures are enough to know it."""
-    model = CostModel()
+    model = LatencyModel()
     for seconds in [30.0] * 20 + [60.0] * 10:
         observe(model, 4096, 50, 50, seconds)
-    cost = model.of(4096)
-    assert cost is not None
-    assert cost.total_s(50, 50) == pytest.approx(60.5, rel=0.1)
+    estimate = model.estimate(4096)
+    assert estimate is not None
+    assert estimate.total_s(50, 50) == pytest.approx(60.5, rel=0.1)
 
 
 def test_a_cache_never_seems_slower() -> None:
     """Where noise made the pictures with a cache the slower ones, a reused step is taken to cost as much as any."""
-    model = CostModel()
+    model = LatencyModel()
     for _ in range(5):
         observe(model, 4096, 50, 50, 10.0)
         observe(model, 4096, 10, 50, 30.0)
-    cost = model.of(4096)
-    assert cost is not None
-    assert cost.computed_step_s == cost.reused_step_s == pytest.approx(0.4, rel=0.3)
-    assert cost.total_s(10, 50) <= cost.total_s(50, 50)
+    estimate = model.estimate(4096)
+    assert estimate is not None
+    assert estimate.computed_step_s == estimate.reused_step_s == pytest.approx(0.4, rel=0.3)
+    assert estimate.total_s(10, 50) <= estimate.total_s(50, 50)
 
 
 def test_other_sizes_are_in_proportion_to_the_nearest() -> None:
     """A size that was never drawn takes what the nearest one took, per token."""
-    model = CostModel()
+    model = LatencyModel()
     observe(model, 1024, 10, 10, 1.0)
     observe(model, 4096, 10, 10, 6.0)
-    small, large = model.of(1500), model.of(8192)
+    small, large = model.estimate(1500), model.estimate(8192)
     assert small is not None
     assert large is not None
     assert small.computed_step_s == pytest.approx(0.1 * 1500 / 1024, rel=0.01)
@@ -77,4 +77,4 @@ def test_other_sizes_are_in_proportion_to_the_nearest() -> None:
 
 def test_a_run_is_the_sum_of_its_parts() -> None:
     """Computed steps, reused steps, and the decoding."""
-    assert Cost(0.5, 0.25, 0.125).total_s(10, 50) == 10 * 0.5 + 40 * 0.25 + 0.125
+    assert LatencyEstimate(0.5, 0.25, 0.125).total_s(10, 50) == 10 * 0.5 + 40 * 0.25 + 0.125

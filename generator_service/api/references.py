@@ -1,53 +1,28 @@
-"""Reference images of an edit, read with care: what a client sends may be anything."""
+"""Reference images of an edit, parsed defensively: a client may send anything."""
 
 import base64
 import hashlib
 import io
-import math
 import re
 import warnings
-from dataclasses import dataclass, field
 
 from PIL import Image, ImageOps
 
+from generator_service.pipelines.params import Reference
 from shared.errors import InvalidRequest, UnsupportedImageType
 
 MAGIC = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
 DATA_URI = re.compile(r"data:[\w.+/-]*;base64,", re.IGNORECASE)
-LARGEST_AREA = 1024 * 1024
-"""``Flux2Pipeline`` scales larger reference images down to this many pixels."""
 MIN_SIDE = 64
 MAX_ASPECT_RATIO = 8
-"""What ``Flux2Pipeline`` takes."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A picture to edit, or to take something from."""
-
-    image: Image.Image = field(repr=False)
-    sha256: str
-    """Of the file that was sent."""
-
-    def prepared_size(self, unit: int) -> tuple[int, int]:
-        """Width and height with which ``Flux2Pipeline`` encodes it, multiples of ``unit``."""
-        width, height = self.image.size
-        if width * height > LARGEST_AREA:
-            scale = math.sqrt(LARGEST_AREA / (width * height))
-            width, height = int(width * scale), int(height * scale)
-        return width // unit * unit, height // unit * unit
-
-    def num_tokens(self, unit: int) -> int:
-        """How many tokens it takes in the transformer, of ``unit`` x ``unit`` pixels each."""
-        width, height = self.prepared_size(unit)
-        return width * height // unit**2
+"""The most that ``Flux2Pipeline`` accepts."""
 
 
 def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
-    """Read a picture from base64 or a data URI; ``param`` names the field in errors.
+    """Read an image from base64 or a data URI; ``param`` names the field in errors.
 
     Raises:
-        InvalidRequest: it is no picture that can be used; URLs are never fetched.
+        InvalidRequest: it is not an image that can be used; URLs are never fetched.
         UnsupportedImageType: it is neither PNG, JPEG nor WebP.
     """
     if re.match(r"\w+://", text):
@@ -60,7 +35,7 @@ def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
 
 
 def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
-    """Read a picture file; its size is checked before it is decoded.
+    """Read an image file; its size is checked before it is decoded.
 
     Raises:
         InvalidRequest: it is damaged, or larger, smaller or longer than can be used.
@@ -81,10 +56,10 @@ def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
 
 
 def check_size(size: tuple[int, int], param: str, max_pixels: int) -> None:
-    """Refuse a picture that cannot be used, by its size alone."""
+    """Refuse an image whose size alone rules it out."""
     width, height = size
     if width * height > max_pixels:
         raise InvalidRequest(f"{param}: {width}x{height} is more than {max_pixels} pixels", param=param)
     if min(size) < MIN_SIDE or max(size) > MAX_ASPECT_RATIO * min(size):
-        told = f"each side {MIN_SIDE} pixels or more, one at most {MAX_ASPECT_RATIO} times the other"
-        raise InvalidRequest(f"{param}: must have {told}, not {width}x{height}", param=param)
+        limits = f"each side {MIN_SIDE} pixels or more, one at most {MAX_ASPECT_RATIO} times the other"
+        raise InvalidRequest(f"{param}: must have {limits}, not {width}x{height}", param=param)

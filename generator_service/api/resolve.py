@@ -1,0 +1,211 @@
+"""From the body of a request to a ``Request``: defaults are filled in, and every field is checked."""
+
+import base64
+import json
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from generator_service.api.references import parse_reference
+from generator_service.api.schemas import MAX_SEED, GenerateRequest, LoraUse, MaxError
+from generator_service.engine.latency import LatencyEstimate, LatencyModel
+from generator_service.engine.request import Request
+from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES
+from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf, published_size
+from generator_service.pipelines.card import ModelCard
+from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.params import Params, Reference
+from generator_service.settings import GeneratorSettings
+from shared.errors import InvalidRequest, ModelRefused
+from shared.wire import parse_safetensors
+
+RANDOM_SEEDS = 2**32
+"""A seed that the client leaves open is below this."""
+
+
+def open_shelf(settings: GeneratorSettings, model: ModelCard) -> Shelf:
+    """The calibrated schedules of ``model``: those that come with the product, and those of ``SCHEDULES_DIR``.
+
+    Raises:
+        ModelRefused: a file there contains no schedules, or ``GENERATOR_DEFAULT_CACHE`` names an unknown one.
+    """
+    folders = [SHIPPED, *([settings.schedules_dir] if settings.schedules_dir else [])]
+    try:
+        shelf = load_shelf(folders, model.fingerprint)
+    except ScheduleMismatch as error:
+        raise ModelRefused(f"SCHEDULES_DIR: {error}") from error
+    if not shelf.knows(settings.default_cache):
+        raise ModelRefused(f"GENERATOR_DEFAULT_CACHE: there is no schedule {settings.default_cache!r}")
+    return shelf
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """Resolves bodies for one model, with the limits of one service."""
+
+    settings: GeneratorSettings
+    model: ModelCard
+    shelf: Shelf
+    embedding_shape: tuple[int, int]
+    """Tokens and width of a prompt's embedding."""
+    latencies: LatencyModel
+
+    def resolve(self, body: GenerateRequest, is_followed: bool) -> Request:
+        """Fill in what the body leaves open, and check the rest against the settings and the model.
+
+        Args:
+            body: what the client sent.
+            is_followed: whether the client reads progress events.
+
+        Raises:
+            InvalidRequest: a field is outside its limits; the error names it.
+        """
+        self._check(body)
+        references = tuple(
+            parse_reference(text, f"images[{index}]", self.settings.max_reference_pixels)
+            for index, text in enumerate(body.images)
+        )
+        width, height = self._size(body, references)
+        num_tokens = self._check_tokens(width, height, references)
+        latency = self.latencies.estimate(num_tokens)
+        cache = self._cache(body, latency)
+        adapters = resolve_adapters(body.lora, self.model.adapters)
+        signature = self.model.signature(
+            num_steps=body.num_inference_steps,
+            width=width,
+            height=height,
+            guidance_scale=body.guidance_scale,
+            is_edit=bool(references),
+            adapters=adapters,
+        )
+        params = Params(
+            prompt_embeds=None
+            if body.prompt_embeds is None
+            else parse_embeds(body.prompt_embeds, self.embedding_shape),
+            width=width,
+            height=height,
+            guidance_scale=body.guidance_scale,
+            seed=secrets.randbelow(RANDOM_SEEDS) if body.seed is None else body.seed,
+            schedule=find_schedule(cache, self.shelf, signature),
+            references=references,
+            adapters=adapters,
+            prompt=body.prompt,
+            cache=cache.model_dump() if isinstance(cache, MaxError) else cache,
+        )
+        return Request(
+            params=params,
+            num_images=body.num_images,
+            output_format=body.output_format,
+            quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
+            deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
+            preview_steps=preview_steps(body.previews, body.num_inference_steps),
+            is_upsampled=body.upsample_prompt,
+            compare=body.compare,
+            is_followed=is_followed,
+            num_tokens=num_tokens,
+            latency=latency,
+        )
+
+    def _check(self, body: GenerateRequest) -> None:
+        """Check what needs no work: numbers and lengths."""
+        settings, prompt = self.settings, body.prompt
+        if prompt is not None and len(prompt) > settings.max_prompt_chars:
+            limit = f"at most {settings.max_prompt_chars} characters, not {len(prompt)}"
+            raise InvalidRequest(f"prompt: {limit}", param="prompt")
+        if prompt is not None and body.output_format == "jpeg" and len(json.dumps(prompt)) > MAX_JPEG_PROMPT_BYTES:
+            raise InvalidRequest("prompt: too long to be recorded in a JPEG file: choose png or webp", param="prompt")
+        if body.num_images > settings.max_num_images:
+            raise InvalidRequest(f"num_images: at most {settings.max_num_images}", param="num_images")
+        if len(body.images) > settings.max_references:
+            limit = f"at most {settings.max_references}, not {len(body.images)}"
+            raise InvalidRequest(f"images: {limit}", param="images")
+        if body.seed is not None and body.seed + body.num_images - 1 > MAX_SEED:
+            raise InvalidRequest(f"seed: with {body.num_images} images at most 2^63 - {body.num_images}", param="seed")
+        if body.upsample_prompt and settings.upsampler_url is None:
+            raise InvalidRequest("upsample_prompt: this service has no prompt upsampler", param="upsample_prompt")
+        if body.upsample_prompt and prompt is None:
+            raise InvalidRequest("upsample_prompt: there is no prompt to rewrite", param="upsample_prompt")
+
+    def _size(self, body: GenerateRequest, references: Sequence[Reference]) -> tuple[int, int]:
+        """Width and height: those of the body, else of the first reference image, else the model's default."""
+        unit, settings = self.model.pixels_per_token, self.settings
+        own = references[0].prepared_size(unit) if references else (self.model.default_side, self.model.default_side)
+        width = own[0] if body.width is None else body.width
+        height = own[1] if body.height is None else body.height
+        for name, side in (("width", width), ("height", height)):
+            if side % unit or not settings.min_side <= side <= settings.max_side:
+                limits = f"must be a multiple of {unit} from {settings.min_side} to {settings.max_side}, not {side}"
+                raise InvalidRequest(f"{name}: {limits}", param=name)
+        if width * height > settings.max_pixels:
+            raise InvalidRequest(f"width: {width}x{height} is more than {settings.max_pixels} pixels", param="width")
+        return width, height
+
+    def _check_tokens(self, width: int, height: int, references: Sequence[Reference]) -> int:
+        """The number of tokens of the image and its reference images."""
+        own = self.model.num_image_tokens(width, height)
+        total = own + sum(reference.num_tokens(self.model.pixels_per_token) for reference in references)
+        limit = self.settings.max_image_tokens
+        if total > limit:
+            excess = f"{total} image tokens ({own} of the image itself) are more than {limit}"
+            raise InvalidRequest(f"images: {excess}: send fewer or smaller ones", param="images")
+        return total
+
+    def _cache(self, body: GenerateRequest, latency: LatencyEstimate | None) -> str | int | MaxError:
+        """What ``cache`` asks for; with ``max_latency_ms``, as many computed steps as the time allows."""
+        if body.max_latency_ms is None:
+            return self.settings.default_cache if body.cache is None else body.cache
+        if body.cache is not None:
+            raise InvalidRequest("max_latency_ms: chooses the cache: give one of the two", param="max_latency_ms")
+        if latency is None:
+            reason = "the speed of this device is not known yet: generate one image first"
+            raise InvalidRequest(f"max_latency_ms: {reason}", param="max_latency_ms")
+        num_steps = body.num_inference_steps
+        fewest = published_size("ultra", num_steps)
+        for num_computed in range(num_steps, fewest - 1, -1):
+            if 1000 * body.num_images * latency.total_s(num_computed, num_steps) <= body.max_latency_ms:
+                return "none" if num_computed == num_steps else num_computed
+        least = math.ceil(1000 * body.num_images * latency.total_s(fewest, num_steps))
+        bound = f"{num_steps} steps of this size take {least} ms at least, with {fewest} of them computed"
+        raise InvalidRequest(f"max_latency_ms: {bound}", param="max_latency_ms")
+
+
+def resolve_adapters(lora: str | list[LoraUse] | None, known: Sequence[str]) -> tuple[Adapter, ...]:
+    """The LoRA adapters that a request names, if they are all ``known``."""
+    uses = [LoraUse(name=lora)] if isinstance(lora, str) else lora or []
+    names = [use.name for use in uses]
+    for name in names:
+        if name not in known:
+            available = f"there are {', '.join(known)}" if known else "this service has none"
+            raise InvalidRequest(f"lora: there is no adapter {name!r}: {available}", param="lora")
+    if len(set(names)) < len(names):
+        raise InvalidRequest("lora: names an adapter twice", param="lora")
+    return tuple(Adapter(use.name, float(use.scale)) for use in uses)
+
+
+def preview_steps(count: int, num_steps: int) -> tuple[int, ...]:
+    """After which steps to show ``count`` previews: evenly spaced, never after the first or the last step."""
+    return tuple(
+        sorted({max(1, num_steps * (k + 1) // (count + 1)) for k in range(count)} & set(range(1, num_steps - 1)))
+    )
+
+
+def find_schedule(cache: str | int | MaxError, shelf: Shelf, signature: Signature) -> Schedule:
+    """The schedule that ``cache`` asks for."""
+    try:
+        if isinstance(cache, MaxError):
+            return shelf.cheapest_within(cache.max_error, signature)
+        return shelf.find(cache, signature)
+    except ScheduleMismatch as error:
+        raise InvalidRequest(f"cache: {error}".replace("cache: cache:", "cache:"), param="cache") from None
+
+
+def parse_embeds(text: str, shape: tuple[int, int]) -> torch.Tensor:
+    """The tensor ``[1, L, D]`` in a base64 safetensors file."""
+    try:
+        return parse_safetensors(base64.b64decode(text, validate=True), (1, *shape))
+    except ValueError as error:  # of base64, or a WireError
+        expected = f"must be base64 of a safetensors file with one tensor of shape {[1, *shape]}"
+        raise InvalidRequest(f"prompt_embeds: {expected}: {error}", param="prompt_embeds") from None

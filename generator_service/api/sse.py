@@ -1,0 +1,119 @@
+"""Server-sent events: one for every step of a generation, then the images, or the error."""
+
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
+from starlette.types import Receive, Scope, Send
+
+from generator_service.api.responses import as_json
+from generator_service.engine.events import (
+    EncodingPrompt,
+    Preview,
+    PromptUpsampled,
+    Queued,
+    StepStarted,
+)
+from generator_service.engine.generation import Generation, GenerationResult
+from generator_service.imaging import preview_file
+from shared.errors import Flux2Error
+from shared.thread_pool import ThreadPool
+from shared.web import problem_of, unknown_error
+
+logger = logging.getLogger("flux2")
+
+MEDIA_TYPE = "text/event-stream"
+PING_S = 15
+AppStatus.enable_automatic_graceful_drain = False  # SIGTERM must not cut a stream before its image is sent
+Events = AsyncIterator[tuple[str, dict[str, Any]]]
+"""Names and data."""
+
+
+def do_nothing() -> None:
+    """The end of the stream changes nothing."""
+
+
+def stream(request: Request, events: Events, on_end: Callable[[], None] = do_nothing) -> EventSourceResponse:
+    """A response with ``events``. An error is sent as the last event, with the problem details as its data.
+
+    Args:
+        request: the one that is answered.
+        events: what to send.
+        on_end: called when the stream ends, also if the client left before its first byte.
+    """
+
+    async def messages() -> AsyncIterator[ServerSentEvent]:
+        try:
+            async for name, data in events:
+                yield ServerSentEvent(json.dumps(data), event=name)
+        except Flux2Error as error:
+            yield _error_event(request, error)
+        except Exception as error:
+            logger.exception("a streamed generation failed")
+            yield _error_event(request, unknown_error(error))
+
+    return _EventStream(messages(), on_end)
+
+
+class _EventStream(EventSourceResponse):
+    """Calls back at its end. A generator that was never started would not run its ``finally``."""
+
+    def __init__(self, messages: AsyncIterator[ServerSentEvent], on_end: Callable[[], None]) -> None:
+        super().__init__(messages, ping=PING_S)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+def _error_event(request: Request, error: Flux2Error) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(problem_of(request, error).model_dump()), event="error")
+
+
+def queue_fields(queued: Queued) -> dict[str, Any]:
+    """The position in the queue, and the time until its turn where it is known."""
+    return {"position": queued.position} | ({} if queued.seconds is None else {"wait_ms": round(1000 * queued.seconds)})
+
+
+def preview_base64(preview: Preview) -> str:
+    """A preview as a JPEG file in base64."""
+    return base64.b64encode(preview_file(preview.image)).decode()
+
+
+async def native_events(generation: Generation, threads: ThreadPool) -> Events:
+    """``queued``, ``encoding``, ``step`` and ``preview`` as they happen, then ``completed`` for each image.
+
+    Args:
+        generation: what is followed.
+        threads: encode images.
+    """
+    num_steps = generation.request.params.schedule.num_steps
+    index = 0
+    async for event in generation.events():
+        match event:
+            case StepStarted():
+                step = {"index": event.index, "step": event.step, "total": num_steps, "computed": event.is_computed}
+                eta = {} if event.seconds_left is None else {"eta_ms": round(1000 * event.seconds_left)}
+                yield "step", step | eta
+            case Queued():
+                yield "queued", queue_fields(event)
+            case PromptUpsampled():
+                yield "rewritten", {"prompt": event.prompt}
+            case EncodingPrompt():
+                yield "encoding", {}
+            case Preview():
+                image = await threads.run(preview_base64, event)
+                yield "preview", {"index": event.index, "number": event.number, "image": image}
+            case GenerationResult():
+                fields = await threads.run(as_json, generation.request, event)
+                yield "completed", fields | {"index": index}
+                index += 1

@@ -1,0 +1,117 @@
+"""How many functions of ours a request passes before the transformer runs."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from demo_model.services import WEIGHTS
+from generator_service.app import create_app
+from generator_service.pipelines.parts import PARTS
+from generator_service.settings import GeneratorSettings
+from shared.device_thread import _checked
+from shared.model_folder import find_model, read_prompt_format
+from shared.wire import SAFETENSORS_MEDIA_TYPE, dump_safetensors
+from tests.conftest import served
+
+pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parents[2]
+OURS = (f"{ROOT}/generator_service/", f"{ROOT}/shared/")
+BODY = {"prompt": "a large red circle", "width": 64, "height": 64, "num_inference_steps": 2, "cache": "none"}
+MAX_FUNCTIONS = 80
+"""With a new prompt."""
+MAX_FUNCTIONS_CACHED = 65
+"""With a prompt whose embedding is cached."""
+MAX_FRAMES = 5
+"""Between the device thread's entry and the pipeline."""
+
+
+def is_ours(code: CodeType) -> bool:
+    """Whether it is a named function of the generator; comprehensions and lambdas are part of the one around them."""
+    return code.co_filename.startswith(OURS) and not code.co_name.startswith("<")
+
+
+class CallRecorder:
+    """Which functions of ours run, on every thread, until the transformer's first forward pass."""
+
+    def __init__(self) -> None:
+        self.functions: set[str] = set()
+        self.frames: list[str] = []
+        self._is_recording = False
+
+    def __call__(self, frame: FrameType, event: str, _argument: Any) -> None:
+        """As ``sys.setprofile`` calls it."""
+        if not self._is_recording or event != "call":
+            return
+        code = frame.f_code
+        if is_ours(code):
+            self.functions.add(f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_qualname}")
+        elif code.co_qualname == "Flux2Pipeline.__call__":
+            self.frames = list(frames_of_ours(frame))
+        elif code.co_qualname == "Flux2Transformer2DModel.forward":
+            self._is_recording = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within the block every new thread is watched, and this one."""
+        threading.setprofile(self)
+        sys.setprofile(self)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)
+
+    def start(self) -> None:
+        """Forget what was recorded, and record again."""
+        self.functions.clear()
+        self._is_recording = True
+
+
+def frames_of_ours(frame: FrameType) -> Iterator[str]:
+    """The callers of ``frame`` that are ours, up to the device thread's entry."""
+    caller = frame.f_back
+    while caller is not None and caller.f_code is not _checked.__code__:
+        if is_ours(caller.f_code):
+            yield caller.f_code.co_qualname
+        caller = caller.f_back
+
+
+def encoder(shape: tuple[int, int]) -> Callable[[httpx.Request], httpx.Response]:
+    """A text encoder that answers at once with an embedding of ``shape``."""
+    content = dump_safetensors(torch.zeros(1, *shape))
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/info":
+            return httpx.Response(404)
+        return httpx.Response(200, content=content, headers={"content-type": SAFETENSORS_MEDIA_TYPE})
+
+    return answer
+
+
+async def test_a_request_passes_few_functions() -> None:
+    """The limits of docs/architecture.md hold for a new prompt, for a cached one, and on the device's thread."""
+    settings = GeneratorSettings(model=str(WEIGHTS))
+    folder = find_model(str(WEIGHTS), "main", PARTS)
+    shape = read_prompt_format(folder).max_sequence_length, 384
+    recorder = CallRecorder()
+    with recorder.installed():
+        async with served(create_app(settings, httpx.MockTransport(encoder(shape)))) as http:
+            recorder.start()
+            (await http.post("/generate", json=BODY)).raise_for_status()
+            new = set(recorder.functions)
+            recorder.start()
+            (await http.post("/generate", json=BODY)).raise_for_status()
+            cached = set(recorder.functions)
+    assert recorder.frames
+    assert len(recorder.frames) <= MAX_FRAMES, recorder.frames
+    assert len(new) <= MAX_FUNCTIONS, "\n".join(sorted(new))
+    assert len(cached) <= MAX_FUNCTIONS_CACHED, "\n".join(sorted(cached))
