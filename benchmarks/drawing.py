@@ -48,7 +48,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Taken:
+class Timing:
     """Where one picture's time went, in seconds."""
 
     total_s: float
@@ -88,7 +88,7 @@ class Bench:
             self.engine.model.prepare(generation_request(self._order(shape, schedule, 0), self._embedding))
         return time.perf_counter() - began
 
-    def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Taken:
+    def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Timing:
         """One picture; another seed has other reference images, so that none is found encoded.
 
         Raises:
@@ -98,7 +98,7 @@ class Bench:
         began = time.perf_counter()
         (result,) = self._runner.run(generated(self.engine, order))
         total_s = time.perf_counter() - began
-        return Taken(total_s, result.timings.denoise_s, result.timings.decode_s)
+        return Timing(total_s, result.timings.denoise_s, result.timings.decode_s)
 
     def _order(self, shape: Shape, schedule: Schedule, seed: int) -> Order:
         return Order(

@@ -17,7 +17,7 @@ from generator_service.encoder_client import EncoderClient
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.worker import Batching
-from generator_service.order import open_shelf
+from generator_service.order import open_registry
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.parts import PARTS, PartsReader, load_parts
@@ -76,9 +76,9 @@ def app_around(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         warn_of_strangers(settings)
         async with open_studio(app) as studio, ThreadPool("requests") as pool:
-            shelf = await asyncio.to_thread(open_shelf, settings, studio.engine.card)
+            registry = await asyncio.to_thread(open_registry, settings, studio.engine.card)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
-            app.state.generator = GeneratorState(settings, studio.engine, shelf, jobs, studio.embedding_shape, pool)
+            app.state.generator = GeneratorState(settings, studio.engine, registry, jobs, studio.embedding_shape, pool)
             app.state.health.start_serving(studio.ready, studio.engine.close)
             yield
             jobs.close()

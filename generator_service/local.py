@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.provenance import generation_request, provenance
 from generator_service.imaging import encode_image
-from generator_service.order import Order, make_order, open_shelf
+from generator_service.order import Order, make_order, open_registry
 from generator_service.pipelines import flux2, parts, prompt
 from generator_service.settings import GeneratorSettings
 from shared.errors import InvalidRequest
@@ -34,7 +34,7 @@ def draw(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepL
     (embeddings,) = prompt.embed_prompts(folder, [request.prompt], device, dtype)
     model = flux2.Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras)
     shape = (embeddings.shape[1], embeddings.shape[2])
-    order = make_order(request, settings, model.card, open_shelf(settings, model.card), shape)
+    order = make_order(request, settings, model.card, open_registry(settings, model.card), shape)
     picture = model.generate(generation_request(order, embeddings), on_step)
     record = provenance(order, model, embeddings)
     return encode_image(picture.image, order.output_format, record), order, picture.denoise_s

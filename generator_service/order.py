@@ -12,7 +12,15 @@ import torch
 from generator_service.api.schemas import MAX_SEED, GenerateRequest, LoraUse, MaxError
 from generator_service.cost import Cost
 from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES, ImageFormat
-from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf, published_size
+from generator_service.lemica import (
+    SHIPPED,
+    Schedule,
+    ScheduleMismatch,
+    ScheduleRegistry,
+    Signature,
+    load_registry,
+    published_size,
+)
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.lora import Adapter
 from generator_service.references import Reference, parse_reference
@@ -75,7 +83,7 @@ class Order:
         return [replace(self, seed=self.seed + k) for k in range(count)]
 
 
-def open_shelf(settings: GeneratorSettings, model: ModelCard) -> Shelf:
+def open_registry(settings: GeneratorSettings, model: ModelCard) -> ScheduleRegistry:
     """The calibrated schedules of ``model``: those that come with the product, and those of ``SCHEDULES_DIR``.
 
     Raises:
@@ -83,19 +91,19 @@ def open_shelf(settings: GeneratorSettings, model: ModelCard) -> Shelf:
     """
     folders = [SHIPPED, *([settings.schedules_dir] if settings.schedules_dir else [])]
     try:
-        shelf = load_shelf(folders, model.fingerprint)
+        registry = load_registry(folders, model.fingerprint)
     except ScheduleMismatch as error:
         raise ModelRefused(f"SCHEDULES_DIR: {error}") from error
-    if not shelf.knows(settings.default_cache):
+    if not registry.has(settings.default_cache):
         raise ModelRefused(f"GENERATOR_DEFAULT_CACHE: there is no schedule {settings.default_cache!r}")
-    return shelf
+    return registry
 
 
 def make_order(
     body: GenerateRequest,
     settings: GeneratorSettings,
     model: ModelCard,
-    shelf: Shelf,
+    registry: ScheduleRegistry,
     embedding_shape: tuple[int, int],
     cost_of: Callable[[int], Cost | None] = lambda _num_tokens: None,
 ) -> Order:
@@ -130,7 +138,7 @@ def make_order(
         guidance_scale=body.guidance_scale,
         seed=checked_seed(body),
         cache=cache.model_dump() if isinstance(cache, MaxError) else cache,
-        schedule=checked_schedule(cache, shelf, wanted),
+        schedule=checked_schedule(cache, registry, wanted),
         output_format=body.output_format,
         references=references,
         adapters=adapters,
@@ -250,12 +258,12 @@ def checked_side(name: str, side: int, settings: GeneratorSettings, unit: int) -
     return side
 
 
-def checked_schedule(cache: str | int | MaxError, shelf: Shelf, wanted: Signature) -> Schedule:
+def checked_schedule(cache: str | int | MaxError, registry: ScheduleRegistry, wanted: Signature) -> Schedule:
     """The schedule that ``cache`` asks for."""
     try:
         if isinstance(cache, MaxError):
-            return shelf.cheapest_within(cache.max_error, wanted)
-        return shelf.find(cache, wanted)
+            return registry.cheapest_within(cache.max_error, wanted)
+        return registry.find(cache, wanted)
     except ScheduleMismatch as error:
         raise InvalidRequest(f"cache: {error}".replace("cache: cache:", "cache:"), param="cache") from None
 

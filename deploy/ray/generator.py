@@ -25,7 +25,7 @@ logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
-class Introduction:
+class GeneratorInfo:
     """What a generator tells of itself."""
 
     card: ModelCard
@@ -60,11 +60,11 @@ class GeneratorReplica:
         """The model, and the shape of its prompt embeddings."""
         return load_model(settings)
 
-    async def introduce(self) -> Introduction:
+    async def info(self) -> GeneratorInfo:
         """What the API needs to know before the first request."""
         card = self._engine.card
         cost = self._engine.cost.of(card.default_num_tokens)
-        return Introduction(card, self._shape, cost)
+        return GeneratorInfo(card, self._shape, cost)
 
     async def generate(self, orders: Sequence[Order]) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
         """The events of a generation but for its position, which is known elsewhere; at last its results.

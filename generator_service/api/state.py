@@ -10,7 +10,7 @@ from generator_service.engine.engine import ImageGenerator
 from generator_service.engine.generation import Generation
 from generator_service.engine.job_store import Job, JobStore
 from generator_service.engine.queue import Permit
-from generator_service.lemica import Shelf
+from generator_service.lemica import ScheduleRegistry
 from generator_service.order import Order, make_order
 from generator_service.settings import GeneratorSettings
 from shared.thread_pool import ThreadPool
@@ -22,7 +22,7 @@ class GeneratorState:
 
     settings: GeneratorSettings
     engine: ImageGenerator
-    shelf: Shelf
+    registry: ScheduleRegistry
     jobs: JobStore
     embedding_shape: tuple[int, int]
     """Tokens and width of a prompt embedding."""
@@ -37,7 +37,7 @@ class GeneratorState:
         """
         engine = self.engine
         return await self.pool.run(
-            make_order, body, self.settings, engine.card, self.shelf, self.embedding_shape, engine.cost.of
+            make_order, body, self.settings, engine.card, self.registry, self.embedding_shape, engine.cost.of
         )
 
     async def submit(self, body: GenerateRequest, *, is_followed: bool) -> Generation:

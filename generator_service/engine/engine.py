@@ -236,7 +236,7 @@ class Engine:
     def _observe(self, timings: Timings, order: Order) -> None:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        self._metrics.pictures.labels(mode_of(order)).observe(timings.denoise_s + timings.decode_s)
+        self._metrics.images.labels(mode_of(order)).observe(timings.denoise_s + timings.decode_s)
 
     def _file(self, image: Image, order: Order, embeddings: torch.Tensor) -> bytes:
         record = provenance(order, self.model, embeddings)

@@ -22,10 +22,10 @@ from PIL.Image import Image, fromarray
 from generator_service.lemica import (
     CachedTransformer,
     Calibration,
+    FeatureKind,
     Predictor,
     Schedule,
     TimeEmbeddings,
-    Trace,
     Trajectory,
     TrajectoryRecorder,
     TransformerMismatch,
@@ -294,17 +294,17 @@ class Flux2Model:
         ]
 
     def record(
-        self, request: GenerationRequest, trace: Trace = "residual", keep: torch.device | Path | None = None
+        self, request: GenerationRequest, feature: FeatureKind = "residual", storage: torch.device | Path | None = None
     ) -> Trajectory:
         """The full run of a request, whatever its schedule, for calibration.
 
         Args:
             request: what to make.
-            trace: what to keep of each step.
-            keep: the device, or the folder, that keeps it; None for the model's own device.
+            feature: what to keep of each step.
+            storage: the device, or the folder, that keeps it; None for the model's own device.
         """
         scheduler = self._scheduler()
-        recorder = TrajectoryRecorder(self._parts.transformer, trace, keep or self.device)
+        recorder = TrajectoryRecorder(self._parts.transformer, feature, storage or self.device)
         clock = StepClock(request.schedule.num_steps, self.device)
         self._run([request], self._pipeline(recorder, scheduler), clock, output_type="latent")
         return recorder.trajectory(clock.latents, scheduler.sigmas)
