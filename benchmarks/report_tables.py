@@ -102,7 +102,8 @@ def peers(report: Report) -> Iterator[str]:
     """Ratios, and seconds where there are any."""
     yield (
         f"\nOne run, the same weights and embedding, {report['side']}x{report['side']}, {report['num_steps']} steps,"
-        " from the\nembedding to the picture. Ratios of times, above 1 is faster; ours computed as many steps as the other."
+        " from the"
+        "\nembedding to the picture. Ratios of times, above 1 is faster; ours computed as many steps as the other."
     )
     has_seconds = any("seconds" in row for row in report["rows"])
     yield "\n\n" if has_seconds else " Times\nare of the processor.\n\n"
