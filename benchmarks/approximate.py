@@ -17,7 +17,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from demo_model.services import WEIGHTS
-from generator_service.calibrate import Recording, Samples, read_prompts
+from generator_service.calibrate import CalibrationRun, CalibrationSet, read_prompts
 from generator_service.lemica import PREDICTORS, ErrorGraph, Schedule, lexicographic_minimax_path, refine
 from generator_service.settings import GeneratorSettings
 
@@ -46,8 +46,8 @@ def main() -> None:
     exact = ErrorGraph.load(args.graph)
     assert exact.signature is not None
     predictor = PREDICTORS[exact.signature.predictor or "reuse"]
-    samples = Samples(read_prompts(args.prompts), 1, args.side, args.side, exact.num_steps)
-    calibration = Recording(GeneratorSettings(model=str(WEIGHTS)), samples, predictor).calibration(batch_size=64)
+    samples = CalibrationSet(read_prompts(args.prompts), 1, args.side, args.side, exact.num_steps)
+    calibration = CalibrationRun(GeneratorSettings(model=str(WEIGHTS)), samples, predictor).calibration(batch_size=64)
     began = time.perf_counter()
     longest = max(j - i for i, j in exact.errors)
     approximate = calibration.measure(exact.signature, longest, is_exact=False)
@@ -71,8 +71,8 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{v:.5f}" if isinstance(v, float) else str(v) for v in asdict(row).values()))
     Console(width=120).print(table)
-    told = {"predictor": predictor.name, "rank_correlation": rank, "approximate_s": seconds}
-    print(json.dumps(told | {"rows": [asdict(row) for row in rows]}))
+    report = {"predictor": predictor.name, "rank_correlation": rank, "approximate_s": seconds}
+    print(json.dumps(report | {"rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def show(card: dict[str, Any]) -> None:
     """Print it."""
     table = Table("card", "", show_header=False)
     for key, value in card.items():
-        told = ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(key, told)
+        text = ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(key, text)
     Console(width=110, file=sys.stdout).print(table)
 
 

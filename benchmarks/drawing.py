@@ -47,7 +47,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Taken:
+class Timing:
     """Where one picture's time went, in seconds."""
 
     total_s: float
@@ -88,7 +88,7 @@ class Bench:
             self.engine.model.prepare(replace(params, prompt_embeds=self._embedding))
         return time.perf_counter() - began
 
-    def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Taken:
+    def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Timing:
         """One picture; another seed has other reference images, so that none is found encoded.
 
         Raises:
@@ -98,7 +98,7 @@ class Bench:
         began = time.perf_counter()
         (result,) = self._runner.run(generated(self.engine, request))
         total_s = time.perf_counter() - began
-        return Taken(total_s, result.timings.denoise_s, result.timings.decode_s)
+        return Timing(total_s, result.timings.denoise_s, result.timings.decode_s)
 
     def _request(self, shape: Shape, schedule: Schedule, seed: int) -> Request:
         params = Params(

@@ -27,13 +27,13 @@ from benchmarks.architectures import FULL
 from benchmarks.card import machine_card, show
 from benchmarks.language_model import EncoderSource, Model
 from benchmarks.result import Result, add_so_far_option
-from benchmarks.stopwatch import Spread, Stopwatch
+from benchmarks.stopwatch import Stopwatch, Summary
 from demo_model.services import WEIGHTS
 from shared.compilation import Backend, CompilationFailed, log_failure, num_compilations
-from text_encoder_service.encoder import on_cpu, run_library
+from text_encoder_service.encoder import run_library, to_pinned
 from text_encoder_service.fast_layers import FastLayers, Forward, difference
 from text_encoder_service.settings import Weights
-from text_encoder_service.shapes import NUM_LENGTHS, Shapes
+from text_encoder_service.shapes import NUM_LENGTHS, ShapeBuckets
 
 BATCHES = (1, 8, 2, 4)
 """What is worth most first."""
@@ -41,7 +41,7 @@ WARM_UP = 3
 
 
 @dataclass
-class Told:
+class Report:
     """What was measured."""
 
     weights: str = ""
@@ -63,7 +63,7 @@ class Run:
         weights: as they are already.
         until: ``time.perf_counter()`` when it should be over.
         watch: makes how often to repeat.
-        told: where results go.
+        report: where results go.
         on_found: called whenever there are more.
         backend: as ``torch.compile``'s.
     """
@@ -74,7 +74,7 @@ class Run:
         weights: Weights,
         until: float,
         watch: Callable[[], Stopwatch],
-        told: Told,
+        report: Report,
         on_found: Callable[[], None],
         backend: Backend = "inductor",
     ) -> None:
@@ -82,7 +82,7 @@ class Run:
         self._weights = weights
         self._until = until
         self._watch = watch
-        self._told = told
+        self._report = report
         self._on_found = on_found
         self._backend = backend
         layers = model.prompt_format.hidden_layers
@@ -118,7 +118,7 @@ class Run:
             before = num_compilations()
             for num_tokens in self._model.lengths:
                 self._measure("fast", layers, batch, num_tokens)
-            self._told.compilations_after_warm_up += num_compilations() - before
+            self._report.compilations_after_warm_up += num_compilations() - before
             layers.restore()  # the exact way shares them
             last_s = time.perf_counter() - began
         return last_s
@@ -127,41 +127,41 @@ class Run:
         """Whether there is time for it; if not, that is told."""
         if time.perf_counter() + expected_s < self._until:
             return True
-        self._told.left_out.append(f"{profile}, {self._weights} weights, batch {batch}: no time was left")
+        self._report.left_out.append(f"{profile}, {self._weights} weights, batch {batch}: no time was left")
         return False
 
     def _compiled(self, batch: int) -> FastLayers | None:
         length = self._model.prompt_format.max_sequence_length
-        shapes = Shapes((batch,), (length // NUM_LENGTHS, length))
+        shapes = ShapeBuckets((batch,), (length // NUM_LENGTHS, length))
         wanted = self._model.prompt_format.hidden_layers
         layers = FastLayers(self._model.language_model, wanted, shapes, self._padding)
         tokens = self._model.tokens(batch, self._model.lengths[1])
         expected = self._exact(tokens)
         if batch == BATCHES[0]:
-            self._told.difference[f"{self._weights}, trimmed"] = float(difference(layers(tokens), expected))
+            self._report.difference[f"{self._weights}, trimmed"] = float(difference(layers(tokens), expected))
         began = time.perf_counter()
         try:
             layers.compile(self._backend)
         except CompilationFailed as error:
-            self._told.left_out.append(log_failure(f"fast, {self._weights} weights", error))
+            self._report.left_out.append(log_failure(f"fast, {self._weights} weights", error))
             return None
-        self._told.compile_s[f"{self._weights}, batch {batch}"] = time.perf_counter() - began
+        self._report.compile_s[f"{self._weights}, batch {batch}"] = time.perf_counter() - began
         off = float(difference(layers(tokens), expected))
-        self._told.difference[f"{self._weights}, trimmed and compiled, batch {batch}"] = off
+        self._report.difference[f"{self._weights}, trimmed and compiled, batch {batch}"] = off
         return layers
 
     def _measure(self, profile: str, forward: Forward, batch: int, num_tokens: int) -> None:
         tokens = self._model.tokens(batch, num_tokens)
         is_gpu = self._model.language_model.device.type == "cuda"
         for _ in range(WARM_UP):
-            on_cpu(forward(tokens).flatten(2))
+            to_pinned(forward(tokens).flatten(2))
         if is_gpu:
             torch.cuda.reset_peak_memory_stats()
-        spread = Spread.of(list(seconds(lambda: on_cpu(forward(tokens).flatten(2)), self._watch())))
+        spread = Summary.of(list(seconds(lambda: to_pinned(forward(tokens).flatten(2)), self._watch())))
         row = {"profile": profile, "weights": self._weights, "batch": batch, "prompt_tokens": num_tokens}
         row |= {"seconds": asdict(spread), "prompts_per_s": batch / spread.median}
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_gpu else {}
-        self._told.rows.append(row)
+        self._report.rows.append(row)
         self._on_found()
 
 
@@ -174,18 +174,18 @@ def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:
 
 
 def measure(
-    source: EncoderSource, args: argparse.Namespace, on_found: Callable[[Told], None] = lambda _told: None
-) -> Told:
+    source: EncoderSource, args: argparse.Namespace, on_found: Callable[[Report], None] = lambda _report: None
+) -> Report:
     """Both profiles, with each kind of weights; ``on_found`` is called whenever there is more."""
-    told = Told(source.name)
+    report = Report(source.name)
     until, last_s = time.perf_counter() + args.budget_s, 0.0
     for weights in args.weights:
         if time.perf_counter() >= until:
-            told.left_out.append(f"{weights} weights: no time was left")
+            report.left_out.append(f"{weights} weights: no time was left")
             continue
         model = source.load(weights)
         watch = partial(Stopwatch, args.seconds, args.repeats)
-        run = Run(model, weights, until, watch, told, partial(on_found, told), args.backend)
+        run = Run(model, weights, until, watch, report, partial(on_found, report), args.backend)
         with torch.inference_mode():
             run.exact()
             last_s = run.fast(last_s)
@@ -193,7 +193,7 @@ def measure(
         torch.compiler.reset()  # compiled code holds weights
         gc.collect()
         torch.cuda.empty_cache()
-    return told
+    return report
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
@@ -201,9 +201,9 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table("profile", "weights", "batch", "tokens", "ms", "prompts/s", "peak GB")
     for row in rows:
         ms = {key: f"{1000 * row['seconds'][key]:.1f}" for key in ("median", "min", "max")}
-        told = f"{ms['median']} ({ms['min']} to {ms['max']}; {row['seconds']['count']})"
+        milliseconds = f"{ms['median']} ({ms['min']} to {ms['max']}; {row['seconds']['count']})"
         memory = f"{row['peak_gb']:.1f}" if "peak_gb" in row else ""
-        numbers = (str(row["batch"]), str(row["prompt_tokens"]), told, f"{row['prompts_per_s']:.1f}", memory)
+        numbers = (str(row["batch"]), str(row["prompt_tokens"]), milliseconds, f"{row['prompts_per_s']:.1f}", memory)
         table.add_row(row["profile"], row["weights"], *numbers)
     return table
 
@@ -229,11 +229,11 @@ def main() -> None:
     show(card)
     result = Result({"benchmark": "encoder", "card": card}, args.so_far)
     source = EncoderSource(path.resolve(), has_weights=True) if path else EncoderSource(FULL)
-    told = measure(source, args, lambda told: result.keep(asdict(told)))
-    Console(width=110, file=sys.stdout).print(table_of(told.rows))
-    for line in told.left_out:
+    report = measure(source, args, lambda report: result.keep(asdict(report)))
+    Console(width=110, file=sys.stdout).print(table_of(report.rows))
+    for line in report.left_out:
         print(f"left out: {line}")
-    result.tell(asdict(told))
+    result.tell(asdict(report))
 
 
 if __name__ == "__main__":

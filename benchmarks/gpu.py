@@ -3,7 +3,7 @@
 Each part is a process of its own with a time limit; what one leaves of it is for those after it. One that fails, or is
 stopped, is told, and the others go on. What each found goes to ``FOLDER/NAME.json``, with the reason under ``partial``
 if it did not end well; what they print goes to ``FOLDER/log.txt``. On a machine without a GPU the same parts run at a
-tiny size, only to see that they run. ``python -m benchmarks.report`` makes tables of the files once they lie under
+tiny size, only to see that they run. ``python -m benchmarks.entry`` makes tables of the files once they lie under
 ``benchmarks/results/``.
 
 A bare copy of the tree is enough: neither git nor an installed ``flux2-services`` is needed, nor a network. What it
@@ -115,12 +115,12 @@ def run_part(part: Part, options: tuple[str, ...], limit_s: float, out: Path) ->
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"==== {part.name} {' '.join(options)}\n{printed}\n")
     print(tables(printed))
-    told: dict[str, Any] = {"part": part.name, "seconds": round(time.perf_counter() - began, 1)}
+    entry: dict[str, Any] = {"part": part.name, "seconds": round(time.perf_counter() - began, 1)}
     if failure:
         lines = printed.strip().splitlines() or [""]
-        told["failed"] = f"{failure}: {lines[-1][:200]}"
+        entry["failed"] = f"{failure}: {lines[-1][:200]}"
     write_line(file, {"partial": failure} if failure else {})
-    return told
+    return entry
 
 
 def write_line(file: Path, more: dict[str, Any]) -> None:
@@ -133,18 +133,18 @@ def write_line(file: Path, more: dict[str, Any]) -> None:
 def run_all(names: list[str], limit_s: float, out: Path, *, is_smoke: bool) -> list[dict[str, Any]]:
     """The parts of these names, one after the other, until the time is over."""
     until = time.perf_counter() + limit_s
-    told = []
+    entries = []
     parts = [part for part in PARTS if part.name in names]
     for number, part in enumerate(parts):
         left_s = until - time.perf_counter()
         if left_s < 1:
-            told.append({"part": part.name, "seconds": 0.0, "failed": "no time was left"})
+            entries.append({"part": part.name, "seconds": 0.0, "failed": "no time was left"})
             continue
         options = ("--smoke", *part.smoke) if is_smoke else part.on_gpu
         for_others_s = 0.0 if is_smoke else sum(other.limit_s for other in parts[number + 1 :])
-        told.append(run_part(part, options, max(1.0, left_s - for_others_s), out))
-        print(f"{part.name}: {told[-1].get('failed', 'done')}, {told[-1]['seconds']} s", flush=True)
-    return told
+        entries.append(run_part(part, options, max(1.0, left_s - for_others_s), out))
+        print(f"{part.name}: {entries[-1].get('failed', 'done')}, {entries[-1]['seconds']} s", flush=True)
+    return entries
 
 
 def main() -> None:
@@ -168,11 +168,11 @@ def main() -> None:
     (args.out / "log.txt").unlink(missing_ok=True)
     card = machine_card()
     show(card)
-    told = run_all(args.only, args.limit_s, args.out, is_smoke=args.smoke or "gpu" not in card["machine"])
-    for entry in told:
+    entries = run_all(args.only, args.limit_s, args.out, is_smoke=args.smoke or "gpu" not in card["machine"])
+    for entry in entries:
         print(f"{entry['part']}: {entry.get('failed', 'done')}, {entry['seconds']} s")
-    print(json.dumps({"benchmark": "gpu", "card": card, "parts": told}))
-    sys.exit(any("failed" in entry for entry in told))
+    print(json.dumps({"benchmark": "gpu", "card": card, "parts": entries}))
+    sys.exit(any("failed" in entry for entry in entries))
 
 
 def tables(printed: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import Shape, opened_bench
 from benchmarks.latency_tables import show_latency
-from benchmarks.profile_run import ProfileRun, Told
+from benchmarks.profile_run import ProfileRun, Report
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.synthetic import Source, add_source_options, source_of
 
@@ -28,19 +28,21 @@ SHAPES = (Shape(1024), Shape(512), Shape(1024, 1), Shape(2048), Shape(1024, 4))
 SMOKE_SHAPES = (Shape(128), Shape(64, 1))
 
 
-def measure(source: Source, args: argparse.Namespace, on_found: Callable[[Told], None] = lambda _told: None) -> Told:
+def measure(
+    source: Source, args: argparse.Namespace, on_found: Callable[[Report], None] = lambda _report: None
+) -> Report:
     """All profiles, each with its share of the time that is left; ``on_found`` is called whenever there is more."""
-    told = Told()
+    report = Report()
     until = time.perf_counter() + args.budget_s
     for number, profile in enumerate(args.profiles):
         share_s = (until - time.perf_counter()) / (len(args.profiles) - number)
         with source.model(profile) as model, opened_bench(model, source.embedding()) as bench:
             config = model.parts.transformer.config
-            run = ProfileRun(bench, config, args, told, time.perf_counter() + share_s)
+            run = ProfileRun(bench, config, args, report, time.perf_counter() + share_s)
             for _ in run.measured(profile, shapes_of(args)):
-                told.performance[profile] = str(model.performance)  # compiling may have failed
-                on_found(told)
-    return told
+                report.performance[profile] = str(model.performance)  # compiling may have failed
+                on_found(report)
+    return report
 
 
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
@@ -73,9 +75,9 @@ def main() -> None:
     show(card)
     about = {"benchmark": "latency", "card": card, "weights": source.name, "dtype": str(source.torch_dtype)}
     result = Result(about, args.so_far)
-    told = asdict(measure(source, args, lambda told: result.keep(asdict(told))))
-    show_latency(told)
-    result.tell(told)
+    report = asdict(measure(source, args, lambda report: result.keep(asdict(report))))
+    show_latency(report)
+    result.tell(report)
 
 
 if __name__ == "__main__":

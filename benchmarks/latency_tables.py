@@ -8,16 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 
-def show_latency(told: Mapping[str, Any]) -> None:
+def show_latency(report: Mapping[str, Any]) -> None:
     """Print what was measured, from its JSON."""
     console = Console(width=130, file=sys.stdout)
-    for profile, done in told["performance"].items():
+    for profile, done in report["performance"].items():
         console.print(f"asked for {profile}: {done}", highlight=False)
-    if told["steps"]:
-        console.print(steps_table(told["steps"]))
-    if told["pictures"]:
-        console.print(pictures_table(told["pictures"]))
-    for entry in told["left_out"]:
+    if report["steps"]:
+        console.print(steps_table(report["steps"]))
+    if report["pictures"]:
+        console.print(pictures_table(report["pictures"]))
+    for entry in report["left_out"]:
         console.print("left out:", ", ".join(f"{key} {value}" for key, value in entry.items()), highlight=False)
 
 
@@ -51,10 +51,10 @@ def pictures_table(rows: list[dict[str, Any]]) -> Table:
     )  # fmt: skip
     for row in rows:
         drawn = row["drawn"]
-        told = ("", "", "")
+        power = ("", "", "")
         if drawn is not None:
             energy_j = drawn["energy_j"] / row["seconds"]["count"]
-            told = (f"{energy_j:.0f} J", f"{drawn['mean_w']:.0f} W", f"{drawn['mean_sm_mhz']:.0f} MHz")
+            power = (f"{energy_j:.0f} J", f"{drawn['mean_w']:.0f} W", f"{drawn['mean_sm_mhz']:.0f} MHz")
         table.add_row(
             row["profile"],
             row["shape"],
@@ -62,15 +62,15 @@ def pictures_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['num_computed']} of {row['num_steps']}",
             spread(row["seconds"]),
             share(row["floor_s"], row["seconds"]["median"]),
-            *told,
+            *power,
         )
     return table
 
 
 def spread(value: Mapping[str, float]) -> str:
     """Median, and the range if there were several."""
-    told = seconds(value["median"])
-    return told if value["count"] == 1 else f"{told} ({seconds(value['min'])} to {seconds(value['max'])})"
+    median = seconds(value["median"])
+    return median if value["count"] == 1 else f"{median} ({seconds(value['min'])} to {seconds(value['max'])})"
 
 
 def seconds(value: float) -> str:

@@ -32,7 +32,7 @@ from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES
 from generator_service.pipelines.offload import gathered_sizes
 from generator_service.pipelines.params import Params, Reference
 from generator_service.pipelines.parts import Parts
-from text_encoder_service.encoder import on_cpu, run_library
+from text_encoder_service.encoder import run_library, to_pinned
 
 ALLOWANCE_BYTES = 2 * 10**9
 """For each service, not measured: its CUDA context, workspaces of cuBLAS and cuDNN, and the allocator's rounding."""
@@ -170,7 +170,7 @@ def count_encoder(model: Model) -> dict[str, Any]:
         with on_meta(), memory, torch.no_grad():
             tokens = model.tokens(num_prompts, model.lengths[0])
             states = run_library(model.language_model, model.prompt_format.hidden_layers, tokens)
-            on_cpu(states.flatten(2))
+            to_pinned(states.flatten(2))
         peak = memory.take_peak()
         batches.append({"batch": num_prompts, "activations": peak - weights_bytes, "total": peak + ALLOWANCE_BYTES})
     return {"weights": num_bytes(model.language_model), "batches": batches}
@@ -192,7 +192,7 @@ def main() -> None:
     argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__).parse_args()
     card = machine_card()
     show(card)
-    told = {
+    report = {
         "benchmark": "memory",
         "card": card,
         "allowance": ALLOWANCE_BYTES,
@@ -201,8 +201,8 @@ def main() -> None:
         "encoder": count_encoder(empty_model(FULL)),
         "math_decode": {"2048x2048": count_math_decode(FULL, 2048)},
     }
-    print("".join(memory_section(told)))
-    print(json.dumps(told))
+    print("".join(memory_section(report)))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

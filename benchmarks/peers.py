@@ -27,7 +27,7 @@ from benchmarks.caches import Peer, eager_mag_cache, even_taylor_seer, fixed_mas
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE
 from benchmarks.result import Result, add_so_far_option
-from benchmarks.stopwatch import Spread, Stopwatch
+from benchmarks.stopwatch import Stopwatch, Summary
 from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.params import Params
@@ -46,14 +46,14 @@ Draw = Callable[[int], int]
 class Row:
     """One way to draw."""
 
-    way: str
+    method: str
     num_computed: int
-    seconds: Spread
+    seconds: Summary
     profile: str = ""
     """Of ours."""
 
 
-class Race:
+class Comparison:
     """Times every way on parts of its own, which nobody before it has touched.
 
     Args:
@@ -63,7 +63,10 @@ class Race:
     """
 
     def __init__(
-        self, source: Source, args: argparse.Namespace, on_found: Callable[["Race"], None] = lambda _race: None
+        self,
+        source: Source,
+        args: argparse.Namespace,
+        on_found: Callable[["Comparison"], None] = lambda _comparison: None,
     ) -> None:
         self._source = source
         self._args = args
@@ -83,11 +86,11 @@ class Race:
         counts = {steps, computed, *self._counts(peers)}
         ours = [(f"ours, {name}", partial(self._ours, name, counts)) for name in self._args.profiles]
         compiled = COMPILED if self._source.torch_device.type == "cuda" else NOT_COMPILED
-        ways = [(PLAIN, partial(self._library, PLAIN, lambda _pipeline: None))]
-        ways += ours[:1]
-        ways += [(peer.name, partial(self._cache, peer)) for peer in peers]
-        ways += [(compiled, partial(self._library, compiled, self._compile))]
-        for name, measure in ways + ours[1:]:
+        methods = [(PLAIN, partial(self._library, PLAIN, lambda _pipeline: None))]
+        methods += ours[:1]
+        methods += [(peer.name, partial(self._cache, peer)) for peer in peers]
+        methods += [(compiled, partial(self._library, compiled, self._compile))]
+        for name, measure in methods + ours[1:]:
             self._try(name, measure)
 
     def _try(self, name: str, measure: Callable[[], None]) -> None:
@@ -99,8 +102,8 @@ class Race:
             try:
                 measure()
             except Exception as error:  # noqa: BLE001 - a peer may fail in any way
-                told = str(error).splitlines()[0] if str(error) else ""
-                self.left_out.append(f"{name}: {type(error).__name__}: {told}")
+                message = str(error).splitlines()[0] if str(error) else ""
+                self.left_out.append(f"{name}: {type(error).__name__}: {message}")
             self._longest_s = max(self._longest_s, time.perf_counter() - began)
         self._on_found(self)
 
@@ -179,7 +182,7 @@ class Race:
             began = self._clock()
             computed = draw(self._args.steps)
             taken.append(self._clock() - began)
-        self.rows.append(Row(name, computed, Spread.of(taken), profile))
+        self.rows.append(Row(name, computed, Summary.of(taken), profile))
         self._on_found(self)
         print(f"{name}: done", flush=True)
 
@@ -188,10 +191,10 @@ def compared(rows: list[Row], *, has_seconds: bool) -> list[dict[str, Any]]:
     """The rows with their ratios: how much faster than plain diffusers, and than ours with as many computed steps."""
     ours = {(row.profile, row.num_computed): row.seconds.median for row in rows if row.profile}
     profiles = sorted({row.profile for row in rows if row.profile})
-    plain = next((row.seconds.median for row in rows if row.way == PLAIN), None)
-    told = []
+    plain = next((row.seconds.median for row in rows if row.method == PLAIN), None)
+    entries = []
     for row in rows:
-        entry: dict[str, Any] = {"way": row.way, "num_computed": row.num_computed}
+        entry: dict[str, Any] = {"way": row.method, "num_computed": row.num_computed}
         entry["speedup_over_diffusers"] = plain and plain / row.seconds.median
         if not row.profile:
             matched = {name: ours[name, row.num_computed] for name in profiles if (name, row.num_computed) in ours}
@@ -199,15 +202,15 @@ def compared(rows: list[Row], *, has_seconds: bool) -> list[dict[str, Any]]:
         entry["spread"] = row.seconds.max / row.seconds.min
         if has_seconds:
             entry["seconds"] = vars(row.seconds)
-        told.append(entry)
-    return told
+        entries.append(entry)
+    return entries
 
 
-def table_of(told: list[dict[str, Any]], num_steps: int) -> Table:
+def table_of(entries: list[dict[str, Any]], num_steps: int) -> Table:
     """For people."""
     title = f"{num_steps} steps; ratios of times: above 1 is faster"
     table = Table("way", "computed", "seconds", "over diffusers", "ours over it, as many computed", title=title)
-    for entry in told:
+    for entry in entries:
         ratios = entry.get("ours_is_faster_by", {})
         table.add_row(
             entry["way"],
@@ -247,16 +250,16 @@ def main() -> None:
     result = Result(about | {"num_steps": args.steps}, args.so_far)
     has_seconds = source.torch_device.type == "cuda"
 
-    def found(race: Race) -> dict[str, Any]:
-        return {"rows": compared(race.rows, has_seconds=has_seconds), "left_out": race.left_out}
+    def found(comparison: Comparison) -> dict[str, Any]:
+        return {"rows": compared(comparison.rows, has_seconds=has_seconds), "left_out": comparison.left_out}
 
-    race = Race(source, args, lambda race: result.keep(found(race)))
-    race.run()
+    comparison = Comparison(source, args, lambda comparison: result.keep(found(comparison)))
+    comparison.run()
     console = Console(width=120, file=sys.stdout)
-    console.print(table_of(found(race)["rows"], args.steps))
-    for line in race.left_out:
+    console.print(table_of(found(comparison)["rows"], args.steps))
+    for line in comparison.left_out:
         console.print("left out:", line, highlight=False)
-    result.tell(found(race))
+    result.tell(found(comparison))
 
 
 if __name__ == "__main__":

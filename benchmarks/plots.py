@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from benchmarks.quality import Outcome
 
 DPI = 110
-COLOURS = colormaps["tab20"]
+COLORS = colormaps["tab20"]
 
 
 def plot_quality(outcomes: Sequence["Outcome"], file: Path) -> None:
@@ -32,7 +32,7 @@ def plot_quality(outcomes: Sequence["Outcome"], file: Path) -> None:
             marker="o" if ours else ".",
             linewidth=2.5 if ours else 1,
             linestyle="-" if ours or name.startswith("LeMiCa") else "--",
-            color=COLOURS(number % COLOURS.N),
+            color=COLORS(number % COLORS.N),
             label=name,
         )
         if ours:
@@ -78,12 +78,12 @@ def plot_schedules(schedules: Sequence[Schedule], file: Path) -> None:
     figure.savefig(file, dpi=DPI)
 
 
-def plot_scaling(told: dict[str, Any], folder: Path) -> None:
+def plot_scaling(report: dict[str, Any], folder: Path) -> None:
     """The figures of ``benchmarks.scale``: measured throughput, and simulated waiting by fleet and by encoders."""
     folder.mkdir(parents=True, exist_ok=True)
-    if "throughput" in told:
-        plot_throughput(told["throughput"], folder / "throughput.png")
-    plot_waiting(told["simulation"], folder / "waiting.png")
+    if "throughput" in report:
+        plot_throughput(report["throughput"], folder / "throughput.png")
+    plot_waiting(report["simulation"], folder / "waiting.png")
 
 
 def plot_throughput(rows: Sequence[dict[str, Any]], file: Path) -> None:
@@ -94,7 +94,7 @@ def plot_throughput(rows: Sequence[dict[str, Any]], file: Path) -> None:
     axes.plot(counts, [row["ideal_pictures_per_s"] for row in rows], linestyle="--", color="grey", label="steps alone")
     axes.plot(counts, [row["pictures_per_s"] for row in rows], marker="o", linewidth=2.5, label="measured")
     axes.set_xticks(counts)
-    axes.set_xlabel("paced generators")
+    axes.set_xlabel("simulated generators")
     axes.set_ylabel("pictures per second")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -132,10 +132,10 @@ def plot_latency(pictures: Sequence[dict[str, Any]], file: Path) -> None:
     for number, profile in enumerate(sorted({row["profile"] for row in pictures})):
         of_one = [row for row in pictures if row["profile"] == profile and row["shape"] == first]
         rows = sorted(of_one, key=lambda row: row["num_computed"])
-        counts, colour = [row["num_computed"] for row in rows], COLOURS(2 * number)
-        axes.plot(counts, [row["seconds"]["median"] for row in rows], marker="o", color=colour, label=profile)
+        counts, color = [row["num_computed"] for row in rows], COLORS(2 * number)
+        axes.plot(counts, [row["seconds"]["median"] for row in rows], marker="o", color=color, label=profile)
         if rows and rows[0]["floor_s"] is not None:
-            axes.plot(counts, [row["floor_s"] for row in rows], linestyle=":", color=colour, label=f"{profile}, floor")
+            axes.plot(counts, [row["floor_s"] for row in rows], linestyle=":", color=color, label=f"{profile}, floor")
     axes.set_xlabel("computed steps")
     axes.set_ylabel(f"s, end to end, {first}")
     axes.set_ylim(bottom=0)

@@ -138,13 +138,13 @@ def main() -> None:
     single = draw(torch.float32, EXACT, studio)
     assert single.images[0].tobytes() == to_pil(studio.references[0]).tobytes()  # diffusers' own
     half = draw(torch.bfloat16, EXACT, studio)
-    ways = {"float32": single, "bfloat16": half}
+    methods = {"float32": single, "bfloat16": half}
     if find_spec("torchao") is not None:
         import torchao.float8.inference as support  # noqa: PLC0415 - an extra
 
         support.is_MI300 = lambda: True
-        ways["bfloat16, fp8 in the blocks"] = draw(torch.bfloat16, FP8, studio)
-    rows = [row(name, drawn, single, half, studio) for name, drawn in ways.items()]
+        methods["bfloat16, fp8 in the blocks"] = draw(torch.bfloat16, FP8, studio)
+    rows = [row(name, drawn, single, half, studio) for name, drawn in methods.items()]
     table = Table("computed in", "step to f32", "step to bf16", "dB to f32", "dB to bf16", "worst", "right")
     for each in rows:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else v or "equal" for v in asdict(each).values()))

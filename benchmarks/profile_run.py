@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.card import Draw, PowerMeter
-from benchmarks.drawing import Bench, Shape, Taken
-from benchmarks.floor import step_work
-from benchmarks.stopwatch import Spread, Stopwatch
+from benchmarks.drawing import Bench, Shape, Timing
+from benchmarks.roofline import step_work
+from benchmarks.stopwatch import Stopwatch, Summary
 from benchmarks.synthetic import NotWhole, check_whole
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.settings import ProfileName
@@ -35,11 +35,11 @@ class Steps:
     """Those of reference images included."""
     prepare_s: float
     """What compiling and the first runs took."""
-    computed_s: Spread
-    reused_s: Spread
+    computed_s: Summary
+    reused_s: Summary
     fixed_s: float
     """What is neither a step nor decoding: noise, references, between threads, the PNG file."""
-    decode_s: Spread
+    decode_s: Summary
     floor_s: float | None
     """Of a computed step, on one H200."""
     peak_memory_gb: float | None
@@ -60,7 +60,7 @@ class Picture:
     mode: str
     num_computed: int
     num_steps: int
-    seconds: Spread
+    seconds: Summary
     floor_s: float | None
     """Of its computed steps."""
     decode_s: float
@@ -69,7 +69,7 @@ class Picture:
 
 
 @dataclass
-class Told:
+class Report:
     """Everything that was measured, and what was not."""
 
     performance: dict[str, str] = field(default_factory=dict)
@@ -86,15 +86,15 @@ class ProfileRun:
         bench: around a model of its own.
         config: the transformer's.
         args: of the command line.
-        told: where results go.
+        report: where results go.
         until: when to stop, of ``time.perf_counter``.
     """
 
-    def __init__(self, bench: Bench, config: Any, args: argparse.Namespace, told: Told, until: float) -> None:
+    def __init__(self, bench: Bench, config: Any, args: argparse.Namespace, report: Report, until: float) -> None:
         self._bench = bench
         self._config = config
         self._args = args
-        self._told = told
+        self._report = report
         self._until = until
         self._profile = ""
         self._is_gpu = bench.engine.model.device.type == "cuda"
@@ -136,9 +136,9 @@ class ProfileRun:
 
     def _expected_s(self, shape: Shape) -> float:
         """How long measuring a shape's steps would take, by those measured last, maybe with another profile."""
-        if not self._told.steps:
+        if not self._report.steps:
             return 0.0
-        last = self._told.steps[-1]
+        last = self._report.steps[-1]
         num_steps = 2 + 2 * (1 + NUM_LONG_STEPS)
         return last.prepare_s + num_steps * last.computed_s.median * self._num_tokens(shape) / last.num_image_tokens
 
@@ -160,18 +160,18 @@ class ProfileRun:
             str(shape),
             self._num_tokens(shape),
             prepare_s,
-            Spread.of([(b.denoise_s - a.denoise_s) / NUM_LONG_STEPS for a, b, _ in runs]),
-            Spread.of([(c.denoise_s - a.denoise_s) / NUM_REUSED_STEPS for a, _, c in runs]),
+            Summary.of([(b.denoise_s - a.denoise_s) / NUM_LONG_STEPS for a, b, _ in runs]),
+            Summary.of([(c.denoise_s - a.denoise_s) / NUM_REUSED_STEPS for a, _, c in runs]),
             self._fixed_s([(a, b) for a, b, _ in runs]),
-            Spread.of([taken.decode_s for run in runs for taken in run]),
-            self._floor_s(shape),
+            Summary.of([taken.decode_s for run in runs for taken in run]),
+            self._roofline_s(shape),
             torch.cuda.max_memory_allocated() / 1e9 if self._is_gpu else None,
         )
         print(found, flush=True)
-        self._told.steps.append(found)
+        self._report.steps.append(found)
         return found
 
-    def _fixed_s(self, runs: Sequence[tuple[Taken, Taken]]) -> float:
+    def _fixed_s(self, runs: Sequence[tuple[Timing, Timing]]) -> float:
         """Of a run of one step and one that is longer: what neither a step nor decoding takes."""
         return statistics.median(
             max(0.0, a.total_s - a.decode_s - (b.denoise_s - a.denoise_s) / NUM_LONG_STEPS) for a, b in runs
@@ -184,35 +184,35 @@ class ProfileRun:
             if time.perf_counter() + estimate_s > self._until:
                 self._leave_out(shape, "no time", mode=mode, estimated_from_steps_s=estimate_s)
             else:
-                self._told.pictures.append(self._picture(shape, mode, schedule))
-                print(self._told.pictures[-1], flush=True)
+                self._report.pictures.append(self._picture(shape, mode, schedule))
+                print(self._report.pictures[-1], flush=True)
             yield
 
     def _picture(self, shape: Shape, mode: str, schedule: Schedule) -> Picture:
         watch = Stopwatch(CELL_S, self._args.repeats)
         with PowerMeter() as meter:
             runs = [self._bench.draw(shape, schedule, 100 + seed) for seed in watch.rounds()]
-        floor_s = self._floor_s(shape)
+        floor_s = self._roofline_s(shape)
         return Picture(
             self._profile,
             str(shape),
             mode,
             schedule.num_computed,
             schedule.num_steps,
-            Spread.of([taken.total_s for taken in runs]),
+            Summary.of([taken.total_s for taken in runs]),
             None if floor_s is None else floor_s * schedule.num_computed,
             statistics.median(taken.decode_s for taken in runs),
             meter.drawn,
         )
 
-    def _floor_s(self, shape: Shape) -> float | None:
+    def _roofline_s(self, shape: Shape) -> float | None:
         """Of one step; a CPU has another."""
         if not self._is_gpu:
             return None
-        return step_work(self._config, self._num_tokens(shape)).floor_s(self._profile)
+        return step_work(self._config, self._num_tokens(shape)).roofline_s(self._profile)
 
     def _num_tokens(self, shape: Shape) -> int:
         return shape.num_image_tokens(self._bench.engine.card.pixels_per_token)
 
     def _leave_out(self, shape: Shape, reason: str, **more: Any) -> None:
-        self._told.left_out.append({"profile": self._profile, "shape": str(shape), "reason": reason, **more})
+        self._report.left_out.append({"profile": self._profile, "shape": str(shape), "reason": reason, **more})

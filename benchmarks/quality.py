@@ -225,14 +225,14 @@ def schedules_for(file_or_folder: Path, num_steps: int, side: int) -> dict[int, 
 
 def margins(found: list[Outcome]) -> dict[str, dict[str, float]]:
     """At each budget, by how many dB ours is ahead of the best other cache: on average, and in the worst tenth."""
-    told: dict[str, dict[str, float]] = {}
+    margins_by_budget: dict[str, dict[str, float]] = {}
     for ours in (o for o in found if o.name == "ours"):
         peers = [o for o in found if o.budget == ours.budget and o.name.endswith(")")]
         if peers:
             mean = ours.psnr - max(o.psnr for o in peers)
             worst_tenth = ours.psnr_worst_tenth - max(o.psnr_worst_tenth for o in peers)
-            told[str(ours.budget)] = {"mean": round(mean, 1), "worst tenth": round(worst_tenth, 1)}
-    return told
+            margins_by_budget[str(ours.budget)] = {"mean": round(mean, 1), "worst tenth": round(worst_tenth, 1)}
+    return margins_by_budget
 
 
 def card(found: list[Outcome]) -> Table:
@@ -281,9 +281,9 @@ def main() -> None:
     studio = Studio(args.prompts, args.steps, args.side)
     found: list[Outcome] = []
     budgets = [budget for budget in args.budgets if budget < args.steps]
-    ways = [own_outcomes(studio, ours, graphs, budgets)]
-    ways += [] if args.no_peers else [peer_outcomes(studio, budgets)]
-    for outcome in itertools.chain.from_iterable(ways):
+    methods = [own_outcomes(studio, ours, graphs, budgets)]
+    methods += [] if args.no_peers else [peer_outcomes(studio, budgets)]
+    for outcome in itertools.chain.from_iterable(methods):
         found.append(outcome)
         print(f"{outcome.budget:>3} {outcome.name:<40} {outcome.computed:5.1f} {outcome.psnr:6.1f} dB", flush=True)
     Console(width=120).print(card(found))
@@ -294,11 +294,11 @@ def main() -> None:
         for name, graph in graphs.items():
             plot_errors(graph, args.plots / f"errors-{name}.png")
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    told: dict[str, object] = {"prompts": args.prompts, "side": args.side, "steps": args.steps, "machine": machine}
+    report: dict[str, object] = {"prompts": args.prompts, "side": args.side, "steps": args.steps, "machine": machine}
     if not args.no_peers:
-        told |= {name: version(name) for name in ("diffusers", "cache-dit")}
-        told["do not run"] = refusals(studio.pipeline, lambda pipeline: studio.call(pipeline, studio.cases[0]))
-    print(json.dumps(told | {"margins": margins(found), "outcomes": [asdict(outcome) for outcome in found]}))
+        report |= {name: version(name) for name in ("diffusers", "cache-dit")}
+        report["do not run"] = refusals(studio.pipeline, lambda pipeline: studio.call(pipeline, studio.cases[0]))
+    print(json.dumps(report | {"margins": margins(found), "outcomes": [asdict(outcome) for outcome in found]}))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from benchmarks.floor import BF16_FLOP_PER_S, FLUX2_DEV, step_work
 from benchmarks.memory_tables import memory_section, paragraph
 from benchmarks.report_tables import SECTIONS, markdown
+from benchmarks.roofline import BF16_FLOP_PER_S, FLUX2_DEV, step_work
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,26 +63,26 @@ class Result:
 
     name: str
     """Of its file, below the results."""
-    told: Mapping[str, Any]
+    report: Mapping[str, Any]
 
     @property
     def is_of_gpu(self) -> bool:
         """Whether it was measured on one."""
-        return "gpu" in self.told["card"]["machine"]
+        return "gpu" in self.report["card"]["machine"]
 
     @property
     def kind(self) -> str:
         """Which benchmark told it."""
-        return str(self.told["benchmark"])
+        return str(self.report["benchmark"])
 
 
 def read_results(folder: Path) -> list[Result]:
     """The results below ``folder`` that have a card, in the order of the page; others are told elsewhere."""
     found = []
     for file in sorted(folder.rglob("*.json")):
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if told.get("benchmark") in TITLES and "card" in told:
-            found.append(Result(file.relative_to(folder).as_posix(), told))
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report.get("benchmark") in TITLES and "card" in report:
+            found.append(Result(file.relative_to(folder).as_posix(), report))
     return sorted(found, key=lambda result: list(TITLES).index(result.kind))
 
 
@@ -102,27 +102,29 @@ def render(results: Sequence[Result]) -> str:
 
 def section(result: Result) -> str:
     """One result: its card, then what it says."""
-    told = result.told
-    heading = f"\n### {TITLES[result.kind]}: {machine_of(told['card'])}\n\n"
+    report = result.report
+    heading = f"\n### {TITLES[result.kind]}: {machine_of(report['card'])}\n\n"
     plot = f"\n![{TITLES[result.kind]}](images/performance/{plot_name(result)})\n" if has_plot(result) else ""
-    return heading + about(result) + plot + "".join(SECTIONS[result.kind](told))
+    return heading + about(result) + plot + "".join(SECTIONS[result.kind](report))
 
 
 def about(result: Result) -> str:
     """Where, with what and when it was measured."""
-    card = result.told["card"]
+    card = result.report["card"]
     versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
     commit = card["commit"]["commit"] + (" with changes" if card["commit"].get("is_dirty") else "")
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in card["machine"].items())
-    weights = f"Weights: {result.told['weights']}. Machine: " if "weights" in result.told else ""
+    weights = f"Weights: {result.report['weights']}. Machine: " if "weights" in result.report else ""
     early = (
-        f"It ended early ({result.told['partial']}): not everything was measured. " if "partial" in result.told else ""
+        f"It ended early ({result.report['partial']}): not everything was measured. "
+        if "partial" in result.report
+        else ""
     )
-    told = (
+    line = (
         f"{early}Measured {card['date']}, commit {commit}. {weights}{machine}. Versions: {versions}."
         f" [The result](../benchmarks/results/{result.name})."
     )
-    return fill(told, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
+    return fill(line, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def machine_of(card: Mapping[str, Any]) -> str:
@@ -138,7 +140,7 @@ def floors() -> str:
         num_tokens = (side // 16) ** 2 + num_references * 4096
         work = step_work(FLUX2_DEV, num_tokens)
         shape = f"{side}x{side}" + (f" + {num_references} of 1024x1024" if num_references else "")
-        bf16_s, fp8_s = work.floor_s("fast"), work.floor_s("fastest")
+        bf16_s, fp8_s = work.roofline_s("fast"), work.roofline_s("fastest")
         rows.append(
             (
                 shape,
@@ -164,10 +166,10 @@ layers of the blocks in fp8 (attention stays bf16). Nothing that computes all of
 
 def memory(result: Result) -> str:
     """What was counted on tensors without memory, with which libraries."""
-    card = result.told["card"]
+    card = result.report["card"]
     versions = ", ".join(f"{name} {version}" for name, version in card["versions"].items())
     origin = f"Counted {card['date']} with {versions}. [The result](../benchmarks/results/{result.name})."
-    return "\n## Memory\n" + "".join(memory_section(result.told)) + paragraph(origin)
+    return "\n## Memory\n" + "".join(memory_section(result.report)) + paragraph(origin)
 
 
 def published() -> str:
@@ -185,7 +187,7 @@ without a warm-up, and the text encoder is in them.
 
 def has_plot(result: Result) -> bool:
     """Whether a plot belongs to it."""
-    return result.is_of_gpu and result.kind == "latency" and bool(result.told["pictures"])
+    return result.is_of_gpu and result.kind == "latency" and bool(result.report["pictures"])
 
 
 def plot_name(result: Result) -> str:
@@ -202,7 +204,7 @@ def write(results_folder: Path, page: Path, images: Path) -> None:
             from benchmarks.plots import plot_latency  # noqa: PLC0415 - matplotlib is only needed for it
 
             images.mkdir(parents=True, exist_ok=True)
-            plot_latency(result.told["pictures"], images / plot_name(result))
+            plot_latency(result.report["pictures"], images / plot_name(result))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.card import machine_card, show
 from benchmarks.drawing import GUIDANCE
 from benchmarks.result import Result, add_so_far_option
-from benchmarks.stopwatch import Spread
+from benchmarks.stopwatch import Summary
 from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
 from demo_model.services import WEIGHTS
 from generator_service.lemica import Schedule, schedule_for
@@ -53,7 +53,7 @@ def measure_reuse(source: Source, side: int, schedule: Schedule, num_runs: int) 
         request = Params(embedding, side, side, GUIDANCE, 0, schedule)
         step_seconds(model, request)
         runs = [step_seconds(model, request) for _ in range(num_runs)]
-        computed, reused = (Spread.of([s for run in runs for s in run[kind]]) for kind in (True, False))
+        computed, reused = (Summary.of([s for run in runs for s in run[kind]]) for kind in (True, False))
         is_equal = equals_diffusers(model, Params(embedding, side, side, GUIDANCE, 7, few_steps()))
     return {
         "mode": schedule.name,
@@ -103,16 +103,16 @@ def compilations_after_warm_up(source: Source, side: int) -> int:
         return num_compilations() - before
 
 
-def table_of(told: dict[str, Any]) -> Table:
+def table_of(report: dict[str, Any]) -> Table:
     """For people."""
     table = Table("figure", "value")
     for kind in ("computed", "reused"):
-        value = told[f"{kind}_s"]
+        value = report[f"{kind}_s"]
         range_ms = f"{1000 * value['min']:.3f} to {1000 * value['max']:.3f}"
         table.add_row(f"a {kind} step", f"{1000 * value['median']:.3f} ms ({range_ms}; {value['count']} steps)")
-    table.add_row("reused over computed", f"{100 * told['reused_over_computed']:.2f} %")
-    table.add_row("exact equals diffusers", str(told["exact_equals_diffusers"]))
-    table.add_row("graphs compiled after warm-up", str(told["compilations_after_warm_up"]))
+    table.add_row("reused over computed", f"{100 * report['reused_over_computed']:.2f} %")
+    table.add_row("exact equals diffusers", str(report["exact_equals_diffusers"]))
+    table.add_row("graphs compiled after warm-up", str(report["compilations_after_warm_up"]))
     return table
 
 
@@ -132,11 +132,11 @@ def main() -> None:
     card = machine_card()
     show(card)
     result = Result({"benchmark": "reuse", "card": card, "weights": source.name, "side": side}, args.so_far)
-    told = measure_reuse(source, side, schedule_for(args.mode, args.steps), 2 if args.smoke else args.runs)
-    result.keep(told)
-    told["compilations_after_warm_up"] = compilations_after_warm_up(source, side)
-    Console(width=110, file=sys.stdout).print(table_of(told))
-    result.tell(told)
+    report = measure_reuse(source, side, schedule_for(args.mode, args.steps), 2 if args.smoke else args.runs)
+    result.keep(report)
+    report["compilations_after_warm_up"] = compilations_after_warm_up(source, side)
+    Console(width=110, file=sys.stdout).print(table_of(report))
+    result.tell(report)
 
 
 if __name__ == "__main__":

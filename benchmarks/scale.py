@@ -1,6 +1,6 @@
 """How far the Ray Serve application scales: ``python -m benchmarks.scale --out benchmarks/results/scale.json``.
 
-1. Throughput with 1, 2 and 4 generators. Each is paced: its steps are sleep of a fixed length instead of work on a GPU,
+1. Throughput with 1, 2 and 4 generators. Each is simulated: its steps sleep of a fixed length instead of work on a GPU,
    so that four fit on few cores and the engine is measured, not the cores. API, line, streams of steps, text encoder,
    object store and image files are real.
 2. What a request costs beside its picture: the client's time without the steps', and the CPU time of the API's process.
@@ -61,17 +61,17 @@ def set_environment() -> None:
 
 
 def deploy(num_generators: int, step_s: float) -> None:
-    """The application of ``deploy/ray`` with paced generators, until it is ready."""
+    """The application of ``deploy/ray`` with simulated generators, until it is ready."""
     from ray import serve  # noqa: PLC0415 - optional
 
-    from benchmarks.paced import PacedGenerator  # noqa: PLC0415
+    from benchmarks.simulated import SimulatedGenerator  # noqa: PLC0415
     from deploy.ray import ingress  # noqa: PLC0415
     from deploy.ray.encoder import EncoderReplica  # noqa: PLC0415
 
     nothing = {"num_cpus": 0}
     encoder = serve.deployment(EncoderReplica, name=ingress.ENCODER, ray_actor_options=nothing).bind()
-    paced = serve.deployment(
-        PacedGenerator,
+    generator = serve.deployment(
+        SimulatedGenerator,
         name=ingress.GENERATOR,
         num_replicas=num_generators,
         max_ongoing_requests=2,
@@ -82,7 +82,7 @@ def deploy(num_generators: int, step_s: float) -> None:
         name=ingress.INGRESS,
         max_ongoing_requests=1000,
         ray_actor_options=nothing,
-    ).bind(encoder, paced)
+    ).bind(encoder, generator)
     serve.run(api, name="flux2", logging_config={"log_level": "ERROR"})
     until = time.monotonic() + READY_S
     while httpx.get(f"http://127.0.0.1:{PORT}/health/ready", timeout=30).status_code != httpx.codes.OK:
@@ -165,16 +165,16 @@ def measure(step_s: float, seconds: float, requests: int) -> dict[str, Any]:
     ray.init(num_cpus=32, include_dashboard=False, log_to_driver=False, logging_level="error")
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     try:
-        told: dict[str, Any] = {"throughput": [measure_throughput(count, step_s, seconds) for count in (1, 2, 4)]}
-        told["streamed"] = measure_throughput(4, step_s, seconds, "text/event-stream")
+        report: dict[str, Any] = {"throughput": [measure_throughput(count, step_s, seconds) for count in (1, 2, 4)]}
+        report["streamed"] = measure_throughput(4, step_s, seconds, "text/event-stream")
         deploy(1, 0.01)
-        told["overhead_ms_ray"] = overheads(f"http://127.0.0.1:{PORT}", body, requests)
+        report["overhead_ms_ray"] = overheads(f"http://127.0.0.1:{PORT}", body, requests)
     finally:
         serve.shutdown()
         ray.shutdown()
     with running_services() as services:
-        told["overhead_ms_two_services"] = overheads(services.generator_url, body, requests)
-    return told
+        report["overhead_ms_two_services"] = overheads(services.generator_url, body, requests)
+    return report
 
 
 def simulate(num_generators: int) -> dict[str, Any]:
@@ -214,41 +214,41 @@ def saturation(rate: float, measured: dict[str, Any]) -> dict[str, Any]:
     """Pictures a second that each wire can carry, and the API's process; the smallest number decides."""
     encoder = {f"{gbit} Gbit/s": round(gbit * 1e9 / 8 / EMBEDDING_BYTES, 1) for gbit in LINKS_GBIT}
     api = {f"{gbit} Gbit/s": round(gbit * 1e9 / 8 / PICTURE_BYTES, 1) for gbit in LINKS_GBIT}
-    told: dict[str, Any] = {"needed_pictures_per_s": rate, "encoder_link": encoder, "api_link": api}
+    report: dict[str, Any] = {"needed_pictures_per_s": rate, "encoder_link": encoder, "api_link": api}
     if "throughput" in measured:
         idle, plain_s = api_cost(measured["throughput"])
         streamed = measured["streamed"]
         streamed_s = streamed["api_cpu_ms_per_picture"] / 1000 - idle / streamed["pictures_per_s"]
-        told["api_idle_cpu_ms_per_s"] = round(1000 * idle, 1)
+        report["api_idle_cpu_ms_per_s"] = round(1000 * idle, 1)
         for name, picture_s in (("plain", plain_s), ("streamed", streamed_s)):
-            told[f"api_{name}"] = {
+            report[f"api_{name}"] = {
                 "cpu_ms_per_picture": round(1000 * picture_s, 1),
                 "pictures_per_s": round((1 - idle) / picture_s, 1),
                 "generators": int((1 - idle) / picture_s * PUBLISHED.mean_picture_s),
             }
-    return told
+    return report
 
 
-def show(told: dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
     """The card."""
     table = Table("figure", "value", title="Ray Serve application")
-    rows = [*told["throughput"], told["streamed"]] if "throughput" in told else []
+    rows = [*report["throughput"], report["streamed"]] if "throughput" in report else []
     for name, row in zip(("", "", "", ", streamed"), rows, strict=False):
         table.add_row(
-            f"{row['generators']} paced generators{name}",
+            f"{row['generators']} simulated generators{name}",
             f"{row['pictures_per_s']} pictures/s, {100 * row['of_ideal']:.1f} % of ideal, "
             f"API {row['api_cpu_ms_per_picture']} ms CPU a picture",
         )
     for name in ("overhead_ms_ray", "overhead_ms_two_services"):
-        if name in told:
-            table.add_row(name.replace("_", " "), str(told[name]))
-    simulated = told["simulation"]
+        if name in report:
+            table.add_row(name.replace("_", " "), str(report[name]))
+    simulated = report["simulation"]
     size = simulated["generators"]
     for utilisation, mean, worst in simulated["line_by_fleet"][str(size)]:
         table.add_row(f"{size} simulated, {utilisation:.0%} busy", f"wait {mean} s on average, p99 {worst} s")
     for encoders, middle, worst in simulated["encoders_at_95_percent"]:
         table.add_row(f"{encoders} encoders for them", f"embedded in {middle} s, p99 {worst} s")
-    for name, value in told["saturation_pictures_per_s"].items():
+    for name, value in report["saturation_pictures_per_s"].items():
         table.add_row(f"saturation: {name.replace('_', ' ')}", str(value))
     Console(width=110).print(table)
 
@@ -256,7 +256,7 @@ def show(told: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, simulate and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("--step-s", type=float, default=0.05, help="what a paced step takes; there are 50")
+    parser.add_argument("--step-s", type=float, default=0.05, help="what a simulated step takes; there are 50")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each throughput")
     parser.add_argument("--requests", type=int, default=30, help="for the overhead of one")
     parser.add_argument("--generators", type=int, default=1000, help="that are simulated")
@@ -265,15 +265,15 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="a folder for the plots")
     args = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    told: dict[str, Any] = {"machine": machine, "step_s": args.step_s, "steps": STEPS}
+    report: dict[str, Any] = {"machine": machine, "step_s": args.step_s, "steps": STEPS}
     if not args.simulate_only:
-        told |= measure(args.step_s, args.seconds, args.requests)
-    told["simulation"] = simulate(args.generators)
-    told["saturation_pictures_per_s"] = saturation(told["simulation"]["pictures_per_s"], told)
-    show(told)
+        report |= measure(args.step_s, args.seconds, args.requests)
+    report["simulation"] = simulate(args.generators)
+    report["saturation_pictures_per_s"] = saturation(report["simulation"]["pictures_per_s"], report)
+    show(report)
     if args.plots is not None:
-        plots.plot_scaling(told, args.plots)
-    line = json.dumps(told)
+        plots.plot_scaling(report, args.plots)
+    line = json.dumps(report)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(line + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Spread:
+class Summary:
     """The median of some measurements, with the smallest and the largest."""
 
     median: float
@@ -16,7 +16,7 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
+    def of(cls, values: Sequence[float]) -> "Summary":
         """Of at least one."""
         return cls(statistics.median(values), min(values), max(values), len(values))
 

@@ -176,15 +176,15 @@ def main() -> None:
         model.generate(runs[1])
         about = {"benchmark": "trace", "card": card, "weights": source.name, "side": side}
         result = Result(about | {"performance": str(model.performance)}, args.so_far)
-        told = measure_waits(model, runs[2])
-        result.keep(told | {"steps": []})
-        told["steps"] = measure_steps(model, runs[3])
+        report = measure_waits(model, runs[2])
+        result.keep(report | {"steps": []})
+        report["steps"] = measure_steps(model, runs[3])
     console = Console(width=120, file=sys.stdout)
-    for step in told["steps"]:
+    for step in report["steps"]:
         console.print(table_of(step))
     is_gpu = source.torch_device.type == "cuda"
-    console.print("waits inside the loop:", told["waits"] or ("none" if is_gpu else "not on a CPU"), highlight=False)
-    result.tell(told)
+    console.print("waits inside the loop:", report["waits"] or ("none" if is_gpu else "not on a CPU"), highlight=False)
+    result.tell(report)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from demo_model.scenes import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     POSITIONS,
     RADII,
     RELATIONS,
@@ -23,9 +23,9 @@ from demo_model.scenes import (
 )
 
 FOREGROUND_DISTANCE = 55.0
-"""A pixel belongs to a thing if its colour is at least this far from the background's (Euclidean, 0..255)."""
-COLOUR_TOLERANCE = 60.0
-"""The farthest a colour may lie from the one it is taken for."""
+"""A pixel belongs to a thing if its color is at least this far from the background's (Euclidean, 0..255)."""
+COLOR_TOLERANCE = 60.0
+"""The farthest a color may lie from the one it is taken for."""
 MIN_AREA = 0.006
 """Smaller specks, as a share of the picture, are no things."""
 MIN_OVERLAP = 0.75
@@ -36,10 +36,10 @@ POSITION_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing as it was found; ``centre`` is its offset from the picture's centre, (x, y)."""
+    """One thing as it was found; ``center`` is its offset from the picture's center, (x, y)."""
 
     thing: Thing
-    centre: tuple[float, float]
+    center: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_picture(picture: torch.Tensor) -> Reading:
     backdrop = border.median(dim=1).values
     mask = (picture - backdrop.view(3, 1, 1)).square().sum(0).sqrt() > FOREGROUND_DISTANCE
     seen = [read_thing(picture, component) for component in components(mask)]
-    return Reading(nearest_colour(backdrop, BACKGROUNDS), tuple(seen))
+    return Reading(nearest_color(backdrop, BACKGROUNDS), tuple(seen))
 
 
 def components(mask: torch.Tensor) -> list[torch.Tensor]:
@@ -70,21 +70,21 @@ def components(mask: torch.Tensor) -> list[torch.Tensor]:
 
 def read_thing(picture: torch.Tensor, area: torch.Tensor) -> Seen:
     """Colour, shape, size and place of the thing that covers ``area``."""
-    colour = nearest_colour(picture[:, area].median(dim=1).values, COLOURS)
-    shape, radius, centre = fit_shape(area)
+    color = nearest_color(picture[:, area].median(dim=1).values, COLORS)
+    shape, radius, center = fit_shape(area)
     size = min(RADII, key=lambda name: abs(RADII[name] - radius))
-    return Seen(Thing(size, colour, shape), centre)
+    return Seen(Thing(size, color, shape), center)
 
 
-def nearest_colour(found: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> str:
-    """The palette's nearest name for a colour, or ``unknown``."""
+def nearest_color(found: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> str:
+    """The palette's nearest name for a color, or ``unknown``."""
     distances = {name: (found - torch.tensor(rgb)).norm().item() for name, rgb in palette.items()}
     best = min(distances, key=distances.__getitem__)
-    return best if distances[best] <= COLOUR_TOLERANCE else "unknown"
+    return best if distances[best] <= COLOR_TOLERANCE else "unknown"
 
 
 def fit_shape(area: torch.Tensor) -> tuple[str, float, tuple[float, float]]:
-    """The shape whose ideal form, fitted to the bounding box of ``area``, overlaps it best; its radius and centre."""
+    """The shape whose ideal form, fitted to the bounding box of ``area``, overlaps it best; its radius and center."""
     height, width = area.shape
     unit = min(height, width)
     rows, columns = area.any(1).nonzero().flatten(), area.any(0).nonzero().flatten()
@@ -95,16 +95,16 @@ def fit_shape(area: torch.Tensor) -> tuple[str, float, tuple[float, float]]:
     for index, shape in enumerate(SHAPES):
         box_width, box_height, offset_y = SHAPE_BOXES[shape]
         radius = ((right - left) / box_width + (bottom - top) / box_height) / 2 / unit
-        centre = (middle_x / unit, middle_y / unit - offset_y * radius)
-        ideal = shape_masks(centre, radius, height, width)[index] > 0.5
+        center = (middle_x / unit, middle_y / unit - offset_y * radius)
+        ideal = shape_masks(center, radius, height, width)[index] > 0.5
         overlap = ((ideal & area).sum() / (ideal | area).sum()).item()
         if overlap > best_overlap:
-            best, best_overlap = (shape, radius, centre), overlap
+            best, best_overlap = (shape, radius, center), overlap
     return best
 
 
 def _shape_boxes() -> dict[str, tuple[float, float, float]]:
-    """For each shape of radius 1: width and height of its bounding box, and the height of the box's centre."""
+    """For each shape of radius 1: width and height of its bounding box, and the height of the box's center."""
     side = torch.linspace(-1.3, 1.3, 1301)
     y, x = torch.meshgrid(side, side, indexing="ij")
     boxes = {}
@@ -130,10 +130,10 @@ def mistakes(scene: Scene, reading: Reading) -> list[str]:
     pairs = list(zip(scene.things, in_order(scene, reading), strict=True))
     found += [
         attribute
-        for attribute in ("colour", "shape", "size")
+        for attribute in ("color", "shape", "size")
         if any(getattr(want, attribute) != getattr(have.thing, attribute) for want, have in pairs)
     ]
-    if not is_in_place(scene, [have.centre for _, have in pairs]):
+    if not is_in_place(scene, [have.center for _, have in pairs]):
         found.append("position")
     return found
 
@@ -148,18 +148,18 @@ def in_order(scene: Scene, reading: Reading) -> list[Seen]:
         return sum(
             getattr(want, attribute) == getattr(have.thing, attribute)
             for want, have in zip(scene.things, order, strict=True)
-            for attribute in ("colour", "shape", "size")
+            for attribute in ("color", "shape", "size")
         )
 
     return max((seen, seen[::-1]), key=likeness)
 
 
-def is_in_place(scene: Scene, centres: list[tuple[float, float]]) -> bool:
+def is_in_place(scene: Scene, centers: list[tuple[float, float]]) -> bool:
     """Whether one thing is at its position, or the first of two lies as the relation says."""
-    if len(centres) == 1:
-        (x, y), (want_x, want_y) = centres[0], POSITIONS[scene.place]
+    if len(centers) == 1:
+        (x, y), (want_x, want_y) = centers[0], POSITIONS[scene.place]
         return abs(x - want_x) <= POSITION_TOLERANCE and abs(y - want_y) <= POSITION_TOLERANCE
-    (x, y), (other_x, other_y) = centres
+    (x, y), (other_x, other_y) = centers
     along_x, along_y = RELATIONS[scene.place]
     along = (x - other_x) * along_x + (y - other_y) * along_y
     across = abs((x - other_x) * along_y) + abs((y - other_y) * along_x)

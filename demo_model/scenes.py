@@ -1,4 +1,4 @@
-"""The world of the demo model: scenes of one or two coloured shapes, their prompts, and how they are drawn.
+"""The world of the demo model: scenes of one or two colored shapes, their prompts, and how they are drawn.
 
 Knows nothing about models. A ``Scene`` is what a prompt says; ``Layout`` adds what it leaves open (exact places and
 sizes); ``draw`` turns layouts into pictures. All lengths are fractions of the picture's shorter side, y points down.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (245, 130, 30),
     "yellow": (250, 215, 50),
@@ -40,7 +40,7 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "in the bottom left corner": (-0.25, 0.25),
     "in the bottom right corner": (0.25, 0.25),
 }
-"""Offset of an object's centre from the picture's centre, (x, y)."""
+"""Offset of an object's center from the picture's center, (x, y)."""
 RELATIONS: dict[str, tuple[float, float]] = {
     "above": (0.0, -1.0),
     "below": (0.0, 1.0),
@@ -49,7 +49,7 @@ RELATIONS: dict[str, tuple[float, float]] = {
 }
 """Direction from the second object to the first, (x, y)."""
 PAIR_OFFSET = 0.245
-CENTRE_JITTER = 0.03
+CENTER_JITTER = 0.03
 CROSS_ARM = 0.34
 HELD_OUT_SHARE = 0.1
 
@@ -59,11 +59,11 @@ class Thing:
     """One object of a scene: ``a small red circle``."""
 
     size: str
-    colour: str
+    color: str
     shape: str
 
     def __str__(self) -> str:
-        return f"{self.size} {self.colour} {self.shape}"
+        return f"{self.size} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Scene:
 
 
 def random_scene(rng: random.Random, num_things: int) -> Scene:
-    """A scene drawn uniformly; the two things of a pair differ in colour."""
-    colours = rng.sample(list(COLOURS), num_things)
-    things = tuple(Thing(rng.choice(list(RADII)), colour, rng.choice(SHAPES)) for colour in colours)
+    """A scene drawn uniformly; the two things of a pair differ in color."""
+    colors = rng.sample(list(COLORS), num_things)
+    things = tuple(Thing(rng.choice(list(RADII)), color, rng.choice(SHAPES)) for color in colors)
     places = POSITIONS if num_things == 1 else RELATIONS
     return Scene(things, rng.choice(list(places)), rng.choice(list(BACKGROUNDS)))
 
@@ -110,9 +110,9 @@ def scenes(rng: random.Random, count: int, num_things: int, *, held_out: bool) -
 
 @dataclass(frozen=True)
 class Layout:
-    """What a prompt leaves open: for each thing its centre (x, y) from the picture's centre, and its radius."""
+    """What a prompt leaves open: for each thing its center (x, y) from the picture's center, and its radius."""
 
-    centres: tuple[tuple[float, float], ...]
+    centers: tuple[tuple[float, float], ...]
     radii: tuple[float, ...]
 
 
@@ -123,10 +123,10 @@ def random_layout(scene: Scene, rng: random.Random) -> Layout:
     else:
         dx, dy = (PAIR_OFFSET * part for part in RELATIONS[scene.place])
         anchors = [(dx, dy), (-dx, -dy)]
-    jitter = CENTRE_JITTER
-    centres = tuple((x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)) for x, y in anchors)
+    jitter = CENTER_JITTER
+    centers = tuple((x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)) for x, y in anchors)
     radii = tuple(RADII[t.size] * (1 + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER)) for t in scene.things)
-    return Layout(centres, radii)
+    return Layout(centers, radii)
 
 
 def signed_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -144,31 +144,31 @@ def signed_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack([circle, square, triangle, diamond, cross])
 
 
-def shape_masks(centre: tuple[float, float], radius: float, height: int, width: int) -> torch.Tensor:
+def shape_masks(center: tuple[float, float], radius: float, height: int, width: int) -> torch.Tensor:
     """Coverage in 0..1 of each of ``SHAPES`` at a place, ``[len(SHAPES), height, width]``, anti-aliased."""
     unit = min(height, width)
     rows = (torch.arange(height) + 0.5 - height / 2) / unit
     columns = (torch.arange(width) + 0.5 - width / 2) / unit
-    y, x = torch.meshgrid((rows - centre[1]) / radius, (columns - centre[0]) / radius, indexing="ij")
+    y, x = torch.meshgrid((rows - center[1]) / radius, (columns - center[0]) / radius, indexing="ij")
     return (0.5 - signed_distances(x, y) * radius * unit).clamp(0, 1)
 
 
 def draw(scene: Scene, layout: Layout, height: int, width: int) -> torch.Tensor:
     """The picture, float32 ``[3, height, width]`` in -1..1."""
-    objects = [COLOURS[thing.colour] for thing in scene.things]
+    objects = [COLORS[thing.color] for thing in scene.things]
     masks = [
-        shape_masks(centre, radius, height, width)[SHAPES.index(thing.shape)]
-        for thing, centre, radius in zip(scene.things, layout.centres, layout.radii, strict=True)
+        shape_masks(center, radius, height, width)[SHAPES.index(thing.shape)]
+        for thing, center, radius in zip(scene.things, layout.centers, layout.radii, strict=True)
     ]
     return paint(BACKGROUNDS[scene.background], objects, masks)
 
 
 def paint(
-    background: tuple[int, int, int], colours: Sequence[tuple[int, int, int]], masks: Sequence[torch.Tensor]
+    background: tuple[int, int, int], colors: Sequence[tuple[int, int, int]], masks: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Fill a background and lay each colour over it where its mask is, float32 ``[3, height, width]`` in -1..1."""
+    """Fill a background and lay each color over it where its mask is, float32 ``[3, height, width]`` in -1..1."""
     height, width = masks[0].shape
     picture = torch.tensor(background, dtype=torch.float32).view(3, 1, 1).expand(3, height, width)
-    for colour, mask in zip(colours, masks, strict=True):
-        picture = torch.lerp(picture, torch.tensor(colour, dtype=torch.float32).view(3, 1, 1), mask)
+    for color, mask in zip(colors, masks, strict=True):
+        picture = torch.lerp(picture, torch.tensor(color, dtype=torch.float32).view(3, 1, 1), mask)
     return picture / 127.5 - 1

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
-from generator_service.api.resolve import Resolver, open_shelf
+from generator_service.api.resolve import Resolver, open_registry
 from generator_service.api.state import GeneratorState
 from generator_service.encoder_client import EncoderClient
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
@@ -77,8 +77,8 @@ def app_around(
         warn_of_strangers(settings)
         async with open_studio(app) as studio, ThreadPool("requests") as requests, ThreadPool("responses") as responses:
             engine = studio.engine
-            shelf = await asyncio.to_thread(open_shelf, settings, engine.card)
-            resolver = Resolver(settings, engine.card, shelf, studio.embedding_shape, engine.latencies)
+            registry = await asyncio.to_thread(open_registry, settings, engine.card)
+            resolver = Resolver(settings, engine.card, registry, studio.embedding_shape, engine.latencies)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
             app.state.generator = GeneratorState(settings, engine, resolver, jobs, requests, responses)
             app.state.health.start_serving(studio.ready, engine.close)

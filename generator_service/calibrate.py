@@ -38,7 +38,7 @@ TOO_LARGE = "the runs and a batch do not fit into the device's memory together: 
 
 
 @dataclass(frozen=True)
-class Samples:
+class CalibrationSet:
     """What is calibrated on: every prompt with every seed."""
 
     prompts: tuple[str, ...]
@@ -76,7 +76,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return prompts
 
 
-def device_or_folder(name: str) -> torch.device | Path:
+def resolve_storage(name: str) -> torch.device | Path:
     """What keeps the runs: a device with its index, or a folder.
 
     Raises:
@@ -90,32 +90,32 @@ def device_or_folder(name: str) -> torch.device | Path:
         raise InvalidRequest(f"{error}, or to a folder") from None
 
 
-def where_to_keep(num_bytes: int, device: torch.device) -> torch.device:
+def choose_storage(num_bytes: int, device: torch.device) -> torch.device:
     """What keeps so many bytes of runs: the GPU ``device``, or the CPU if they would take half of its free memory."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return device if 2 * num_bytes <= free else parts.CPU
 
 
-class Recording:
+class CalibrationRun:
     """A model and the runs of it that are calibrated on.
 
     Args:
         settings: which model, where and in what dtype.
         samples: what to run.
-        predictor: whose traces are kept.
-        keep: ``cpu`` spares the device's memory, a folder the host's too; None: see ``where_to_keep``.
+        predictor: whose features are kept.
+        storage: ``cpu`` spares the device's memory, a folder the host's too; None: see ``choose_storage``.
 
     Raises:
-        InvalidRequest: ``keep`` is neither a device nor a folder.
+        InvalidRequest: ``storage`` is neither a device nor a folder.
     """
 
     def __init__(
-        self, settings: GeneratorSettings, samples: Samples, predictor: Predictor, keep: str | None = None
+        self, settings: GeneratorSettings, samples: CalibrationSet, predictor: Predictor, storage: str | None = None
     ) -> None:
         self._samples = samples
         self._predictor = predictor
-        self._keep = None if keep is None else device_or_folder(keep)
+        self._storage = None if storage is None else resolve_storage(storage)
         device, dtype = settings.torch_device(), settings.torch_dtype()
         folder = find_model(settings.model, settings.revision, (*parts.PARTS, *prompt.PARTS))
         self._embeddings = prompt.embed_prompts(folder, samples.prompts, device, dtype)
@@ -141,30 +141,30 @@ class Recording:
 
     def calibration(self, batch_size: int) -> Calibration:
         """Run every sample."""
-        keep, device = self._keep, self._model.device
-        if keep is None and device.type == "cuda":
+        storage, device = self._storage, self._model.device
+        if storage is None and device.type == "cuda":
             _, num_bytes = self._one_run
-            keep = where_to_keep(num_bytes * self._samples.count, device)
-        runs = [self._run(e, seed, keep) for e in self._embeddings for seed in range(self._samples.num_seeds)]
+            storage = choose_storage(num_bytes * self._samples.count, device)
+        runs = [self._run(e, seed, storage) for e in self._embeddings for seed in range(self._samples.num_seeds)]
         return self._model.calibration(runs, self._predictor, batch_size)
 
     @cached_property
     def _one_run(self) -> tuple[float, int]:
         """The seconds and the bytes of one."""
         began = time.perf_counter()
-        run = self._run(self._embeddings[0], 0, self._keep)
-        return time.perf_counter() - began, run.traces.nbytes + run.latents.nbytes
+        run = self._run(self._embeddings[0], 0, self._storage)
+        return time.perf_counter() - began, run.features.nbytes + run.latents.nbytes
 
-    def _run(self, embedding: torch.Tensor, seed: int, keep: torch.device | Path | None) -> Trajectory:
+    def _run(self, embedding: torch.Tensor, seed: int, storage: torch.device | Path | None) -> Trajectory:
         size = self._samples
         params = Params(
             embedding, size.width, size.height, size.guidance_scale, seed, schedule_for("none", size.num_steps)
         )
-        return run_within_memory(lambda: self._model.record(params, self._predictor.trace, keep), TOO_LARGE)
+        return run_within_memory(lambda: self._model.record(params, self._predictor.feature, storage), TOO_LARGE)
 
 
 def calibrate(
-    recording: Recording,
+    run: CalibrationRun,
     output: Path,
     *,
     max_skip: int,
@@ -179,9 +179,9 @@ def calibrate(
         OutOfMemory: the runs and a batch do not fit into memory together.
     """
     checkpoint = output.with_name(f"{output.name}.unfinished")
-    calibration = recording.calibration(batch_size)
+    calibration = run.calibration(batch_size)
     graph = run_within_memory(
-        lambda: calibration.measure(recording.signature, max_skip, checkpoint, on_progress, is_exact=is_exact),
+        lambda: calibration.measure(run.signature, max_skip, checkpoint, on_progress, is_exact=is_exact),
         TOO_LARGE,
     )
     graph.save(output)
@@ -196,9 +196,9 @@ def plan_all(graph: ErrorGraph) -> list[Schedule]:
 
 
 def refine_all(
-    recording: Recording, graphs: Sequence[ErrorGraph], budgets: Sequence[int], batch_size: int, max_rounds: int
+    run: CalibrationRun, graphs: Sequence[ErrorGraph], budgets: Sequence[int], batch_size: int, max_rounds: int
 ) -> Iterator[Schedule]:
-    """For each budget the best schedule that any of the graphs can plan, refined on whole runs of ``recording``.
+    """For each budget the best schedule that any of the graphs can plan, refined on whole runs of ``run``.
 
     Once upwards, each budget starting from the plans and from the one below with a step more; then downwards, from the
     one above with a step less. So a schedule that is better than what was yielded for its budget may follow.
@@ -209,11 +209,11 @@ def refine_all(
         OutOfMemory: the runs and a batch do not fit into memory together.
     """
     for graph in graphs:
-        difference = graph.signature.difference(recording.signature) if graph.signature else "made for unknown runs"
+        difference = graph.signature.mismatch(run.signature) if graph.signature else "made for unknown runs"
         if difference is not None:
             raise CalibrationMismatch(f"a graph was {difference}")
     planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in sorted(budgets)}
-    measure = errors_within_memory(recording, batch_size)
+    measure = errors_within_memory(run, batch_size)
     found: dict[int, Schedule] = {}
     for budget, plans in planned.items():
         if budget - 1 in found:
@@ -233,9 +233,9 @@ def refine_all(
             yield other
 
 
-def errors_within_memory(recording: Recording, batch_size: int) -> Callable[[Schedule], Sequence[float]]:
-    """What measures a schedule's error on each sample of ``recording``; it may raise ``OutOfMemory``."""
-    calibration = recording.calibration(batch_size)
+def errors_within_memory(run: CalibrationRun, batch_size: int) -> Callable[[Schedule], Sequence[float]]:
+    """What measures a schedule's error on each sample of ``run``; it may raise ``OutOfMemory``."""
+    calibration = run.calibration(batch_size)
     return lambda schedule: run_within_memory(lambda: calibration.errors_of_schedule(schedule), TOO_LARGE)
 
 

@@ -16,7 +16,7 @@ from generator_service import schedules_cli, weights
 from generator_service.client import stream_generate
 from generator_service.doctor.cli import doctor
 from generator_service.imaging import ImageFormat, NoProvenance, Provenance, read_provenance
-from generator_service.terminal import one_line_errors, parse_size, step_strip
+from generator_service.terminal import one_line_errors, parse_size, step_timeline
 from shared.compile_cache import replace_unwritable_caches
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -123,7 +123,7 @@ def write_file(file: Path, data: bytes) -> None:
 def draw_remote(url: str, body: dict[str, Any], token: str | None) -> tuple[bytes, str]:
     """Ask a running generator."""
     with err.status("drawing") as status:
-        answer = stream_generate(url, body, StepStrip(status).on_step, token)
+        answer = stream_generate(url, body, StepTimeline(status).on_step, token)
     headers = answer.headers
     told = f"{headers['x-steps-computed']} of {headers['x-steps-total']} steps computed, {headers['x-schedule']}"
     return answer.data, f"{told}, {float(headers['x-denoise-ms']) / 1000:.2f} s"
@@ -136,21 +136,21 @@ def draw_local(body: dict[str, Any]) -> tuple[bytes, str]:
         from generator_service.local import generate  # noqa: PLC0415 - torch takes seconds to import
         from generator_service.settings import GeneratorSettings  # noqa: PLC0415
 
-        strip = StepStrip(status)
-        result = generate(body, GeneratorSettings(), strip.on_step)
+        timeline = StepTimeline(status)
+        result = generate(body, GeneratorSettings(), timeline.on_step)
     schedule = result.params.schedule
     told = f"{schedule.num_computed} of {schedule.num_steps} steps computed, {schedule}"
     return result.data, f"{told}, {result.denoise_s:.2f} s"
 
 
-class StepStrip:
-    """A growing strip of steps: computed ones are blocks, reused ones dots."""
+class StepTimeline:
+    """A growing timeline of steps: computed ones are blocks, reused ones dots."""
 
     def __init__(self, status: Status) -> None:
         self._status = status
-        self._strip = Text()
+        self._timeline = Text()
 
     def on_step(self, _step: int, is_computed: bool) -> None:
         """Add one step."""
-        self._strip.append(step_strip([is_computed]))
-        self._status.update(self._strip)
+        self._timeline.append(step_timeline([is_computed]))
+        self._status.update(self._timeline)

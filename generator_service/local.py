@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from generator_service.api.resolve import Resolver, open_shelf
+from generator_service.api.resolve import Resolver, open_registry
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.provenance import provenance
@@ -43,7 +43,7 @@ def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.S
     (embeddings,) = prompt.embed_prompts(folder, [valid.prompt], device, dtype)
     model = flux2.Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras)
     shape = (embeddings.shape[1], embeddings.shape[2])
-    resolver = Resolver(settings, model.card, open_shelf(settings, model.card), shape, LatencyModel())
+    resolver = Resolver(settings, model.card, open_registry(settings, model.card), shape, LatencyModel())
     request = resolver.resolve(valid, is_followed=False)
     params = replace(request.params, prompt_embeds=embeddings)
     image = model.generate(params, on_step)

@@ -22,7 +22,7 @@ from generator_service.lemica import (
     load_schedules,
     save_schedules,
 )
-from generator_service.terminal import one_line_errors, parse_size, step_strip
+from generator_service.terminal import one_line_errors, parse_size, step_timeline
 
 schedules = typer.Typer(no_args_is_help=True, help="List, show and plan calibrated schedules.")
 out = Console()
@@ -61,9 +61,9 @@ def calibrate(
         from generator_service.settings import GeneratorSettings  # noqa: PLC0415
 
         settings = GeneratorSettings(model=model) if model else GeneratorSettings()
-        samples = work.Samples(work.read_prompts(prompts), seeds, *parse_size(size), steps, guidance)
-        recording = work.Recording(settings, samples, PREDICTORS[predictor], keep)
-        told = recording.estimate(max_skip, is_exact=not approximate)
+        samples = work.CalibrationSet(work.read_prompts(prompts), seeds, *parse_size(size), steps, guidance)
+        run = work.CalibrationRun(settings, samples, PREDICTORS[predictor], keep)
+        told = run.estimate(max_skip, is_exact=not approximate)
         duration = datetime.timedelta(seconds=round(told.seconds))
         out.print(f"{samples.count} samples, {told.forwards} transformer steps: at most {duration} here")
         if estimate:
@@ -72,14 +72,14 @@ def calibrate(
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("edges")
             work.calibrate(
-                recording,
+                run,
                 output,
                 max_skip=max_skip,
                 batch_size=batch,
                 is_exact=not approximate,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
-        out.print(f"[bold]{output}[/bold]  {recording.signature}", highlight=False)
+        out.print(f"[bold]{output}[/bold]  {run.signature}", highlight=False)
 
 
 @schedules.command("list")
@@ -104,8 +104,8 @@ def show(file: Annotated[Path, typer.Argument(help="A file of schedules.")]) -> 
     """Draw the steps of every schedule in a file: blocks are computed, dots are predicted."""
     with one_line_errors():
         for schedule in load_schedules(file):
-            strip = step_strip(schedule.is_computed(step) for step in range(schedule.num_steps))
-            out.print(Text(f"{schedule.num_computed:>3} "), strip, f" {schedule.name}", sep="")
+            timeline = step_timeline(schedule.is_computed(step) for step in range(schedule.num_steps))
+            out.print(Text(f"{schedule.num_computed:>3} "), timeline, f" {schedule.name}", sep="")
 
 
 @schedules.command()
@@ -131,8 +131,10 @@ def plan(
                 raise NoSuchPath("--name needs --budget or --max-error")
             found = [Schedule(**{**vars(found[0]), "name": name})]
         for schedule in found:
-            strip = step_strip(schedule.is_computed(step) for step in range(schedule.num_steps))
-            out.print(Text(f"{schedule.num_computed:>3} "), strip, f" largest error {schedule.max_error:.3g}", sep="")
+            timeline = step_timeline(schedule.is_computed(step) for step in range(schedule.num_steps))
+            out.print(
+                Text(f"{schedule.num_computed:>3} "), timeline, f" largest error {schedule.max_error:.3g}", sep=""
+            )
         if output is not None:
             save_schedules(found, output)
 
@@ -157,17 +159,17 @@ def refine_schedules(
         loaded = [ErrorGraph.load(graph) for graph in graphs]
         guidance = loaded[0].signature.guidance_scale if loaded[0].signature else None
         settings = GeneratorSettings(model=model) if model else GeneratorSettings()
-        samples = work.Samples(
+        samples = work.CalibrationSet(
             work.read_prompts(prompts), seeds, *parse_size(size), loaded[0].num_steps, guidance or DEFAULT_GUIDANCE
         )
-        recording = work.Recording(settings, samples, PREDICTORS["reuse"])
+        run = work.CalibrationRun(settings, samples, PREDICTORS["reuse"])
         found: dict[int, Schedule] = {}
-        for schedule in work.refine_all(recording, loaded, budget or DEFAULT_BUDGETS, batch, rounds):
+        for schedule in work.refine_all(run, loaded, budget or DEFAULT_BUDGETS, batch, rounds):
             found[schedule.num_computed] = schedule
             save_schedules(list(found.values()), output)
             told = f" {schedule.predictor.name}, error {schedule.evidence['error']:.3g}"
-            strip = step_strip(schedule.is_computed(step) for step in range(schedule.num_steps))
-            out.print(Text(f"{schedule.num_computed:>3} "), strip, told, sep="")
+            timeline = step_timeline(schedule.is_computed(step) for step in range(schedule.num_steps))
+            out.print(Text(f"{schedule.num_computed:>3} "), timeline, told, sep="")
 
 
 def plan_one(graph: ErrorGraph, budget: int | None, max_error: float | None) -> list[Schedule]:

@@ -36,6 +36,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def step_strip(steps: Iterable[bool]) -> Text:
+def step_timeline(steps: Iterable[bool]) -> Text:
     """Computed steps as blocks, predicted ones as dots."""
     return Text.assemble(*(("█", "green") if is_computed else ("·", "dim") for is_computed in steps))

@@ -53,7 +53,7 @@ def is_writable(folder: Path) -> bool:
     return True
 
 
-def warn_of_unwritable_caches() -> None:
+def warn_if_caches_unwritable() -> None:
     """A line in the log for each of them: called where something is about to be compiled."""
     for folder in unwritable_caches():
         logger.warning("%s cannot be written to: %s", folder, CONSEQUENCE)

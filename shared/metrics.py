@@ -34,7 +34,7 @@ class Metrics:
             registry=self.registry,
             buckets=SSIM_BUCKETS,
         )
-        self.pictures = Histogram(
+        self.images = Histogram(
             "flux2_picture_seconds",
             "Drawing and decoding of one picture",
             ["mode"],

@@ -235,7 +235,7 @@ def test_calibrations_run_there(predictor: str, keep: str, tmp_path: Path, demo:
     for model in (on_gpu(), demo):
         chosen = PREDICTORS[predictor]
         where = {"gpu": None, "host": CPU, "files": tmp_path}[keep]
-        runs = [model.record(wanted(num_steps=5, seed=seed), chosen.trace, where) for seed in (0, 1)]
+        runs = [model.record(wanted(num_steps=5, seed=seed), chosen.feature, where) for seed in (0, 1)]
         calibration = model.calibration(runs, chosen)
         signature = wanted(num_steps=5).schedule.signature
         graphs = [calibration.measure(signature, 3, is_exact=is_exact) for is_exact in (True, False)]

@@ -85,7 +85,7 @@ def load_encoder(
     encoder = MistralEncoder(folder, prompt_format, device, dtype, settings.weights, read)
     if settings.profile() == "fast":
         with alone_on_gpu(device, report):
-            encoder.speed_up(settings.max_batch, report=report)
+            encoder.compile(settings.max_batch, report=report)
     info = EncoderInfo(
         model=folder.name,
         revision=folder.revision,

@@ -27,9 +27,9 @@ from shared.model_folder import ModelFolder, PromptFormat
 from shared.report import Report, ignore
 from shared.tokenizer import load_tokenizer
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
-from text_encoder_service.quantisation import quantize
+from text_encoder_service.quantization import quantize
 from text_encoder_service.settings import Weights
-from text_encoder_service.shapes import Shapes
+from text_encoder_service.shapes import ShapeBuckets
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
 """A Mistral 3 checkpoint's names for its language model, old and new, to that model's own names."""
@@ -64,7 +64,7 @@ class _FirstLayers(MistralModel):
 class MistralEncoder:
     """Encodes batches of prompts as ``Flux2Pipeline.encode_prompt`` does with the whole text encoder.
 
-    Bit for bit; after ``speed_up`` up to rounding, with quantised ``weights`` nearly.
+    Bit for bit; after ``compile`` up to rounding, with quantised ``weights`` nearly.
 
     Args:
         folder: a checked model.
@@ -118,7 +118,7 @@ class MistralEncoder:
         return cast("MistralModel", self._model)
 
     @torch.inference_mode()
-    def speed_up(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:
+    def compile(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
 
         Attention kernels that give NaN for padding here, but did not before, are ruled out.
@@ -133,13 +133,13 @@ class MistralEncoder:
         """
         wanted, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
         prompts = ["circle " * (length * share // 8) for share in (0, 1, 3, 5, 8)]
-        probes = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
-        shapes = Shapes.up_to(max_batch, length)
+        check_inputs = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
+        shapes = ShapeBuckets.up_to(max_batch, length)
         use_device(self._device)
 
         def fast() -> Forward:
             return run_within_memory(
-                lambda: fast_forward(self._model, wanted, shapes, self._exact, probes, backend, report),
+                lambda: fast_forward(self._model, wanted, shapes, self._exact, check_inputs, backend, report),
                 f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
             )
 
@@ -173,7 +173,7 @@ class MistralEncoder:
         refusal = f"{what} does not fit into the device's memory now"
         try:
             return run_within_memory(
-                lambda: on_cpu(self._forward(tokens).flatten(2)), refusal, num_attempts=1 if num_prompts > 1 else 2
+                lambda: to_pinned(self._forward(tokens).flatten(2)), refusal, num_attempts=1 if num_prompts > 1 else 2
             )
         except OutOfMemory:
             if num_prompts == 1:
@@ -218,7 +218,7 @@ def run_library(model: Any, hidden_layers: Sequence[int], tokens: Tokens) -> tor
     return torch.stack([states[number] for number in hidden_layers], dim=2)
 
 
-def on_cpu(batch: torch.Tensor) -> list[torch.Tensor]:
+def to_pinned(batch: torch.Tensor) -> list[torch.Tensor]:
     """Each row of ``batch`` ``[B, L, D]`` as ``[1, L, D]`` in memory of its own.
 
     Pinned memory lets a GPU copy at the speed of its bus. All rows are under way before the one wait; making the next

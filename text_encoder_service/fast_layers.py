@@ -27,9 +27,9 @@ from shared.compilation import (
     log_failure,
     restore_parts,
 )
-from shared.compile_cache import warn_of_unwritable_caches
+from shared.compile_cache import warn_if_caches_unwritable
 from shared.report import Report, ignore
-from text_encoder_service.shapes import Shapes
+from text_encoder_service.shapes import ShapeBuckets
 
 logger = logging.getLogger("flux2")
 
@@ -76,7 +76,7 @@ class FastLayers:
     """
 
     def __init__(
-        self, model: Any, hidden_layers: Sequence[int], shapes: Shapes, padding: torch.Tensor | None = None
+        self, model: Any, hidden_layers: Sequence[int], shapes: ShapeBuckets, padding: torch.Tensor | None = None
     ) -> None:
         self._model = model
         self._hidden_layers = hidden_layers
@@ -86,7 +86,7 @@ class FastLayers:
     def __call__(self, tokens: Tokens) -> torch.Tensor:
         """Run one batch; what was not compiled runs uncompiled."""
         num_prompts = len(tokens.ids)
-        batch, length = self.shapes.fitting(num_prompts, tokens.longest)
+        batch, length = self.shapes.bucket_for(num_prompts, tokens.longest)
         ids, mask = (_grown(rows[:, -length:], batch) for rows in (tokens.ids, tokens.mask))
         with compiling_nothing_new():
             states = self._run(ids, mask)[:num_prompts]
@@ -139,9 +139,9 @@ class FastLayers:
 def fast_forward(
     model: Any,
     hidden_layers: Sequence[int],
-    shapes: Shapes,
+    shapes: ShapeBuckets,
     exact: Forward,
-    probes: Sequence[Tokens],
+    check_inputs: Sequence[Tokens],
     backend: Backend = "inductor",
     report: Report = ignore,
 ) -> Forward:
@@ -152,25 +152,25 @@ def fast_forward(
         hidden_layers: see there.
         shapes: see there.
         exact: the library's forward pass.
-        probes: prompts to compare by; the first has padding.
+        check_inputs: prompts to compare by; the first has padding.
         backend: as ``torch.compile``'s.
         report: gets the progress.
 
     Raises:
         NonFiniteStates: one of them gives values that are not finite numbers; the layers are as they were.
     """
-    expected = [check_finite(exact(tokens)) for tokens in probes]
+    expected = [check_finite(exact(tokens)) for tokens in check_inputs]
     tolerance = TOLERANCES[expected[0].dtype]
     layers = FastLayers(model, hidden_layers, shapes, padding=expected[0][:1, :1])
-    worst = worst_difference(layers, probes, expected)
+    worst = worst_difference(layers, check_inputs, expected)
     if not worst <= tolerance:  # also NaN
         logger.warning("the text encoder trimmed is off by %.2g, more than rounding: prompts are padded", worst)
         layers = FastLayers(model, hidden_layers, shapes)
-    warn_of_unwritable_caches()
+    warn_if_caches_unwritable()
     if not _is_compiled(layers, backend, report):
         return exact
     try:
-        worst = worst_difference(layers, probes, expected)
+        worst = worst_difference(layers, check_inputs, expected)
     except NonFiniteStates:
         layers.restore()
         raise
@@ -193,13 +193,13 @@ def _is_compiled(layers: FastLayers, backend: Backend, report: Report) -> bool:
     return True
 
 
-def worst_difference(forward: Forward, probes: Sequence[Tokens], expected: Sequence[torch.Tensor]) -> float:
-    """The largest ``difference`` over ``probes``.
+def worst_difference(forward: Forward, check_inputs: Sequence[Tokens], expected: Sequence[torch.Tensor]) -> float:
+    """The largest ``difference`` over ``check_inputs``.
 
     Raises:
         NonFiniteStates: a value that ``forward`` gives is not a finite number.
     """
-    pairs = zip(probes, expected, strict=True)
+    pairs = zip(check_inputs, expected, strict=True)
     return float(torch.stack([difference(check_finite(forward(tokens)), states) for tokens, states in pairs]).max())
 
 

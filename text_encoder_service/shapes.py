@@ -16,7 +16,7 @@ With batches of 1, 2, 4 and 8 these are 16 shapes, far below ``shared.compilatio
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ShapeBuckets:
     """Batch sizes and lengths in tokens, both ascending; every pair of them is a shape."""
 
     batches: tuple[int, ...]
@@ -32,7 +32,7 @@ class Shapes:
         """The same batches, all of the full length."""
         return replace(self, lengths=self.lengths[-1:])
 
-    def fitting(self, num_prompts: int, num_tokens: int) -> tuple[int, int]:
+    def bucket_for(self, num_prompts: int, num_tokens: int) -> tuple[int, int]:
         """The smallest shape for so many prompts, the longest of so many tokens; a larger batch stays as it is."""
         batch = next((size for size in self.batches if size >= num_prompts), num_prompts)
         return batch, next(length for length in self.lengths if length >= num_tokens)

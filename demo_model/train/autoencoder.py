@@ -13,12 +13,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
-from demo_model.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, draw, paint, random_layout, random_scene, shape_masks
+from demo_model.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw, paint, random_layout, random_scene, shape_masks
 from demo_model.train.checkpoint import load_checkpoint, save_checkpoint
 
 KL_WEIGHT = 2e-4
 """Against the mean error per value: small enough for sharp edges, large enough for a smooth latent space."""
-RANDOM_COLOUR_SHARE = 0.3
+RANDOM_COLOR_SHARE = 0.3
 PICTURES_IN_POOL = 4096
 LATENT_CHANNELS = 8
 FIRST_LOG_VARIANCE = -4.0
@@ -58,11 +58,11 @@ def add_identity(conv: nn.Conv2d, kernel: torch.Tensor) -> None:
 def start_as_blur(model: AutoencoderKLFlux2) -> None:
     """Start the network near the identity on 8 x 8 averages, with little noise, instead of at random.
 
-    Normalisation hides a flat picture's colour from a deep random network: after 300 steps it had reached 14 dB,
-    from this start 23 dB. The trunk carries the three colours, their negatives (so that SiLU loses nothing) and a
+    Normalisation hides a flat picture's color from a deep random network: after 300 steps it had reached 14 dB,
+    from this start 23 dB. The trunk carries the three colors, their negatives (so that SiLU loses nothing) and a
     constant pair that pins the scale of the norms; residual branches start small.
     """
-    centre = functional.pad(torch.ones(1, 1), (1, 1, 1, 1))
+    center = functional.pad(torch.ones(1, 1), (1, 1, 1, 1))
     for module in model.modules():
         if isinstance(module, ResnetBlock2D):
             module.conv2.weight.mul_(0.1)
@@ -72,16 +72,16 @@ def start_as_blur(model: AutoencoderKLFlux2) -> None:
         elif isinstance(module, Downsample2D):
             add_identity(module.conv, torch.full((3, 3), 1 / 9))
         elif isinstance(module, Upsample2D):
-            add_identity(module.conv, centre)
+            add_identity(module.conv, center)
     for half in (model.encoder, model.decoder):
         half.conv_in.weight[:8].mul_(0.1)
         half.conv_in.bias[:8] = torch.tensor([0.0, 0, 0, 0, 0, 0, 1, -1])
         half.conv_out.weight[:3].mul_(0.1)
         for channel in range(3):
-            half.conv_in.weight[channel, channel] += centre
-            half.conv_in.weight[channel + 3, channel] -= centre
-            half.conv_out.weight[channel, channel] += centre
-            half.conv_out.weight[channel, channel + 3] -= centre
+            half.conv_in.weight[channel, channel] += center
+            half.conv_in.weight[channel + 3, channel] -= center
+            half.conv_out.weight[channel, channel] += center
+            half.conv_out.weight[channel, channel + 3] -= center
     add_identity(model.quant_conv, torch.ones(1, 1))
     add_identity(model.post_quant_conv, torch.ones(1, 1))
     model.quant_conv.weight[LATENT_CHANNELS:].mul_(0.1)
@@ -96,18 +96,18 @@ def training_scene(rng: random.Random) -> Scene:
 
 
 def training_picture(rng: random.Random, size: int) -> torch.Tensor:
-    """A drawn scene, or loose shapes in random colours so that the autoencoder is not bound to the palette."""
-    if rng.random() > RANDOM_COLOUR_SHARE:
+    """A drawn scene, or loose shapes in random colors so that the autoencoder is not bound to the palette."""
+    if rng.random() > RANDOM_COLOR_SHARE:
         scene = training_scene(rng)
         return draw(scene, random_layout(scene, rng), size, size)
-    palette = list(COLOURS.values()) + list(BACKGROUNDS.values())
-    colours = [(rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(3)]
-    colours[0] = rng.choice([colours[0], *palette])
+    palette = list(COLORS.values()) + list(BACKGROUNDS.values())
+    colors = [(rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(3)]
+    colors[0] = rng.choice([colors[0], *palette])
     masks = []
     for _ in range(rng.choice((1, 2))):
-        centre = (rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4))
-        masks.append(shape_masks(centre, rng.uniform(0.08, 0.3), size, size)[rng.randrange(len(SHAPES))])
-    return paint(colours[0], colours[1 : 1 + len(masks)], masks)
+        center = (rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4))
+        masks.append(shape_masks(center, rng.uniform(0.08, 0.3), size, size)[rng.randrange(len(SHAPES))])
+    return paint(colors[0], colors[1 : 1 + len(masks)], masks)
 
 
 def random_crops(pictures: torch.Tensor, size: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from demo_model.train.checkpoint import load_checkpoint, save_checkpoint
 from demo_model.train.prompts import HIDDEN_LAYERS, HIDDEN_SIZE, MAX_SEQUENCE_LENGTH
 
 SIGMA_SHIFT = 1.0
-"""As FLUX.2's ``mu``: most training noise levels are high, where layout and colours are decided."""
+"""As FLUX.2's ``mu``: most training noise levels are high, where layout and colors are decided."""
 EMA_DECAY = 0.998
 NUM_HEADS = 5
 DECAY_SHARE = 0.3

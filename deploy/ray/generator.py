@@ -26,7 +26,7 @@ logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
-class Introduction:
+class GeneratorInfo:
     """What a generator tells of itself."""
 
     card: ModelCard
@@ -62,10 +62,10 @@ class GeneratorReplica:
         """The model, and the shape of its prompt embeddings."""
         return load_model(settings)
 
-    async def introduce(self) -> Introduction:
+    async def info(self) -> GeneratorInfo:
         """What the API needs to know before the first request."""
         card = self._engine.card
-        return Introduction(card, self._shape, self._engine.latencies.estimate(card.default_num_tokens))
+        return GeneratorInfo(card, self._shape, self._engine.latencies.estimate(card.default_num_tokens))
 
     async def generate(self, request: Request) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
         """The events of a generation but for its position, which is known elsewhere; at last its results.

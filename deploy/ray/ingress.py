@@ -7,10 +7,10 @@ from fastapi import FastAPI
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deploy.ray.census import Census
 from deploy.ray.fleet import Fleet
-from deploy.ray.generator import Introduction
+from deploy.ray.generator import GeneratorInfo
 from deploy.ray.remote_encoder import RemoteEncoder
+from deploy.ray.replica_count import ReplicaCount
 from generator_service.app import Readiness, Studio, app_around
 from generator_service.engine.latency import LatencyModel
 from generator_service.settings import GeneratorSettings
@@ -31,23 +31,23 @@ def create_app() -> FastAPI:
         name = serve.get_replica_context().app_name
         generators = serve.get_deployment_handle(GENERATOR, app_name=name)
         encoder = RemoteEncoder(serve.get_deployment_handle(ENCODER, app_name=name), settings)
-        told: Introduction = await generators.introduce.remote()
-        async with Census(name) as census:
+        info: GeneratorInfo = await generators.info.remote()
+        async with ReplicaCount(name) as replicas:
             fleet = Fleet(
                 generators,
-                told.card,
-                latency_model(told),
-                lambda: census.running(GENERATOR),
+                info.card,
+                latency_model(info),
+                lambda: replicas.running(GENERATOR),
                 settings.max_waiting,
                 app.state.metrics,
             )
-            readiness = Readiness(encoder, told.card, told.embedding_shape)
+            readiness = Readiness(encoder, info.card, info.embedding_shape)
 
             async def is_ready() -> str | None:
-                return await readiness() if census.running(GENERATOR) else "no generator runs"
+                return await readiness() if replicas.running(GENERATOR) else "no generator runs"
 
             try:
-                yield Studio(fleet, told.embedding_shape, is_ready)
+                yield Studio(fleet, info.embedding_shape, is_ready)
             finally:
                 fleet.close()
 
@@ -73,16 +73,16 @@ class WithoutRequestId:
         await self._app(scope, receive, send_without)
 
 
-def latency_model(told: Introduction) -> LatencyModel:
+def latency_model(info: GeneratorInfo) -> LatencyModel:
     """What a generator's warm-up has shown."""
     model = LatencyModel()
-    if told.latency is not None:
+    if info.latency is not None:
         for num_computed, num_steps in ((3, 3), (1, 3)):
             model.observe(
-                told.card.default_num_tokens,
+                info.card.default_num_tokens,
                 num_computed=num_computed,
                 num_steps=num_steps,
-                denoise_s=told.latency.denoise_s(num_computed, num_steps),
-                decode_s=told.latency.decode_s,
+                denoise_s=info.latency.denoise_s(num_computed, num_steps),
+                decode_s=info.latency.decode_s,
             )
     return model

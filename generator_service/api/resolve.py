@@ -14,7 +14,15 @@ from generator_service.api.schemas import MAX_SEED, GenerateRequest, LoraUse, Ma
 from generator_service.engine.latency import LatencyEstimate, LatencyModel
 from generator_service.engine.request import Request
 from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES
-from generator_service.lemica import SHIPPED, Schedule, ScheduleMismatch, Shelf, Signature, load_shelf, published_size
+from generator_service.lemica import (
+    SHIPPED,
+    Schedule,
+    ScheduleMismatch,
+    ScheduleRegistry,
+    Signature,
+    load_registry,
+    published_size,
+)
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.params import Params, Reference
@@ -26,7 +34,7 @@ RANDOM_SEEDS = 2**32
 """A seed that the client leaves open is below this."""
 
 
-def open_shelf(settings: GeneratorSettings, model: ModelCard) -> Shelf:
+def open_registry(settings: GeneratorSettings, model: ModelCard) -> ScheduleRegistry:
     """The calibrated schedules of ``model``: those that come with the product, and those of ``SCHEDULES_DIR``.
 
     Raises:
@@ -34,12 +42,12 @@ def open_shelf(settings: GeneratorSettings, model: ModelCard) -> Shelf:
     """
     folders = [SHIPPED, *([settings.schedules_dir] if settings.schedules_dir else [])]
     try:
-        shelf = load_shelf(folders, model.fingerprint)
+        registry = load_registry(folders, model.fingerprint)
     except ScheduleMismatch as error:
         raise ModelRefused(f"SCHEDULES_DIR: {error}") from error
-    if not shelf.knows(settings.default_cache):
+    if not registry.has(settings.default_cache):
         raise ModelRefused(f"GENERATOR_DEFAULT_CACHE: there is no schedule {settings.default_cache!r}")
-    return shelf
+    return registry
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Resolver:
 
     settings: GeneratorSettings
     model: ModelCard
-    shelf: Shelf
+    registry: ScheduleRegistry
     embedding_shape: tuple[int, int]
     """Tokens and width of a prompt's embedding."""
     latencies: LatencyModel
@@ -89,7 +97,7 @@ class Resolver:
             height=height,
             guidance_scale=body.guidance_scale,
             seed=secrets.randbelow(RANDOM_SEEDS) if body.seed is None else body.seed,
-            schedule=find_schedule(cache, self.shelf, signature),
+            schedule=find_schedule(cache, self.registry, signature),
             references=references,
             adapters=adapters,
             prompt=body.prompt,
@@ -192,12 +200,12 @@ def preview_steps(count: int, num_steps: int) -> tuple[int, ...]:
     )
 
 
-def find_schedule(cache: str | int | MaxError, shelf: Shelf, signature: Signature) -> Schedule:
+def find_schedule(cache: str | int | MaxError, registry: ScheduleRegistry, signature: Signature) -> Schedule:
     """The schedule that ``cache`` asks for."""
     try:
         if isinstance(cache, MaxError):
-            return shelf.cheapest_within(cache.max_error, signature)
-        return shelf.find(cache, signature)
+            return registry.cheapest_within(cache.max_error, signature)
+        return registry.find(cache, signature)
     except ScheduleMismatch as error:
         raise InvalidRequest(f"cache: {error}".replace("cache: cache:", "cache:"), param="cache") from None
 

@@ -13,7 +13,7 @@ from generator_service.doctor.check import Check, describe, failed, ok, one_line
 from generator_service.doctor.host import Host
 from generator_service.doctor.model import Model
 from generator_service.doctor.weights_files import BrokenFile, read_shapes
-from generator_service.lemica import SHIPPED, LemicaError, Shelf, load_schedules
+from generator_service.lemica import SHIPPED, LemicaError, ScheduleRegistry, load_schedules
 from generator_service.settings import GeneratorSettings
 from generator_service.weights import Service
 from shared.settings import ServiceSettings
@@ -160,7 +160,7 @@ def check_schedules(settings: GeneratorSettings) -> Iterator[Check]:
     except (LemicaError, OSError) as error:
         yield failed(name, f"SCHEDULES_DIR: {describe(error)}", "correct the file or take it out of the folder")
         return
-    if not Shelf(found).knows(settings.default_cache):
+    if not ScheduleRegistry(found).has(settings.default_cache):
         detail = f"GENERATOR_DEFAULT_CACHE: there is no schedule {settings.default_cache!r}"
         yield failed(name, detail, "set it to none, slow, medium, fast, ultra, or a number of computed steps")
     else:

@@ -254,7 +254,7 @@ class Engine:
     def _observe(self, timings: Timings, params: Params) -> None:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        self._metrics.pictures.labels(mode_of(params)).observe(timings.denoise_s + timings.decode_s)
+        self._metrics.images.labels(mode_of(params)).observe(timings.denoise_s + timings.decode_s)
 
     def _file(self, image: Image, params: Params, request: Request) -> bytes:
         return encode_image(image, request.output_format, provenance(params, self.model), request.quality)

@@ -25,8 +25,9 @@ from generator_service.lemica.path import (
     minimum_total_error_path,
     schedule_of,
 )
-from generator_service.lemica.predictor import PREDICTORS, Fitted, Linear, Predictor, Reuse, Trace
+from generator_service.lemica.predictor import PREDICTORS, FeatureKind, Fitted, Linear, Predictor, Reuse
 from generator_service.lemica.refinement import refine, with_step_added, with_step_removed
+from generator_service.lemica.registry import SHIPPED, ScheduleRegistry, load_registry
 from generator_service.lemica.schedule import (
     PUBLISHED,
     Schedule,
@@ -35,7 +36,6 @@ from generator_service.lemica.schedule import (
     save_schedules,
     schedule_for,
 )
-from generator_service.lemica.shelf import SHIPPED, Shelf, load_shelf
 from generator_service.lemica.signature import Signature
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ __all__ = [
     "Calibration",
     "CalibrationMismatch",
     "ErrorGraph",
+    "FeatureKind",
     "Fitted",
     "LemicaError",
     "Linear",
@@ -69,10 +70,9 @@ __all__ = [
     "Reuse",
     "Schedule",
     "ScheduleMismatch",
-    "Shelf",
+    "ScheduleRegistry",
     "Signature",
     "TimeEmbeddings",
-    "Trace",
     "Trajectory",
     "TrajectoryRecorder",
     "TransformerMismatch",
@@ -80,8 +80,8 @@ __all__ = [
     "check_transformer",
     "lexicographic_minimax_path",
     "lexicographic_minimax_paths",
+    "load_registry",
     "load_schedules",
-    "load_shelf",
     "minimum_total_error_path",
     "num_forwards",
     "published_size",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from generator_service.lemica.errors import ScheduleMismatch, TransformerMismatch
-from generator_service.lemica.predictor import Snapshot
+from generator_service.lemica.predictor import CachedFeature
 from generator_service.lemica.schedule import Schedule
 from generator_service.lemica.signature import Signature
 
@@ -48,7 +48,7 @@ class TimeEmbeddings:
 class Run:
     """The state of one generation: how far it is, and what the last computed steps left, oldest first."""
 
-    past: deque[Snapshot]
+    past: deque[CachedFeature]
     step: int = 0
     sigmas: list[float] = field(default_factory=list)
 
@@ -124,18 +124,18 @@ class CachedTransformer:
     def _compute(self, arguments: dict[str, Any], sigma: float) -> Tensor:
         assert self._num_image_tokens is not None
         output, residual = compute(self._transformer, self._num_image_tokens, arguments)
-        is_velocity = self._schedule.predictor.trace == "velocity"
-        trace = output[:, : self._num_image_tokens] if is_velocity else residual
-        self._run.past.append(Snapshot(sigma, trace))
+        is_velocity = self._schedule.predictor.feature == "velocity"
+        feature = output[:, : self._num_image_tokens] if is_velocity else residual
+        self._run.past.append(CachedFeature(sigma, feature))
         return output
 
     def _predict(self, arguments: dict[str, Any], sigma: float) -> Tensor:
         assert self._num_image_tokens is not None
         predictor = self._schedule.predictor
-        trace = predictor.predict(self._run.past, self._run.step, sigma)
-        if predictor.trace == "velocity":
-            return trace
-        return project(self._transformer, trace, arguments, self._time_embedding(sigma, arguments))
+        feature = predictor.predict(self._run.past, self._run.step, sigma)
+        if predictor.feature == "velocity":
+            return feature
+        return project(self._transformer, feature, arguments, self._time_embedding(sigma, arguments))
 
     def _time_embedding(self, sigma: float, arguments: dict[str, Any]) -> Tensor:
         def embed() -> Tensor:

@@ -22,14 +22,14 @@ from generator_service.lemica.cached_transformer import CachedTransformer, compu
 from generator_service.lemica.errors import CalibrationMismatch
 from generator_service.lemica.fitting import fit_weights
 from generator_service.lemica.graph import Edge, ErrorGraph
-from generator_service.lemica.predictor import Fitted, Predictor, Snapshot, Trace
+from generator_service.lemica.predictor import CachedFeature, FeatureKind, Fitted, Predictor
 from generator_service.lemica.schedule import Schedule
 from generator_service.lemica.signature import Signature
 
 SAMPLE_ARGUMENTS = ("encoder_hidden_states", "guidance")
 """The transformer's arguments that differ between samples; position ids do not."""
 GRAM_COLUMNS = 2**20
-"""Of a step's trace, at a time: in float64 those of 50 steps of 1024x1024 would take 10 GB."""
+"""Of a step's feature, at a time: in float64 those of 50 steps of 1024x1024 would take 10 GB."""
 ProgressListener = Callable[[int, int], None]
 
 
@@ -41,7 +41,7 @@ class Trajectory:
     """``T + 1`` noise levels, ending with 0."""
     latents: Tensor
     """The noisy tokens before each step and after the last, ``[T + 1, tokens, C]``."""
-    traces: Tensor
+    features: Tensor
     """What a predictor predicts, at each step, ``[T, tokens, width]``."""
     references: Tensor
     """Tokens of reference images, ``[tokens, C]``; they do not change."""
@@ -51,7 +51,7 @@ class Trajectory:
     @property
     def num_steps(self) -> int:
         """How many steps the run has."""
-        return len(self.traces)
+        return len(self.features)
 
 
 class TrajectoryRecorder:
@@ -59,18 +59,18 @@ class TrajectoryRecorder:
 
     Args:
         transformer: as for ``CachedTransformer``.
-        trace: what to keep of each step.
-        keep: where to keep it: the run's device is fastest, the CPU spares its memory, and files in a folder spare
+        feature: what to keep of each step.
+        storage: where it is stored: the run's device is fastest, the CPU spares its memory, and files in a folder spare
             that too. Files are gone from the folder at once, and their space is free when the process ends.
     """
 
-    def __init__(self, transformer: Any, trace: Trace, keep: torch.device | Path) -> None:
+    def __init__(self, transformer: Any, feature: FeatureKind, storage: torch.device | Path) -> None:
         self._transformer = transformer
-        self._trace = trace
-        self._folder = keep if isinstance(keep, Path) else None
-        self._device = torch.device("cpu") if isinstance(keep, Path) else keep
+        self._feature = feature
+        self._folder = storage if isinstance(storage, Path) else None
+        self._device = torch.device("cpu") if isinstance(storage, Path) else storage
         self._latents: list[Tensor] = []
-        self._traces: list[Tensor] = []
+        self._features: list[Tensor] = []
         self._references = torch.empty(0)
         self._arguments: dict[str, Any] = {}
 
@@ -90,16 +90,16 @@ class TrajectoryRecorder:
         noisy = count_noisy_tokens(rest["img_ids"])
         arguments = {**rest, "hidden_states": hidden_states, "timestep": timestep}
         output, residual = compute(self._transformer, noisy, arguments)
-        trace = output[:, :noisy] if self._trace == "velocity" else residual
+        feature = output[:, :noisy] if self._feature == "velocity" else residual
         self._latents.append(hidden_states[0, :noisy].to(self._device))
-        self._traces.append(trace[0].to(self._device))
+        self._features.append(feature[0].to(self._device))
         self._references, self._arguments = hidden_states[0, noisy:], rest
         return (output,)
 
     def trajectory(self, final_latents: Tensor, sigmas: Tensor) -> Trajectory:
         """The run with noise levels ``sigmas`` that ended with ``final_latents``, ``[1, tokens, C]``."""
         latents = self._stacked([*self._latents, final_latents[0].to(self._device)])
-        return Trajectory(sigmas.tolist(), latents, self._stacked(self._traces), self._references, self._arguments)
+        return Trajectory(sigmas.tolist(), latents, self._stacked(self._features), self._references, self._arguments)
 
     def _stacked(self, parts: Sequence[Tensor]) -> Tensor:
         if self._folder is None:
@@ -147,7 +147,7 @@ class Calibration:
         self._sigmas = first.sigmas
         self._device = first.references.device
         self.num_steps = first.num_steps
-        self.gram = gram_matrix([trajectory.traces for trajectory in trajectories])
+        self.gram = gram_matrix([trajectory.features for trajectory in trajectories])
 
     @property
     def sigmas(self) -> Tensor:
@@ -234,16 +234,16 @@ class Calibration:
         i, j = edge
         trajectory = self._trajectories[sample]
         steps = past_steps(edge, self._predictor.num_past)
-        past = [Snapshot(self._sigmas[s], trajectory.traces[s : s + 1].to(self._device)) for s in steps]
+        past = [CachedFeature(self._sigmas[s], trajectory.features[s : s + 1].to(self._device)) for s in steps]
         latents = self._latents_at(i + 1, [sample])
         for step in range(i + 1, j):
             predictor = self._predictor
             if isinstance(predictor, Fitted):
                 predictor = replace(predictor, weights={step: fit_weights(self.gram, steps, step)})
-            trace = predictor.predict(past, step, self._sigmas[step])
-            if predictor.trace == "residual":
-                trace = project(self._transformer, trace, self._arguments(latents, step, [sample]))
-            latents = self._advance(latents, step, trace)
+            feature = predictor.predict(past, step, self._sigmas[step])
+            if predictor.feature == "residual":
+                feature = project(self._transformer, feature, self._arguments(latents, step, [sample]))
+            latents = self._advance(latents, step, feature)
         return latents
 
     def _finish(self, latents: Tensor, step: int, samples: Sequence[int]) -> list[float]:
@@ -288,11 +288,11 @@ def past_steps(edge: Edge, num_past: int) -> tuple[int, ...]:
     return tuple(sorted(steps))
 
 
-def gram_matrix(traces: Sequence[Tensor]) -> Tensor:
-    """Inner products of the traces at every two steps, summed over the samples: float64 ``[T, T]``."""
-    total = torch.zeros(len(traces[0]), len(traces[0]), dtype=torch.float64)
-    for trace in traces:
-        for columns in torch.split(trace.flatten(1), GRAM_COLUMNS, dim=1):
+def gram_matrix(features: Sequence[Tensor]) -> Tensor:
+    """Inner products of the features at every two steps, summed over the samples: float64 ``[T, T]``."""
+    total = torch.zeros(len(features[0]), len(features[0]), dtype=torch.float64)
+    for feature in features:
+        for columns in torch.split(feature.flatten(1), GRAM_COLUMNS, dim=1):
             wide = columns.double()
             total += (wide @ wide.T).cpu()
     return total

@@ -1,4 +1,4 @@
-"""Least-squares weights of a ``Fitted`` predictor, from inner products of traces alone: no model is needed."""
+"""Least-squares weights of a ``Fitted`` predictor, from inner products of features alone: no model is needed."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,10 +16,10 @@ RIDGE = 1e-9
 
 
 def fit_weights(gram: Any, past: Sequence[int], step: int) -> tuple[float, ...]:
-    """The weights, newest first, with which the traces of ``past`` (oldest first) come nearest to that of ``step``.
+    """The weights, newest first, with which the features of ``past`` (oldest first) come nearest to that of ``step``.
 
     Args:
-        gram: inner products of the traces at every two steps, ``[T, T]``, summed over the samples.
+        gram: inner products of the features at every two steps, ``[T, T]``, summed over the samples.
         past: computed steps.
         step: the step that is predicted.
     """

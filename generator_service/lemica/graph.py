@@ -32,7 +32,7 @@ class ErrorGraph:
     signature: Signature | None = None
     samples: Mapping[Edge, tuple[float, ...]] = field(default_factory=dict)
     gram: tuple[tuple[float, ...], ...] = ()
-    """Inner products of the traces at every two steps, for ``Fitted`` predictors; may be empty."""
+    """Inner products of the features at every two steps, for ``Fitted`` predictors; may be empty."""
     is_exact: bool = True
     """Whether the errors are those of the final latents; else of the latents where the skip ends."""
 

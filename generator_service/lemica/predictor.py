@@ -1,6 +1,6 @@
 """What stands in for the transformer at a reused step: predictions from what it left at computed ones.
 
-A predictor combines the *traces* of the last computed steps linearly. A trace is either the residual of the blocks
+A predictor combines the *features* of the last computed steps linearly. A feature is either the residual of the blocks
 (then the step still embeds its latents and projects, LeMiCa's reuse) or the velocity itself (then the step calls no
 part of the transformer). The weights are functions of the noise levels alone, or were fitted at calibration.
 """
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-Trace = Literal["residual", "velocity"]
+FeatureKind = Literal["residual", "velocity"]
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CachedFeature:
     """What one computed step left."""
 
     sigma: float
     """Its noise level."""
     value: "Tensor"
-    """The trace, ``[B, noisy tokens, width]``."""
+    """The feature, ``[B, noisy tokens, width]``."""
 
 
 class Predictor(Protocol):
@@ -33,42 +33,42 @@ class Predictor(Protocol):
         """As requests, schedules and the command line call it."""
 
     @property
-    def trace(self) -> Trace:
+    def feature(self) -> FeatureKind:
         """What is predicted."""
 
     @property
     def num_past(self) -> int:
-        """How many snapshots it can use; it must do with fewer at the start of a run."""
+        """How many cached features it can use; it must do with fewer at the start of a run."""
 
-    def predict(self, past: Sequence[Snapshot], step: int, sigma: float) -> "Tensor":
-        """The trace at ``step``, whose noise level is ``sigma``; ``past`` is the last snapshots, oldest first."""
+    def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
+        """The feature at ``step``, whose noise level is ``sigma``; ``past`` are the cached features, oldest first."""
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """The last trace as it is (LeMiCa)."""
+    """The last feature as it is (LeMiCa)."""
 
     name: str = "reuse"
-    trace: Trace = "residual"
+    feature: FeatureKind = "residual"
     num_past: int = 1
 
-    def predict(self, past: Sequence[Snapshot], step: int, sigma: float) -> "Tensor":
-        """The last snapshot."""
+    def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
+        """The last feature."""
         del step, sigma
         return past[-1].value
 
 
 @dataclass(frozen=True)
 class Linear:
-    """The line through the last two traces, over sigma; ``damping`` 1 follows it wholly, 0 is plain reuse."""
+    """The line through the last two features, over sigma; ``damping`` 1 follows it wholly, 0 is plain reuse."""
 
     name: str = "linear"
-    trace: Trace = "residual"
+    feature: FeatureKind = "residual"
     damping: float = 1.0
     num_past: int = 2
 
-    def predict(self, past: Sequence[Snapshot], step: int, sigma: float) -> "Tensor":
-        """The line's value at ``sigma``, or the last snapshot while there is only one."""
+    def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
+        """The line's value at ``sigma``, or the last feature while there is only one."""
         del step
         if len(past) == 1:
             return past[-1].value
@@ -79,22 +79,22 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fitted:
-    """For every reused step its own weights of the last traces, by least squares over the calibration samples."""
+    """For every reused step its own weights of the last features, by least squares over the calibration samples."""
 
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    """Step to weights, newest snapshot first."""
+    """Step to weights, newest feature first."""
     name: str = "fitted"
-    trace: Trace = "residual"
+    feature: FeatureKind = "residual"
     num_past: int = 3
 
-    def predict(self, past: Sequence[Snapshot], step: int, sigma: float) -> "Tensor":
+    def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
         """The weighted sum."""
         del sigma
         newest_first = list(reversed(past))
         weights = self.weights[step]
         total = newest_first[0].value * weights[0]
-        for weight, snapshot in zip(weights[1:], newest_first[1:], strict=False):
-            total = total + snapshot.value * weight
+        for weight, feature in zip(weights[1:], newest_first[1:], strict=False):
+            total = total + feature.value * weight
         return total
 
 
@@ -104,7 +104,7 @@ PREDICTORS: Mapping[str, Predictor] = {
         Reuse(),
         Linear(),
         Linear("damped", damping=0.5),
-        Linear("velocity", trace="velocity"),
+        Linear("velocity", feature="velocity"),
         Fitted(),
     )
 }

@@ -23,7 +23,7 @@ class Signature:
     libraries: str | None = None
     """Versions of torch and diffusers: told, not compared."""
 
-    def difference(self, other: "Signature") -> str | None:
+    def mismatch(self, other: "Signature") -> str | None:
         """The first thing in which ``other`` differs from what is known here, in words; None if nothing does."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
@@ -36,7 +36,7 @@ class Signature:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        told = [self.model, f"{self.num_steps} steps"]
-        told += [f"{self.image_tokens} tokens"] if self.image_tokens is not None else []
-        told += [f"guidance {self.guidance_scale:g}"] if self.guidance_scale is not None else []
-        return ", ".join([*told, *(part for part in (self.task, self.predictor, self.dtype) if part)])
+        parts = [self.model, f"{self.num_steps} steps"]
+        parts += [f"{self.image_tokens} tokens"] if self.image_tokens is not None else []
+        parts += [f"guidance {self.guidance_scale:g}"] if self.guidance_scale is not None else []
+        return ", ".join([*parts, *(part for part in (self.task, self.predictor, self.dtype) if part)])

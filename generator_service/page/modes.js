@@ -1,13 +1,13 @@
 /** @file The choice of a mode: how many steps each computes, which they are, and how long it takes. */
 
 import { one } from "./dom.js";
-import { Strip } from "./strip.js";
+import { Timeline } from "./timeline.js";
 import { duration } from "./text.js";
 
 /** @typedef {import("./api.js").Mode} Mode */
 
 const list = one("#modes .modes", HTMLElement);
-const rival = one("#rival", HTMLSelectElement);
+const compareWith = one("#compare-with", HTMLSelectElement);
 
 /**
  * Offer these modes; what was chosen stays chosen.
@@ -20,9 +20,9 @@ export function offer(modes, preferred) {
   list.replaceChildren(...modes.map((mode) => row(mode)));
   choose(chosen);
   if (focused) chosenInput()?.focus();
-  const rivalName = rival.value;
-  rival.replaceChildren(new Option("nothing", ""), ...modes.map(({ name }) => new Option(String(name))));
-  rival.value = rivalName;
+  const compareWithName = compareWith.value;
+  compareWith.replaceChildren(new Option("nothing", ""), ...modes.map(({ name }) => new Option(String(name))));
+  compareWith.value = compareWithName;
 }
 
 /** @param {string | number} name */
@@ -41,13 +41,13 @@ function chosenInput() {
 }
 
 /** @returns {string | number | undefined} the mode to compare with, if one is wanted */
-export function rivalMode() {
-  return rival.value === "" ? undefined : asSent(rival.value);
+export function modeToCompare() {
+  return compareWith.value === "" ? undefined : asSent(compareWith.value);
 }
 
 /** Take back the wish to compare. */
 export function compareWithNothing() {
-  rival.value = "";
+  compareWith.value = "";
 }
 
 /**
@@ -69,14 +69,14 @@ function row({ name, computed, total, computed_steps: computedSteps, schedule, e
   input.type = "radio";
   input.name = "cache";
   input.value = String(name);
-  const strip = cell("strip", "");
-  strip.ariaHidden = "true";
-  new Strip(strip).show(total, computedSteps);
+  const timeline = cell("timeline", "");
+  timeline.ariaHidden = "true";
+  new Timeline(timeline).show(total, computedSteps);
   label.title = schedule;
   label.append(
     input,
     cell("name", String(name)),
-    strip,
+    timeline,
     cell("steps", `${computed} of ${total}`),
     cell("estimate", estimate === null ? "–" : duration(estimate)),
   );

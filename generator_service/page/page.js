@@ -4,7 +4,7 @@ import { comparison } from "./compare.js";
 import { one } from "./dom.js";
 import * as form from "./form.js";
 import { Gallery } from "./gallery.js";
-import { rivalMode } from "./modes.js";
+import { modeToCompare } from "./modes.js";
 import { Run } from "./run.js";
 
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
@@ -48,11 +48,11 @@ async function start() {
  */
 function wanted() {
   const request = form.read();
-  const rival = rivalMode();
-  if (rival === undefined) return [{ ...request, previews: PREVIEWS }];
+  const compareWith = modeToCompare();
+  if (compareWith === undefined) return [{ ...request, previews: PREVIEWS }];
   const seed = request.seed ?? String(Math.floor(Math.random() * DRAWN_SEEDS));
   // No previews: each costs a decoding, and the times are to be compared.
-  return [request.cache, rival].map((cache) => ({ ...request, seed, cache }));
+  return [request.cache, compareWith].map((cache) => ({ ...request, seed, cache }));
 }
 
 /**

@@ -2,7 +2,7 @@
 
 import { generate } from "./api.js";
 import { copyOf, one, write } from "./dom.js";
-import { Strip } from "./strip.js";
+import { Timeline } from "./timeline.js";
 import { duration } from "./text.js";
 
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
@@ -29,7 +29,7 @@ export class Run {
     this.element = copyOf("#run-template", HTMLElement);
     this.image = one("img", HTMLImageElement, this.element);
     this.now = one(".now", HTMLElement, this.element);
-    this.strip = new Strip(one(".strip", HTMLElement, this.element));
+    this.timeline = new Timeline(one(".timeline", HTMLElement, this.element));
     write("h3", title, this.element);
     this.now.textContent = "Waiting for its turn";
     this.isNext = false;
@@ -70,8 +70,8 @@ export class Run {
 
   /** @param {{step: number, total: number, computed: boolean, eta_ms?: number}} event */
   #showStep({ step, total, computed, eta_ms: left }) {
-    if (step === 0) this.strip.begin(total);
-    this.strip.mark(step, computed);
+    if (step === 0) this.timeline.begin(total);
+    this.timeline.mark(step, computed);
     const kind = computed ? "computed" : "reused";
     const eta = left === undefined ? "" : ` · ${duration(left)} left`;
     this.now.textContent = `Step ${step + 1} of ${total}, ${kind}${eta}`;

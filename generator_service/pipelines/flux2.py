@@ -22,10 +22,10 @@ from PIL.Image import Image, fromarray
 from generator_service.lemica import (
     CachedTransformer,
     Calibration,
+    FeatureKind,
     Predictor,
     Schedule,
     TimeEmbeddings,
-    Trace,
     Trajectory,
     TrajectoryRecorder,
     TransformerMismatch,
@@ -267,16 +267,18 @@ class Flux2Model:
             for image, latents in zip(images, torch.split(clock.latents, 1), strict=True)
         ]
 
-    def record(self, params: Params, trace: Trace = "residual", keep: torch.device | Path | None = None) -> Trajectory:
+    def record(
+        self, params: Params, feature: FeatureKind = "residual", storage: torch.device | Path | None = None
+    ) -> Trajectory:
         """The full run of an image, whatever its schedule, for calibration.
 
         Args:
             params: of the image.
-            trace: what to keep of each step.
-            keep: the device, or the folder, that keeps it; None for the model's own device.
+            feature: what to keep of each step.
+            storage: the device, or the folder, that keeps it; None for the model's own device.
         """
         scheduler = self._scheduler()
-        recorder = TrajectoryRecorder(self._parts.transformer, trace, keep or self.device)
+        recorder = TrajectoryRecorder(self._parts.transformer, feature, storage or self.device)
         clock = StepClock(params.schedule.num_steps, self.device)
         pipeline = self._pipeline(recorder, scheduler)
         pipeline(**self._inputs([params]), callback_on_step_end=clock, output_type="latent")

@@ -14,7 +14,7 @@ from generator_service.pipelines.parts import Parts
 from generator_service.pipelines.performance import Performance
 from generator_service.pipelines.quantisation import quantise_blocks
 from shared.compilation import compiling_nothing_new, log_failure
-from shared.compile_cache import warn_of_unwritable_caches
+from shared.compile_cache import warn_if_caches_unwritable
 
 logger = logging.getLogger("flux2")
 SEPARATE_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -44,7 +44,7 @@ class Optimised:
         if "vae" in performance.optimisations:
             parts.vae.decoder.to(memory_format=torch.channels_last)
         if "compile" in performance.optimisations:
-            warn_of_unwritable_caches()
+            warn_if_caches_unwritable()
             decoder = parts.vae.decoder if "vae" in performance.optimisations else None
             self._compiled = CompiledModel(transformer, decoder, performance.backend, self._note_eager_decoder)
 

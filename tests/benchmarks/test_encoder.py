@@ -43,13 +43,13 @@ def test_full_size_is_flux2_dev() -> None:
 
 def test_every_profile_batch_and_length_is_measured() -> None:
     """A result has a row for each, compiles nothing while it measures, and says how far fast is from exact."""
-    told = measure(DEMO, options())
-    fast = [(row["batch"], row["prompt_tokens"]) for row in told.rows if row["profile"] == "fast"]
+    report = measure(DEMO, options())
+    fast = [(row["batch"], row["prompt_tokens"]) for row in report.rows if row["profile"] == "fast"]
     assert fast == [(batch, num_tokens) for batch in BATCHES for num_tokens in (32, 6)]
-    assert sum(row["profile"] == "exact" for row in told.rows) == len(BATCHES)
-    assert max(told.difference.values()) < 1e-5
-    assert (told.weights, told.left_out, told.compilations_after_warm_up) == ("the demo model", [], 0)
-    assert table_of(told.rows).row_count == len(told.rows)
+    assert sum(row["profile"] == "exact" for row in report.rows) == len(BATCHES)
+    assert max(report.difference.values()) < 1e-5
+    assert (report.weights, report.left_out, report.compilations_after_warm_up) == ("the demo model", [], 0)
+    assert table_of(report.rows).row_count == len(report.rows)
 
 
 def test_random_weights_stay_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,9 +58,9 @@ def test_random_weights_stay_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     encoder = {"text_config": narrow | {"head_dim": 16}, "flux2_prompt_format": {"max_sequence_length": 32}}
     path = resized(FULL, tmp_path / "narrow", text_encoder=encoder)
     monkeypatch.setattr("benchmarks.encoder.BATCHES", (1,))
-    told = measure(EncoderSource(path, device="cpu"), options(budget_s=600.0))
-    assert told.difference
-    assert all(0 <= value < 0.15 for value in told.difference.values())
+    report = measure(EncoderSource(path, device="cpu"), options(budget_s=600.0))
+    assert report.difference
+    assert all(0 <= value < 0.15 for value in report.difference.values())
 
 
 def test_a_language_model_is_loaded_as_the_service_loads_it(tmp_path: Path) -> None:
@@ -76,6 +76,6 @@ def test_a_language_model_is_loaded_as_the_service_loads_it(tmp_path: Path) -> N
 
 def test_what_does_not_fit_into_the_time_is_listed() -> None:
     """Without time nothing is measured, and that is told."""
-    told = measure(DEMO, options(budget_s=0.0))
-    assert told.rows == []
-    assert told.left_out == ["full weights: no time was left"]
+    report = measure(DEMO, options(budget_s=0.0))
+    assert report.rows == []
+    assert report.left_out == ["full weights: no time was left"]

@@ -27,8 +27,8 @@ def test_every_part_at_the_tiny_size(tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    told = json.loads(ended.stdout.splitlines()[-1])
-    assert [entry["part"] for entry in told["parts"]] == ["latency", "trace"]
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert [entry["part"] for entry in report["parts"]] == ["latency", "trace"]
     latency = json.loads((tmp_path / "latency.json").read_text(encoding="utf-8"))
     assert {"card", "steps", "pictures", "left_out", "weights"} <= latency.keys()
     assert {row["profile"] for row in latency["pictures"]} == {"exact", "fast"}
@@ -56,24 +56,24 @@ def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Par
 def test_what_a_part_found_is_in_one_line(part: Callable[[str], Part], tmp_path: Path) -> None:
     """A part that ends well leaves what it found in a line, and nothing that an earlier run left."""
     (tmp_path / "made_up.json").write_text('{"old": 1}')
-    told = run_part(part("so_far.write_text('{\\n\"rows\": [1, 2]\\n}')"), (), 30, tmp_path)
-    assert "failed" not in told
+    report = run_part(part("so_far.write_text('{\\n\"rows\": [1, 2]\\n}')"), (), 30, tmp_path)
+    assert "failed" not in report
     assert (tmp_path / "made_up.json").read_text() == '{"rows": [1, 2]}\n'
 
 
 def test_a_part_that_fails_is_told(part: Callable[[str], Part], tmp_path: Path) -> None:
     """A part that ends badly leaves its reason, its words in the log, and nothing where it found nothing."""
     (tmp_path / "made_up.json").write_text('{"old": 1}')
-    told = run_part(part("sys.exit('no such thing')"), (), 30, tmp_path)
-    assert told["failed"] == "exit status 1: no such thing"
+    report = run_part(part("sys.exit('no such thing')"), (), 30, tmp_path)
+    assert report["failed"] == "exit status 1: no such thing"
     assert "no such thing" in (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert not (tmp_path / "made_up.json").exists()
 
 
 def test_a_part_that_takes_too_long_is_stopped(part: Callable[[str], Part], tmp_path: Path) -> None:
     """At its limit a part is stopped; what it had found is kept, with the reason."""
-    told = run_part(part("so_far.write_text('{\"rows\": [1]}')\ntime.sleep(60)"), (), 3, tmp_path)
-    assert "stopped after 3 s" in told["failed"]
+    report = run_part(part("so_far.write_text('{\"rows\": [1]}')\ntime.sleep(60)"), (), 3, tmp_path)
+    assert "stopped after 3 s" in report["failed"]
     assert json.loads((tmp_path / "made_up.json").read_text()) == {"rows": [1], "partial": "stopped after 3 s"}
 
 

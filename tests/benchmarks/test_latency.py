@@ -7,8 +7,8 @@ import pytest
 from benchmarks.architectures import TINY
 from benchmarks.drawing import Shape, noise_reference, opened_bench
 from benchmarks.latency import arguments, measure
-from benchmarks.profile_run import Steps, Told
-from benchmarks.stopwatch import Spread
+from benchmarks.profile_run import Report, Steps
+from benchmarks.stopwatch import Summary
 from benchmarks.synthetic import Source
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.compiled_model import CompiledModel
@@ -46,23 +46,23 @@ def test_a_picture_ends_as_a_png_file() -> None:
 def test_what_does_not_fit_is_told() -> None:
     """With no time left nothing is drawn, and every shape is listed as left out."""
     args = arguments().parse_args(["--smoke", "--budget-s", "0", "--profiles", "exact"])
-    told = measure(SOURCE, args)
-    assert told.steps == []
-    assert told.pictures == []
-    assert [entry["shape"] for entry in told.left_out] == ["128x128", "64x64 + 1 reference"]
+    report = measure(SOURCE, args)
+    assert report.steps == []
+    assert report.pictures == []
+    assert [entry["shape"] for entry in report.left_out] == ["128x128", "64x64 + 1 reference"]
 
 
 def test_what_fits_is_known_from_the_profile_before() -> None:
     """A profile's first shape is left out, too, if it would not fit by what was measured with another profile."""
     command = ["--smoke", "--profiles", "exact", "fast", "--sides", "64", "--repeats", "1", "--modes", "none"]
 
-    def slow_down(told: Told) -> None:
-        told.steps[:] = [replace(row, prepare_s=1000.0) for row in told.steps]
+    def slow_down(report: Report) -> None:
+        report.steps[:] = [replace(row, prepare_s=1000.0) for row in report.steps]
 
-    told = measure(SOURCE, arguments().parse_args([*command, "--steps", "2"]), slow_down)
-    assert [row.profile for row in told.steps] == ["exact"]
-    assert told.left_out[-1]["profile"] == "fast"
-    assert "it would have taken some 1000 s" in told.left_out[-1]["reason"]
+    report = measure(SOURCE, arguments().parse_args([*command, "--steps", "2"]), slow_down)
+    assert [row.profile for row in report.steps] == ["exact"]
+    assert report.left_out[-1]["profile"] == "fast"
+    assert "it would have taken some 1000 s" in report.left_out[-1]["reason"]
 
 
 def test_whatever_is_found_is_told_at_once() -> None:
@@ -72,7 +72,7 @@ def test_whatever_is_found_is_told_at_once() -> None:
     measure(
         SOURCE,
         arguments().parse_args([*command, "--steps", "4"]),
-        lambda told: seen.append((len(told.steps), len(told.pictures))),
+        lambda report: seen.append((len(report.steps), len(report.pictures))),
     )
     assert seen == [(1, 0), (1, 1), (1, 2)]
 
@@ -84,16 +84,16 @@ def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytes
         raise CompilationFailed
 
     monkeypatch.setattr(CompiledModel, "preparing", fail)
-    told = measure(SOURCE, arguments().parse_args(["--smoke", "--profiles", "fast", "--sides", "64"]))
-    assert told.steps == []
-    assert told.pictures == []
-    assert "compile is left out" in told.left_out[0]["reason"]
-    assert "compile is left out" in told.performance["fast"]
+    report = measure(SOURCE, arguments().parse_args(["--smoke", "--profiles", "fast", "--sides", "64"]))
+    assert report.steps == []
+    assert report.pictures == []
+    assert "compile is left out" in report.left_out[0]["reason"]
+    assert "compile is left out" in report.performance["fast"]
 
 
 def test_a_picture_is_estimated_from_its_steps() -> None:
     """An estimate is the cost of the computed and of the reused steps, of decoding, and of what is neither."""
-    computed_s, reused_s, decode_s = (Spread.of([seconds]) for seconds in (2.0, 0.5, 3.0))
+    computed_s, reused_s, decode_s = (Summary.of([seconds]) for seconds in (2.0, 0.5, 3.0))
     steps = Steps("exact", "64x64", 16, 0.0, computed_s, reused_s, 4.0, decode_s, None, None)
     assert steps.estimate_s(schedule_for(2, 5)) == 2 * 2.0 + 3 * 0.5 + 3.0 + 4.0
 
@@ -102,7 +102,7 @@ def test_pictures_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) 
     """A picture that would end too late by its estimate is left out with it, under that name."""
     monkeypatch.setattr(Steps, "estimate_s", lambda _steps, _schedule: 1000.0)
     command = ["--smoke", "--profiles", "exact", "--sides", "64", "--repeats", "1", "--steps", "2"]
-    told = measure(SOURCE, arguments().parse_args([*command, "--budget-s", "900", "--modes", "none"]))
-    assert [row.shape for row in told.steps] == ["64x64"]
-    assert told.pictures == []
-    assert told.left_out[0]["estimated_from_steps_s"] == 1000.0
+    report = measure(SOURCE, arguments().parse_args([*command, "--budget-s", "900", "--modes", "none"]))
+    assert [row.shape for row in report.steps] == ["64x64"]
+    assert report.pictures == []
+    assert report.left_out[0]["estimated_from_steps_s"] == 1000.0

@@ -78,7 +78,7 @@ def test_the_command_compares_settings() -> None:
     command += ["--sides", "64", "--settings", "serve", "GOMP_SPINCOUNT=0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=True)
-    told = json.loads(result.stdout.splitlines()[-1])
-    assert [row["settings"] for row in told["rows"]] == ["serve", "GOMP_SPINCOUNT=0"]
-    assert [row["openmp"]["generator_service"]["spin_count"] for row in told["rows"]] == ["10000", "0"]
-    assert all(row["ratio"] > 0 and 0 <= row["others_share"] <= 1 for row in told["rows"])
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [row["settings"] for row in report["rows"]] == ["serve", "GOMP_SPINCOUNT=0"]
+    assert [row["openmp"]["generator_service"]["spin_count"] for row in report["rows"]] == ["10000", "0"]
+    assert all(row["ratio"] > 0 and 0 <= row["others_share"] <= 1 for row in report["rows"])

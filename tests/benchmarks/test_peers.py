@@ -7,14 +7,14 @@ import pytest
 
 from benchmarks.architectures import TINY
 from benchmarks.caches import Peer, eager_mag_cache, even_taylor_seer, fixed_mask
-from benchmarks.peers import PLAIN, Race, Row, compared
-from benchmarks.stopwatch import Spread, Stopwatch
+from benchmarks.peers import PLAIN, Comparison, Row, compared
+from benchmarks.stopwatch import Stopwatch, Summary
 from benchmarks.synthetic import Source, pipeline_of
 
 
-def row(way: str, num_computed: int, seconds: float, profile: str = "") -> Row:
+def row(method: str, num_computed: int, seconds: float, profile: str = "") -> Row:
     """A way that was timed once."""
-    return Row(way, num_computed, Spread.of([seconds]), profile)
+    return Row(method, num_computed, Summary.of([seconds]), profile)
 
 
 def test_ours_is_compared_at_equal_computed_steps() -> None:
@@ -26,11 +26,11 @@ def test_ours_is_compared_at_equal_computed_steps() -> None:
         row("ours, fast", 8, 4.0, "fast"),
         row("ours, fast", 20, 8.0, "fast"),
     ]
-    told = {entry["way"]: entry for entry in compared(rows, has_seconds=False)[:3]}
-    assert told["a cache"]["ours_is_faster_by"] == {"fast": 1.5}
-    assert told["another"]["ours_is_faster_by"] == {}
-    assert told["diffusers"]["ours_is_faster_by"] == {"fast": 1.25}
-    assert told["a cache"]["speedup_over_diffusers"] == 10 / 6
+    report = {entry["way"]: entry for entry in compared(rows, has_seconds=False)[:3]}
+    assert report["a cache"]["ours_is_faster_by"] == {"fast": 1.5}
+    assert report["another"]["ours_is_faster_by"] == {}
+    assert report["diffusers"]["ours_is_faster_by"] == {"fast": 1.25}
+    assert report["a cache"]["speedup_over_diffusers"] == 10 / 6
 
 
 def test_seconds_are_told_where_they_mean_something() -> None:
@@ -79,31 +79,31 @@ def test_cache_dit_computes_the_steps_it_is_told() -> None:
     assert computed_by(fixed_mask({0, 1, 4, 7}, 10, has_taylor_seer=False), 10) == 4
 
 
-def raced(budget_s: float, on_found: Callable[[Race], None] = lambda _race: None) -> Race:
-    """A race of 6 steps on the tiny model."""
+def run_comparison(budget_s: float, on_found: Callable[[Comparison], None] = lambda _comparison: None) -> Comparison:
+    """A comparison of 6 steps on the tiny model."""
     source = Source(TINY, device="cpu")
     args = argparse.Namespace(side=64, steps=6, computed=3, profiles=["exact"], repeats=1, budget_s=budget_s)
-    race = Race(source, args, on_found)
-    race.run()
-    return race
+    comparison = Comparison(source, args, on_found)
+    comparison.run()
+    return comparison
 
 
 @pytest.mark.filterwarnings("default")
 def test_ours_runs_early_at_the_steps_of_every_cache() -> None:
     """Ours comes second, and each cache finds it run with as many computed steps as it computed itself."""
     seen: list[int] = []
-    race = raced(600, lambda race: seen.append(len(race.rows)))
-    ways = list(dict.fromkeys(row.way for row in race.rows))
-    assert ways[:2] == [PLAIN, "ours, exact"]
-    caches = [entry for entry in compared(race.rows, has_seconds=False) if "Cache" in entry["way"]]
+    comparison = run_comparison(600, lambda comparison: seen.append(len(comparison.rows)))
+    methods = list(dict.fromkeys(row.method for row in comparison.rows))
+    assert methods[:2] == [PLAIN, "ours, exact"]
+    caches = [entry for entry in compared(comparison.rows, has_seconds=False) if "Cache" in entry["way"]]
     assert len(caches) >= 1
     assert all(entry["ours_is_faster_by"] for entry in caches)
-    assert set(range(1, len(race.rows) + 1)) <= set(seen), "each row is there to keep at once"
+    assert set(range(1, len(comparison.rows) + 1)) <= set(seen), "each row is there to keep at once"
 
 
 @pytest.mark.filterwarnings("default")
 def test_a_way_that_would_not_fit_does_not_begin() -> None:
     """Without time no way begins, and each is told."""
-    race = raced(0)
-    assert race.rows == []
-    assert race.left_out[0] == f"{PLAIN}: no time"
+    comparison = run_comparison(0)
+    assert comparison.rows == []
+    assert comparison.left_out[0] == f"{PLAIN}: no time"

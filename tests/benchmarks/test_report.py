@@ -53,7 +53,7 @@ LATENCY = {
 }
 
 
-def told(folder: Path, name: str, result: dict[str, Any]) -> str:
+def page_with(folder: Path, name: str, result: dict[str, Any]) -> str:
     """The page of one result."""
     (folder / name).write_text(json.dumps(result), encoding="utf-8")
     return render(read_results(folder))
@@ -74,7 +74,7 @@ def test_without_a_gpu_result_the_page_says_so(tmp_path: Path) -> None:
 
 def test_a_result_is_told_with_its_floor_and_origin(tmp_path: Path) -> None:
     """A picture's row has seconds, floor, share of it and energy; machine, versions, commit and date are beside."""
-    page = told(tmp_path, "latency.json", LATENCY)
+    page = page_with(tmp_path, "latency.json", LATENCY)
     assert "No result of a GPU" not in page
     assert "| fast | 1024x1024 | none | 50 of 50 | 20.00 s | 15.00 s | 75 % | 12000 J | 600 W, 1800 MHz |" in page
     assert "| fast | 1024x1024 | 400.00 ms (390.00 to 410.00; 3) | 0.30 s | 75 % | 1.00 ms |" in page
@@ -84,7 +84,7 @@ def test_a_result_is_told_with_its_floor_and_origin(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_called_estimated(tmp_path: Path) -> None:
     """A picture that was left out stands in a table of its own, whose column says that it is an estimate."""
-    page = told(tmp_path, "latency.json", LATENCY)
+    page = page_with(tmp_path, "latency.json", LATENCY)
     assert "| why | estimated from per-step |" in page
     assert "| fast | 2048x2048 | none | no time | 99.50 s |" in page
 
@@ -96,7 +96,7 @@ def test_peers_without_seconds_have_no_such_column(tmp_path: Path) -> None:
         {"way": "ours, fast", "num_computed": 20, "speedup_over_diffusers": 1.2},
     ]
     result = {"benchmark": "peers", "card": CARD, "side": 64, "num_steps": 20, "rows": rows, "left_out": ["x: no time"]}
-    page = told(tmp_path, "peers.json", result)
+    page = page_with(tmp_path, "peers.json", result)
     assert "| way | computed steps | over diffusers | ours over it |" in page
     assert "| diffusers | 20 | 1.00 | fast 1.20 |" in page
     assert "- x: no time" in page
@@ -114,8 +114,8 @@ def test_other_results_have_their_sections(tmp_path: Path) -> None:
         "reused_over_computed": 0.011,
         "exact_equals_diffusers": True,
     }
-    told(tmp_path, "trace.json", {"benchmark": "trace", "card": CARD, **trace, "steps": [step]})
-    told(
+    page_with(tmp_path, "trace.json", {"benchmark": "trace", "card": CARD, **trace, "steps": [step]})
+    page_with(
         tmp_path,
         "reuse.json",
         {"benchmark": "reuse", "card": CARD, "side": 64, **reuse, "compilations_after_warm_up": 0},
@@ -127,7 +127,7 @@ def test_other_results_have_their_sections(tmp_path: Path) -> None:
         "compile_s": {},
     }
     encoder |= {"left_out": ["int8"], "compilations_after_warm_up": 0}
-    page = told(tmp_path, "encoder.json", {"benchmark": "encoder", "card": CARD, **encoder})
+    page = page_with(tmp_path, "encoder.json", {"benchmark": "encoder", "card": CARD, **encoder})
     assert "1 x cudaStreamSynchronize" in page
     assert "| `gemm/x` | 2 | 1.250 |" in page
     assert "| a reused step over a computed one | 1.10 % |" in page
@@ -161,7 +161,7 @@ def test_what_ended_early_says_so(tmp_path: Path) -> None:
     """A result of a run that was stopped has its section with what was found, and begins with the reason."""
     reuse = {"benchmark": "reuse", "card": CARD, "weights": "the demo model", "side": 512, "mode": "ultra"}
     reuse |= {"computed_s": ONCE, "reused_s": ONCE, "reused_over_computed": 0.01, "exact_equals_diffusers": True}
-    page = told(tmp_path, "reuse.json", reuse | {"partial": "stopped after 60 s"})
+    page = page_with(tmp_path, "reuse.json", reuse | {"partial": "stopped after 60 s"})
     assert "It ended early (stopped after 60 s): not everything was measured." in page.replace("\n", " ")
     assert "| a reused step over a computed one | 1.00 % |" in page
     assert "compiled after it was warm" not in page
@@ -169,7 +169,7 @@ def test_what_ended_early_says_so(tmp_path: Path) -> None:
 
 def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     """Answers, the ratio to the bare loop, estimates and memory are told; seconds only of a GPU."""
-    page = told(tmp_path, "load.json", LOAD | {"card": CARD})
+    page = page_with(tmp_path, "load.json", LOAD | {"card": CARD})
     assert "4 clients over HTTP for 100 s, each with a picture after the other: 64x32, 50 steps, cache none." in page
     for row in (
         "178 x 200, 3 x 429",
@@ -182,7 +182,7 @@ def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     ):
         assert f"| {row} |" in page
     shared = {"batch": 4, "device_idle_share": None, "card": CARD | {"machine": {"cpu": "x"}}}
-    page = told(tmp_path, "load.json", LOAD | shared)
+    page = page_with(tmp_path, "load.json", LOAD | shared)
     assert "after the other, 4 of which may share a run: 64x32" in page
     assert "2.26 s" not in page
     assert "nothing is drawn" not in page
@@ -196,11 +196,11 @@ def test_the_settings_are_beside_each_ratio(tmp_path: Path) -> None:
     }
     row = {"settings": "serve", "openmp": openmp, "side": 256, "ratio": 1.0549, "others_share": 0.012}
     row |= {"service_s": 7.77, "bare_s": 7.36, "images": 21}
-    page = told(tmp_path, "overhead.json", {"benchmark": "overhead", "card": CARD, "steps": 50, "rows": [row]})
+    page = page_with(tmp_path, "overhead.json", {"benchmark": "overhead", "card": CARD, "steps": 50, "rows": [row]})
     assert "| serve | threads 1, wait policy default, spin count default | threads 2, wait policy" in page
     assert "| 256x256 | 1.05 | 1.2 % |" in page
     assert "7.77" not in page
-    page = told(tmp_path, "load.json", LOAD | {"card": CARD, "openmp": openmp})
+    page = page_with(tmp_path, "load.json", LOAD | {"card": CARD, "openmp": openmp})
     assert "| OpenMP of `generator_service` | threads 2, wait policy default, spin count 10000 |" in page
 
 
@@ -208,7 +208,7 @@ def test_a_plot_for_every_latency_of_a_gpu(tmp_path: Path) -> None:
     """The page's plot is drawn where the page says it is."""
     pytest.importorskip("matplotlib")  # of the extra bench
     (tmp_path / "results").mkdir()
-    told(tmp_path / "results", "latency.json", LATENCY)
+    page_with(tmp_path / "results", "latency.json", LATENCY)
     write(tmp_path / "results", tmp_path / "page.md", tmp_path / "images")
     assert "(images/performance/latency.png)" in (tmp_path / "page.md").read_text(encoding="utf-8")
     assert (tmp_path / "images" / "latency.png").stat().st_size > 1000

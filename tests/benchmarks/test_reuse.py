@@ -10,10 +10,10 @@ SOURCE = Source(TINY, device="cpu")
 
 def test_both_kinds_of_step_are_timed() -> None:
     """Every step but the first and the last is timed by its kind, and without a cache the picture is diffusers'."""
-    told = measure_reuse(SOURCE, 64, schedule_for("slow", 10), num_runs=2)
-    assert told["computed_s"]["count"] + told["reused_s"]["count"] == 2 * (10 - 2)
-    assert told["reused_over_computed"] > 0
-    assert told["exact_equals_diffusers"] is True
+    report = measure_reuse(SOURCE, 64, schedule_for("slow", 10), num_runs=2)
+    assert report["computed_s"]["count"] + report["reused_s"]["count"] == 2 * (10 - 2)
+    assert report["reused_over_computed"] > 0
+    assert report["exact_equals_diffusers"] is True
 
 
 def test_nothing_is_compiled_while_it_draws() -> None:

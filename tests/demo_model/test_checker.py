@@ -34,7 +34,7 @@ def test_noise_does_not_disturb() -> None:
     ("other", "mistake"),
     [
         (Scene((Thing("small", "red", "circle"),), "on the left", "black"), "background"),
-        (Scene((Thing("small", "orange", "circle"),), "on the left", "white"), "colour"),
+        (Scene((Thing("small", "orange", "circle"),), "on the left", "white"), "color"),
         (Scene((Thing("small", "red", "diamond"),), "on the left", "white"), "shape"),
         (Scene((Thing("large", "red", "circle"),), "on the left", "white"), "size"),
         (Scene((Thing("small", "red", "circle"),), "on the right", "white"), "position"),
@@ -57,8 +57,8 @@ def test_a_pair_the_wrong_way_round_is_out_of_position() -> None:
     assert mistakes(wanted, read_picture(drawn(got))) == ["position"]
 
 
-def test_swapped_colours_are_wrong() -> None:
-    """A pair whose colours are exchanged is not right."""
+def test_swapped_colors_are_wrong() -> None:
+    """A pair whose colors are exchanged is not right."""
     wanted = Scene((Thing("small", "red", "circle"), Thing("small", "blue", "square")), "above", "white")
     got = Scene((Thing("small", "blue", "circle"), Thing("small", "red", "square")), "above", "white")
     assert mistakes(wanted, read_picture(drawn(got)))

@@ -118,18 +118,18 @@ def picture_file(width: int = 96, height: int = 64) -> bytes:
 
 
 def test_a_prompt_becomes_a_picture(visit: Visit) -> None:
-    """Generate shows the picture and what it took; the strip has each step, computed or reused."""
+    """Generate shows the picture and what it took; the timeline has each step, computed or reused."""
     visit.generate(seed="7")
     visit.wait_until_done()
     expect(visit.page.locator(".run .now")).to_have_text(re.compile(r"20 of 50 steps computed · .* s · seed 7"))
-    expect(visit.page.locator(".run .strip .computed")).to_have_count(20)
-    expect(visit.page.locator(".run .strip .reused")).to_have_count(30)
+    expect(visit.page.locator(".run .timeline .computed")).to_have_count(20)
+    expect(visit.page.locator(".run .timeline .reused")).to_have_count(30)
     image = visit.page.get_by_role("article").get_by_role("img", name=PROMPT)
     assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [128, 128]
 
 
 def test_progress_is_watched(visit: Visit) -> None:
-    """While a picture is drawn the strip fills, computed and reused steps look different, and previews come."""
+    """While a picture is drawn the timeline fills, computed and reused steps look different, and previews come."""
     visit.fill(**LONG | {"prompt": PROMPT})
     visit.page.get_by_role("radio", name="ultra").check()
     visit.page.get_by_role("button", name="Generate").click()
@@ -148,7 +148,7 @@ def test_progress_is_watched(visit: Visit) -> None:
 def test_cancel_stops_the_service(visit: Visit) -> None:
     """Cancel ends the work at the service, and the next picture can be asked for."""
     visit.generate(**LONG)
-    expect(visit.page.locator(".run .strip .computed").first).to_be_attached()
+    expect(visit.page.locator(".run .timeline .computed").first).to_be_attached()
     assert queue_depth(visit.url) == 1
     visit.page.get_by_role("button", name="Cancel").click()
     expect(visit.page.get_by_role("status")).to_have_text("Cancelled")
@@ -391,12 +391,12 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
         assert outlined, passed
         if passed[-1] == "Generate":
             break
-    assert passed == ["images", "cache", "rival", *LONG, "guidance_scale", "seed", "output_format", "Generate"]
+    assert passed == ["images", "cache", "compare_with", *LONG, "guidance_scale", "seed", "output_format", "Generate"]
     visit.page.keyboard.press("Enter")
     visit.wait_until_done()
 
 
-def test_it_fits_a_phone_and_both_colour_schemes(visit: Visit) -> None:
+def test_it_fits_a_phone_and_both_color_schemes(visit: Visit) -> None:
     """Nothing is cut off at 360 pixels, and a dark scheme is dark."""
     visit.page.set_viewport_size({"width": 360, "height": 700})
     expect(visit.page.get_by_role("radio")).to_have_count(5)
@@ -404,7 +404,7 @@ def test_it_fits_a_phone_and_both_colour_schemes(visit: Visit) -> None:
     brightness = {}
     for scheme in ("light", "dark"):
         visit.page.emulate_media(color_scheme=scheme)
-        colour = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
-        brightness[scheme] = sum(map(int, re.findall(r"\d+", colour)[:3]))
+        color = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness[scheme] = sum(map(int, re.findall(r"\d+", color)[:3]))
     assert brightness["dark"] < 150
     assert brightness["light"] > 600

@@ -10,15 +10,15 @@ from torch import nn
 
 from generator_service.lemica import (
     CachedTransformer,
+    FeatureKind,
     Schedule,
     ScheduleMismatch,
     Signature,
     TimeEmbeddings,
-    Trace,
     TransformerMismatch,
     check_transformer,
 )
-from generator_service.lemica.predictor import Snapshot
+from generator_service.lemica.predictor import CachedFeature
 
 
 class Tiny(nn.Module):
@@ -172,11 +172,11 @@ class Recalls:
     """A predictor that reuses the newest feature and notes how many there were to choose from."""
 
     name: str = "recalls"
-    trace: Trace = "residual"
+    feature: FeatureKind = "residual"
     num_past: int = 2
     counts: list[int] = field(default_factory=list)
 
-    def predict(self, past: Sequence[Snapshot], step: int, sigma: float) -> torch.Tensor:
+    def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> torch.Tensor:
         """The newest one."""
         self.counts.append(len(past))
         return past[-1].value

@@ -45,7 +45,7 @@ def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> P
 
 def calibration(model: Flux2Model, predictor: Predictor, num_samples: int = 2) -> Calibration:
     """Two small samples."""
-    runs = [model.record(request(model, seed), predictor.trace) for seed in range(num_samples)]
+    runs = [model.record(request(model, seed), predictor.feature) for seed in range(num_samples)]
     return model.calibration(runs, predictor)
 
 
@@ -55,8 +55,8 @@ def test_an_edge_costs_what_skipping_it_alone_costs(
     demo: Flux2Model, predictor: Predictor, edge: tuple[int, int]
 ) -> None:
     """An edge's error is that of the picture whose schedule computes every step but those inside the edge."""
-    if predictor.trace == "velocity":
-        predictor = Linear("held", trace="velocity", damping=0.0)
+    if predictor.feature == "velocity":
+        predictor = Linear("held", feature="velocity", damping=0.0)
     graph = calibration(demo, predictor).measure(SIGNATURE, 8)
     steps = (*range(edge[0] + 1), *range(edge[1], STEPS))
     schedule = Schedule("one skip", STEPS, steps, "test", SIGNATURE, predictor)
@@ -68,7 +68,7 @@ def test_an_edge_costs_what_skipping_it_alone_costs(
 
 def test_a_schedule_costs_what_its_picture_differs(demo: Flux2Model) -> None:
     """The error of a whole schedule, with any predictor, is that of the picture made with it."""
-    for predictor in (Reuse(), Linear(), Linear("velocity", trace="velocity")):
+    for predictor in (Reuse(), Linear(), Linear("velocity", feature="velocity")):
         schedule = Schedule("test", STEPS, (0, 1, 3, 6), "test", SIGNATURE, predictor)
         for seed, error in enumerate(calibration(demo, predictor).errors_of_schedule(schedule)):
             cached = demo.generate(request(demo, seed, schedule)).latents
@@ -87,7 +87,7 @@ def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
 
 def test_runs_can_be_kept_on_disk(demo: Flux2Model, tmp_path: Path) -> None:
     """Runs that lie in files give the same errors, and leave no file behind."""
-    runs = [demo.record(request(demo, seed), keep=tmp_path) for seed in range(2)]
+    runs = [demo.record(request(demo, seed), storage=tmp_path) for seed in range(2)]
     assert list(tmp_path.iterdir()) == []
     kept = demo.calibration(runs, Reuse()).measure(SIGNATURE, 3)
     assert kept.samples == calibration(demo, Reuse()).measure(SIGNATURE, 3).samples
@@ -120,15 +120,15 @@ def test_the_cost_is_known_beforehand(num_steps: int, cap: int, count: int) -> N
 
 
 def test_fitted_weights_are_the_least_squares(demo: Flux2Model) -> None:
-    """A fitted predictor comes nearer to the true traces of the samples than a line, and a line nearer than reuse."""
+    """A fitted predictor comes nearer to the true features of the samples than a line, and a line nearer than reuse."""
     runs = [demo.record(request(demo, seed)) for seed in range(2)]
     graph = demo.calibration(runs, Reuse()).measure(SIGNATURE, 2)
     schedule = with_fitted_predictor(Schedule("test", STEPS, (0, 1, 2, 4), "test", SIGNATURE), graph)
     assert isinstance(schedule.predictor, Fitted)
     assert set(schedule.predictor.weights) == {3, 5, 6, 7}
     weights = torch.tensor(schedule.predictor.weights[6], dtype=torch.float64)
-    past = torch.stack([torch.cat([run.traces[s].flatten() for run in runs]).double() for s in (4, 2, 1)])
-    target = torch.cat([run.traces[6].flatten() for run in runs]).double()
+    past = torch.stack([torch.cat([run.features[s].flatten() for run in runs]).double() for s in (4, 2, 1)])
+    target = torch.cat([run.features[6].flatten() for run in runs]).double()
     best = torch.linalg.lstsq(past.T, target.unsqueeze(1)).solution.flatten()
     found, least = (((target - w @ past) ** 2).sum() for w in (weights, best))
     assert found == pytest.approx(least.item(), rel=1e-3)

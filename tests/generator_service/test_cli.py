@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from demo_model.services import WEIGHTS
-from generator_service.cli import StepStrip, app
+from generator_service.cli import StepTimeline, app
 from generator_service.imaging import read_provenance
 
 PROMPT = "a large red circle in the center on a white background"
@@ -113,7 +113,7 @@ def test_a_file_without_a_record_is_one_line(tmp_path: Path) -> None:
 
 def test_the_strip_tells_computed_from_predicted_steps() -> None:
     """Each step adds a block or a dot."""
-    strip = StepStrip(Console(quiet=True).status(""))
+    timeline = StepTimeline(Console(quiet=True).status(""))
     for step, is_computed in enumerate((True, True, False, True)):
-        strip.on_step(step, is_computed)
-    assert str(strip._strip) == "██·█"
+        timeline.on_step(step, is_computed)
+    assert str(timeline._timeline) == "██·█"

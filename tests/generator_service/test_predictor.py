@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from generator_service.lemica import PREDICTORS, Fitted, Linear, Reuse
-from generator_service.lemica.predictor import Snapshot
+from generator_service.lemica.predictor import CachedFeature
 
-FIRST = Snapshot(0.9, torch.tensor([1.0, 2.0]))
-SECOND = Snapshot(0.7, torch.tensor([3.0, 2.0]))
+FIRST = CachedFeature(0.9, torch.tensor([1.0, 2.0]))
+SECOND = CachedFeature(0.7, torch.tensor([3.0, 2.0]))
 
 
 def test_reuse_is_the_last() -> None:
@@ -28,7 +28,7 @@ def test_a_line_needs_two_points() -> None:
 
 
 def test_fitted_weights_belong_to_steps() -> None:
-    """Each step has its own weights, the newest snapshot's first."""
+    """Each step has its own weights, the newest feature's first."""
     predictor = Fitted({5: (2.0, -1.0), 6: (1.0, 1.0)})
     assert predictor.predict([FIRST, SECOND], 5, 0.5).tolist() == [5.0, 2.0]
     assert predictor.predict([FIRST, SECOND], 6, 0.4).tolist() == [4.0, 4.0]

@@ -58,8 +58,8 @@ def test_no_skip_grows_beyond_what_was_measured() -> None:
 
 def test_the_best_plan_is_the_start() -> None:
     """Of several plans, of whatever graphs, the one that measures best is refined."""
-    traces = tuple(tuple(1.0 / (1 + abs(i - j)) for j in range(NUM_STEPS)) for i in range(NUM_STEPS))
-    fitted = ErrorGraph(NUM_STEPS, ERRORS, Signature("any", NUM_STEPS, predictor="fitted"), gram=traces)
+    features = tuple(tuple(1.0 / (1 + abs(i - j)) for j in range(NUM_STEPS)) for i in range(NUM_STEPS))
+    fitted = ErrorGraph(NUM_STEPS, ERRORS, Signature("any", NUM_STEPS, predictor="fitted"), gram=features)
     plans = [(lexicographic_minimax_path(GRAPH, 5), GRAPH), (minimum_total_error_path(fitted, 5), fitted)]
 
     def measure(schedule: Schedule) -> list[float]:

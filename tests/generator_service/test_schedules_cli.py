@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from demo_model.services import WEIGHTS
-from generator_service.calibrate import where_to_keep
+from generator_service.calibrate import choose_storage
 from generator_service.cli import app
 from generator_service.lemica import Calibration, ErrorGraph, Schedule, load_schedules
 from generator_service.pipelines.flux2 import Flux2Model
@@ -109,7 +109,7 @@ def test_runs_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch, free
     """Runs stay on the GPU only if as much is free there for what is computed with them."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 1000))
-    assert str(where_to_keep(50, torch.device("cuda", 1))) == kept_on
+    assert str(choose_storage(50, torch.device("cuda", 1))) == kept_on
 
 
 def test_an_estimate_measures_nothing(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_what_is_trimmed_and_compiled_is_checked_too(
     with broken_kernels(broken, only_compiled=only_compiled):
         ours = encoder(WEIGHTS)
         assert ours.attention == ("any" if only_compiled else attention)
-        ours.speed_up(1, "eager")
+        ours.compile(1, "eager")
         assert ours.attention == attention
         assert isinstance(ours._forward, FastLayers)
         check(served(ours), expected)
@@ -97,7 +97,7 @@ def test_where_all_compiled_kernels_fail_it_is_exact(
     """The service starts all the same, uncompiled, and says so."""
     with broken_kernels(ALL, only_compiled=True), caplog.at_level(logging.WARNING, "flux2"):
         ours = encoder(WEIGHTS)
-        ours.speed_up(1, "eager")
+        ours.compile(1, "eager")
         assert "performance is exact" in caplog.text
         assert ours.attention == "math"
         check(served(ours), expected)

@@ -20,7 +20,7 @@ from text_encoder_service import fast_layers
 from text_encoder_service.encoder import MistralEncoder
 from text_encoder_service.fast_layers import FastLayers, difference, fast_forward
 from text_encoder_service.settings import TextEncoderSettings
-from text_encoder_service.shapes import Shapes
+from text_encoder_service.shapes import ShapeBuckets
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch warns of its compiler
 
@@ -37,7 +37,7 @@ def fast_encoder(
 ) -> MistralEncoder:
     """Ours, with graphs captured and, with another ``backend``, compiled."""
     ours = encoder(folder, dtype)
-    ours.speed_up(max_batch, backend)
+    ours.compile(max_batch, backend)
     return ours
 
 
@@ -87,7 +87,7 @@ def test_compiled_code_equals_exact_up_to_rounding() -> None:
     ours = encoder(WEIGHTS)
     tokens = ours._tokenize(PROMPTS[:1])
     with torch.inference_mode():
-        fast = fast_forward(ours._model, (1, 2, 3), Shapes((1,), (24, 32)), ours._exact, [tokens])
+        fast = fast_forward(ours._model, (1, 2, 3), ShapeBuckets((1,), (24, 32)), ours._exact, [tokens])
         assert isinstance(fast, FastLayers)
         assert difference(fast(tokens), ours._exact(tokens)) <= fast_layers.TOLERANCES[torch.float32]
 
@@ -136,7 +136,7 @@ def test_padding_is_computed_once(weights: Path, dtype: torch.dtype) -> None:
     with torch.no_grad():  # in these models it is 0, and so are the states
         ours._model.embed_tokens.weight[ours._tokenizer.pad_token_id].normal_()
     exact = torch.cat([embedding.tensor for embedding in ours.encode(PROMPTS)])
-    ours.speed_up(2, "eager")
+    ours.compile(2, "eager")
     fast = torch.cat([ours.encode([prompt])[0].tensor for prompt in PROMPTS])
     is_padding = ours._tokenize(PROMPTS).mask == 0
     assert exact[is_padding].abs().min(dim=0).values.max() > 0.1
@@ -150,7 +150,7 @@ def test_prompts_that_cannot_be_trimmed_are_padded(weights: Path, caplog: pytest
     ours._tokenizer.padding_side = "right"
     exact, before = ours.encode(PROMPTS), num_compilations()
     with caplog.at_level(logging.WARNING, "flux2"):
-        ours.speed_up(2, "eager")
+        ours.compile(2, "eager")
     assert "prompts are padded" in caplog.text
     assert num_compilations() - before == 2
     assert difference(ours.encode(PROMPTS[:1])[0].tensor, exact[0].tensor) <= fast_layers.TOLERANCES[torch.float32]

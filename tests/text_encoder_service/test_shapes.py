@@ -3,7 +3,7 @@
 import pytest
 
 from shared.compilation import MAX_SHAPES
-from text_encoder_service.shapes import Shapes
+from text_encoder_service.shapes import ShapeBuckets
 
 
 @pytest.mark.parametrize(
@@ -11,18 +11,18 @@ from text_encoder_service.shapes import Shapes
 )
 def test_batches_are_powers_of_two_and_the_largest(max_batch: int, batches: tuple[int, ...]) -> None:
     """There are few sizes of batches, and none is larger than the largest that is asked for."""
-    assert Shapes.up_to(max_batch, 512).batches == batches
+    assert ShapeBuckets.up_to(max_batch, 512).batches == batches
 
 
 def test_the_smallest_that_fits_is_taken() -> None:
     """A batch grows to the next size; one that is larger than all of them stays as it is."""
-    shapes = Shapes.up_to(6, 512)
-    assert [shapes.fitting(batch, 512)[0] for batch in (1, 2, 3, 4, 5, 6, 7)] == [1, 2, 4, 4, 6, 6, 7]
-    assert [shapes.fitting(1, tokens)[1] for tokens in (1, 128, 129, 384, 512)] == [128, 128, 256, 384, 512]
+    shapes = ShapeBuckets.up_to(6, 512)
+    assert [shapes.bucket_for(batch, 512)[0] for batch in (1, 2, 3, 4, 5, 6, 7)] == [1, 2, 4, 4, 6, 6, 7]
+    assert [shapes.bucket_for(1, tokens)[1] for tokens in (1, 128, 129, 384, 512)] == [128, 128, 256, 384, 512]
     assert len(list(shapes)) == len(shapes)
 
 
 def test_the_shapes_are_few() -> None:
     """All shapes of large batches stay compiled side by side."""
-    assert len(Shapes.up_to(8, 512)) == 16
-    assert len(Shapes.up_to(1024, 512)) < MAX_SHAPES
+    assert len(ShapeBuckets.up_to(8, 512)) == 16
+    assert len(ShapeBuckets.up_to(1024, 512)) < MAX_SHAPES

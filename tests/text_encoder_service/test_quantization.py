@@ -50,7 +50,7 @@ def test_int8_can_be_fast() -> None:
     """Quantised layers are trimmed and compiled as full ones are, and give the same up to rounding."""
     ours = encoder("int8")
     exact = ours.encode(PROMPTS)[0].tensor
-    ours.speed_up(1, "eager")
+    ours.compile(1, "eager")
     assert isinstance(ours._forward, FastLayers)
     assert (ours.encode(PROMPTS[:1])[0].tensor - exact).abs().max() <= 2e-5 * exact.abs().max()
 

@@ -12,7 +12,7 @@ logger = logging.getLogger("flux2")
 EVERY_S = 0.5
 
 
-class Census:
+class ReplicaCount:
     """Counts again and again while it is entered. Before the first count there is one of each.
 
     Args:
@@ -25,7 +25,7 @@ class Census:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._count_again(), name="census")
+        self._task = asyncio.create_task(self._count_again(), name="replicas")
         return self
 
     async def __aexit__(self, *_: object) -> None:

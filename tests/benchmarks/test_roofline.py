@@ -6,7 +6,7 @@ from diffusers import Flux2Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import FULL, TINY
-from benchmarks.floor import FLUX2_DEV, step_work
+from benchmarks.roofline import FLUX2_DEV, step_work
 from benchmarks.synthetic import Source, empty_parts
 
 
@@ -44,12 +44,12 @@ def test_work_of_a_step(
     work = step_work(full_transformer.config, num_image_tokens)
     assert (work.linear + work.rest) / 1e15 == pytest.approx(linear, abs=6e-5)
     assert work.attention / 1e15 == pytest.approx(attention, abs=6e-5)
-    assert work.floor_s("exact") == work.floor_s("fast") == pytest.approx(floor_s, abs=6e-4)
+    assert work.roofline_s("exact") == work.roofline_s("fast") == pytest.approx(floor_s, abs=6e-4)
 
 
 def test_fp8_halves_the_blocks_linears_alone(full_transformer: Flux2Transformer2DModel) -> None:
     """Under the profile with fp8 linears a step's floor at 1024x1024 is 0.197 s."""
-    assert step_work(full_transformer.config, 4096).floor_s("fastest") == pytest.approx(0.197, abs=6e-4)
+    assert step_work(full_transformer.config, 4096).roofline_s("fastest") == pytest.approx(0.197, abs=6e-4)
 
 
 def test_work_is_what_torch_counts() -> None:

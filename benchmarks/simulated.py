@@ -16,7 +16,7 @@ from generator_service.settings import GeneratorSettings
 from shared.model_folder import find_model, read_prompt_format
 
 
-class PacedModel(Flux2Model):
+class SimulatedModel(Flux2Model):
     """The demo model as far as requests are concerned; its steps are sleep, its pictures noise."""
 
     step_s = 0.0
@@ -40,7 +40,7 @@ class PacedModel(Flux2Model):
         return self.generate(params)
 
 
-class PacedGenerator(GeneratorReplica):
+class SimulatedGenerator(GeneratorReplica):
     """A generator replica, real but for its model.
 
     Args:
@@ -53,8 +53,8 @@ class PacedGenerator(GeneratorReplica):
         await super().__init__(encoder)
 
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
-        """The demo model, paced."""
+        """The demo model, simulated."""
         folder = find_model(settings.model, settings.revision, PARTS)
-        model = PacedModel(folder, load_parts(folder, settings.torch_device(), settings.torch_dtype()))
+        model = SimulatedModel(folder, load_parts(folder, settings.torch_device(), settings.torch_dtype()))
         model.step_s = self._step_s
         return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)

@@ -44,7 +44,7 @@ class Work:
     rest: float
     """In the layers before and after the blocks."""
 
-    def floor_s(self, profile: str) -> float:
+    def roofline_s(self, profile: str) -> float:
         """The least seconds on one H200, under a profile of the generator."""
         speedup = FP8_SPEEDUP if profile in FP8_PROFILES else 1.0
         return (self.linear / speedup + self.attention + self.rest) / BF16_FLOP_PER_S

@@ -15,10 +15,10 @@ from generator_service.lemica import (
     Reuse,
     Schedule,
     ScheduleMismatch,
-    Shelf,
+    ScheduleRegistry,
     Signature,
+    load_registry,
     load_schedules,
-    load_shelf,
     save_schedules,
 )
 
@@ -26,7 +26,7 @@ MADE_FOR = Signature("transformer 12ab", 50, 64, 4.0, "text-to-image", "float32"
 FAST = Schedule("15 computed", 50, (0, *range(36, 50)), "calibrated", MADE_FOR, Linear(), 0.02, {"psnr": 50.0})
 ULTRA = Schedule("10 computed", 50, (0, *range(41, 50)), "calibrated", MADE_FOR, Linear(), 0.08)
 NAMED = Schedule("night", 50, (0, 7), "calibrated", MADE_FOR, Reuse(), 0.5)
-SHELF = Shelf([NAMED, ULTRA, FAST])
+REGISTRY = ScheduleRegistry([NAMED, ULTRA, FAST])
 
 
 @pytest.mark.parametrize("predictor", [*PREDICTORS.values(), Fitted({1: (1.0, -0.5)})], ids=lambda p: p.name)
@@ -77,11 +77,11 @@ def test_a_damaged_schedule_is_refused(tmp_path: Path) -> None:
 
 def test_names_and_numbers_mean_calibrated_schedules_where_they_fit() -> None:
     """For the very request it was made for, a calibrated schedule stands behind the published names and the numbers."""
-    assert SHELF.find("fast", MADE_FOR) == replace(FAST, name="fast")
-    assert SHELF.find(10, MADE_FOR) == ULTRA
-    assert SHELF.find("night", MADE_FOR) == NAMED
-    assert SHELF.find("none", MADE_FOR).source == "all"
-    assert SHELF.find("slow", MADE_FOR).source == "published"
+    assert REGISTRY.find("fast", MADE_FOR) == replace(FAST, name="fast")
+    assert REGISTRY.find(10, MADE_FOR) == ULTRA
+    assert REGISTRY.find("night", MADE_FOR) == NAMED
+    assert REGISTRY.find("none", MADE_FOR).source == "all"
+    assert REGISTRY.find("slow", MADE_FOR).source == "published"
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def test_names_and_numbers_mean_calibrated_schedules_where_they_fit() -> None:
 def test_a_schedule_is_never_used_for_something_else(change: dict[str, Any]) -> None:
     """Another model, length, size, guidance, task or dtype gets the published list; a name is refused with why."""
     wanted = replace(MADE_FOR, **change)
-    assert SHELF.find("fast", wanted).source in ("published", "resampled")
+    assert REGISTRY.find("fast", wanted).source in ("published", "resampled")
     with pytest.raises(ScheduleMismatch, match=f"made for {next(iter(change))}"):
-        SHELF.find("night", wanted)
+        REGISTRY.find("night", wanted)
     with pytest.raises(ScheduleMismatch, match="calibrated"):
-        SHELF.cheapest_within(1.0, wanted)
+        REGISTRY.cheapest_within(1.0, wanted)
 
 
 @pytest.mark.parametrize("name", ["image_tokens", "guidance_scale", "task", "dtype"])
@@ -111,14 +111,14 @@ def test_what_is_unknown_does_not_match(name: str) -> None:
     """A run of which something is unknown is not taken for one that the schedule was calibrated for."""
     unknown: dict[str, Any] = {name: None}
     wanted = replace(MADE_FOR, **unknown)
-    assert SHELF.find("fast", wanted).source == "published"
+    assert REGISTRY.find("fast", wanted).source == "published"
     with pytest.raises(ScheduleMismatch, match=f"made for {name}"):
-        SHELF.find("night", wanted)
+        REGISTRY.find("night", wanted)
 
 
 def test_library_versions_do_not_matter() -> None:
     """They are told, not compared."""
-    assert SHELF.find(10, replace(MADE_FOR, libraries="torch 2", predictor=None)) == ULTRA
+    assert REGISTRY.find(10, replace(MADE_FOR, libraries="torch 2", predictor=None)) == ULTRA
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_library_versions_do_not_matter() -> None:
 )
 def test_the_cheapest_within_an_error(max_error: float, expected: str) -> None:
     """``max_error`` gives the schedule with the fewest steps that keeps to it, or else computes every step."""
-    assert SHELF.cheapest_within(max_error, MADE_FOR).name == expected
+    assert REGISTRY.cheapest_within(max_error, MADE_FOR).name == expected
 
 
 def test_a_folder_gives_the_schedules_of_its_model(tmp_path: Path) -> None:
     """Files of other models lie beside and are not loaded."""
     FAST.save(tmp_path / "a.json")
     replace(ULTRA, signature=replace(MADE_FOR, model="other")).save(tmp_path / "b.json")
-    assert load_shelf([tmp_path], MADE_FOR.model).schedules == (FAST,)
+    assert load_registry([tmp_path], MADE_FOR.model).schedules == (FAST,)

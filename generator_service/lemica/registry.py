@@ -21,13 +21,13 @@ SHIPPED = Path(__file__).parent / "schedules"
 """Calibrated schedules that come with the product."""
 
 
-class Shelf:
+class ScheduleRegistry:
     """Schedules of one model. What does not match a run is never used for it."""
 
     def __init__(self, schedules: Iterable[Schedule] = ()) -> None:
         self.schedules = tuple(schedules)
 
-    def knows(self, cache: str | int) -> bool:
+    def has(self, cache: str | int) -> bool:
         """Whether ``cache`` can be asked for at all, for some request."""
         if isinstance(cache, int):
             return cache >= 1
@@ -54,7 +54,7 @@ class Shelf:
                 return replace(schedule, name=str(cache)) if isinstance(cache, str) else schedule
         for schedule in self.schedules:
             if schedule.name == cache and cache not in PUBLISHED:
-                raise ScheduleMismatch(f"schedule {cache!r} was {schedule.signature.difference(wanted)}")
+                raise ScheduleMismatch(f"schedule {cache!r} was {schedule.signature.mismatch(wanted)}")
         return schedule_for(cache, num_steps)
 
     def cheapest_within(self, max_error: float, wanted: Signature) -> Schedule:
@@ -70,10 +70,10 @@ class Shelf:
         return min(good, key=lambda s: s.num_computed) if good else schedule_for("none", wanted.num_steps)
 
     def _fitting(self, wanted: Signature) -> list[Schedule]:
-        return [schedule for schedule in self.schedules if schedule.signature.difference(wanted) is None]
+        return [schedule for schedule in self.schedules if schedule.signature.mismatch(wanted) is None]
 
 
-def load_shelf(folders: Iterable[Path], model: str) -> Shelf:
+def load_registry(folders: Iterable[Path], model: str) -> ScheduleRegistry:
     """Every schedule below ``folders`` that was made for ``model``; what is refused is logged with the reason.
 
     Args:
@@ -90,4 +90,4 @@ def load_shelf(folders: Iterable[Path], model: str) -> Shelf:
         refused = sum(schedule.signature.model != model for schedule in found)
         if refused:
             logger.info("%s: %d schedules refused: made for %s", file.name, refused, found[0].signature.model)
-    return Shelf(accepted)
+    return ScheduleRegistry(accepted)

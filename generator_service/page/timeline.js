@@ -1,7 +1,7 @@
 /** @file The steps of a run as a row of bars: tall and solid where computed, low and hollow where reused. */
 
 /** A row of steps that fills up. */
-export class Strip {
+export class Timeline {
   /** @param {HTMLElement} root */
   constructor(root) {
     this.root = root;
