@@ -14,7 +14,9 @@ from generator_service.api import generate, modes, openai, page
 from generator_service.api import jobs as job_routes
 from generator_service.api.resolve import Resolver, open_registry
 from generator_service.api.state import GeneratorState
-from generator_service.encoder_client import EncoderClient
+from generator_service.clients.retrying import MAX_ATTEMPTS, RetryingEncoder, TextEncoder
+from generator_service.clients.text_encoder import TextEncoderClient
+from generator_service.clients.upsampler import Upsampler
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.worker import Batching
@@ -23,8 +25,7 @@ from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.parts import PARTS, PartsReader, load_parts
 from generator_service.pipelines.performance import Machine, choose
 from generator_service.settings import GeneratorSettings
-from generator_service.upsampler import Upsampler
-from shared.compilation import Backend
+from shared.compilation import CompilerBackend
 from shared.device_thread import DeviceThread
 from shared.errors import Flux2Error, ModelRefused
 from shared.health import ReadyCheck
@@ -41,8 +42,8 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 @dataclass(frozen=True)
-class Studio:
-    """What stands behind the API."""
+class Backend:
+    """What the API needs: an engine, here or elsewhere, and whether it is ready."""
 
     engine: ImageGenerator
     embedding_shape: tuple[int, int]
@@ -53,35 +54,40 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
     """The app; the model is loaded when it starts. ``transport`` replaces the network to the text encoder."""
 
     @asynccontextmanager
-    async def open_studio(app: FastAPI) -> AsyncIterator[Studio]:
+    async def open_backend(app: FastAPI) -> AsyncIterator[Backend]:
         health, tracing = app.state.health, app.state.tracing
         async with DeviceThread(health.device_lost.set) as thread:
             runtime = Runtime(thread, app.state.metrics, tracing, health.report)
             model, shape = await thread.call(load_model, settings, health.report)
             client = make_encoder_client(settings, shape, transport)
             client.trace(tracing)
+            encoder = with_retries(client, settings)
             upsampler = make_upsampler(settings, transport)
-            async with client, running_engine(settings, model, shape, client, runtime, upsampler) as engine:
-                yield Studio(engine, shape, Readiness(client, model.card, shape))
+            async with client, running_engine(settings, model, shape, encoder, runtime, upsampler) as engine:
+                yield Backend(engine, shape, Readiness(encoder, model.card, shape))
 
-    return app_around(open_studio, settings)
+    return build_app(open_backend, settings)
 
 
-def app_around(
-    open_studio: Callable[[FastAPI], AbstractAsyncContextManager[Studio]], settings: GeneratorSettings
+def build_app(
+    open_backend: Callable[[FastAPI], AbstractAsyncContextManager[Backend]], settings: GeneratorSettings
 ) -> FastAPI:
-    """The app, with jobs and all; its lifespan opens what makes the pictures."""
+    """The app; its lifespan opens the backend."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warn_of_strangers(settings)
-        async with open_studio(app) as studio, ThreadPool("requests") as requests, ThreadPool("responses") as responses:
-            engine = studio.engine
+        warn_if_unauthenticated(settings)
+        async with (
+            open_backend(app) as backend,
+            ThreadPool("requests") as requests,
+            ThreadPool("responses") as responses,
+        ):
+            engine = backend.engine
             registry = await asyncio.to_thread(open_registry, settings, engine.card)
-            resolver = Resolver(settings, engine.card, registry, studio.embedding_shape, engine.latencies)
+            resolver = Resolver(settings, engine.card, registry, backend.embedding_shape, engine.latencies)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
             app.state.generator = GeneratorState(settings, engine, resolver, jobs, requests, responses)
-            app.state.health.start_serving(studio.ready, engine.close)
+            app.state.health.start_serving(backend.ready, engine.close)
             yield
             jobs.close()
 
@@ -112,15 +118,26 @@ async def running_engine(
 
 def make_encoder_client(
     settings: GeneratorSettings, embedding_shape: tuple[int, int], transport: httpx.AsyncBaseTransport | None
-) -> EncoderClient:
+) -> TextEncoderClient:
     """The client of the text encoder that ``settings`` name."""
-    return EncoderClient(
+    return TextEncoderClient(
         str(settings.text_encoder_url),
         embedding_shape,
         token=settings.token_to_send(),
         timeout_s=settings.text_encoder_timeout_s,
-        cache_bytes=settings.embedding_cache_bytes,
         transport=transport,
+    )
+
+
+def with_retries(
+    encoder: TextEncoder, settings: GeneratorSettings, max_attempts: int | None = MAX_ATTEMPTS
+) -> RetryingEncoder:
+    """``encoder`` with a cache, retries and a circuit breaker."""
+    return RetryingEncoder(
+        encoder,
+        timeout_s=settings.text_encoder_timeout_s,
+        cache_bytes=settings.embedding_cache_bytes,
+        max_attempts=max_attempts,
     )
 
 
@@ -137,19 +154,18 @@ def make_upsampler(settings: GeneratorSettings, transport: httpx.AsyncBaseTransp
     )
 
 
-def warn_of_strangers(settings: GeneratorSettings) -> None:
-    """Say in the log that everyone who reaches the service may use it, if others than this machine can reach it."""
+def warn_if_unauthenticated(settings: GeneratorSettings) -> None:
+    """Log a warning if other machines can use the service without a key."""
     address = settings.published_host or settings.host
     if address not in LOOPBACK and not settings.tokens():
-        told = "reachable at %s without API keys: everyone there may draw. Set GENERATOR_KEYS_FILE"
-        logger.warning(told, address)
+        logger.warning("listening on %s without authentication; set GENERATOR_KEYS_FILE", address)
 
 
 def load_model(
     settings: GeneratorSettings,
     report: Report = ignore,
     read: PartsReader = load_parts,
-    backend: Backend = "inductor",
+    backend: CompilerBackend = "inductor",
 ) -> tuple[Flux2Model, tuple[int, int]]:
     """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings.
 
@@ -178,30 +194,30 @@ def load_model(
 
 
 def check_warm_up_sizes(settings: GeneratorSettings, card: ModelCard) -> None:
-    """Raise ``ModelRefused`` if the model could not draw one of the sizes that are to be warmed up."""
+    """Raise ``ModelRefused`` if the model cannot generate one of ``GENERATOR_WARM_UP_SIZES``."""
     for width, height in settings.warm_up_sizes:
         if (
             width % card.pixels_per_token
             or height % card.pixels_per_token
             or not 0 < width * height <= settings.max_pixels
         ):
-            told = (
+            limits = (
                 f"sides must be multiples of {card.pixels_per_token}, with at most {settings.max_pixels} pixels in all"
             )
-            raise ModelRefused(f"GENERATOR_WARM_UP_SIZES: {width}x{height} cannot be drawn: {told}")
+            raise ModelRefused(f"GENERATOR_WARM_UP_SIZES: {width}x{height} cannot be generated: {limits}")
 
 
-class DescribedEncoder(Protocol):
-    """A text encoder as far as readiness is concerned."""
+class HasInfo(Protocol):
+    """A text encoder that reports which model it embeds for."""
 
     async def info(self) -> EncoderInfo | None:
-        """What it says of itself, None if it says nothing; raises a ``Flux2Error`` if it is away."""
+        """None if it does not report anything; raises a ``Flux2Error`` if it is unavailable."""
 
 
 class Readiness:
-    """Says why the generator could not make a picture now: the encoder is away, or embeds for another model."""
+    """Why the generator cannot generate now: the text encoder is unavailable, or embeds for another model."""
 
-    def __init__(self, encoder: DescribedEncoder, card: ModelCard, shape: tuple[int, int]) -> None:
+    def __init__(self, encoder: HasInfo, card: ModelCard, shape: tuple[int, int]) -> None:
         self._encoder = encoder
         self._card = card
         self._shape = shape

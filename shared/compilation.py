@@ -18,7 +18,7 @@ from shared.device_errors import is_device_lost, is_out_of_memory
 MAX_SHAPES = 64
 """How many shapes of one part are kept compiled; PyTorch's own limit, 8, is meant to find mistakes."""
 
-Backend = str | Callable[..., Any]
+CompilerBackend = str | Callable[..., Any]
 """As ``torch.compile``'s ``backend``."""
 
 
@@ -26,7 +26,7 @@ class CompilationFailed(Exception):
     """A part cannot be compiled, or does not run as it was: there is no compiler, say, or none for this device."""
 
 
-def compile_parts(parts: Sequence[nn.Module], backend: Backend = "inductor") -> None:
+def compile_parts(parts: Sequence[nn.Module], backend: CompilerBackend = "inductor") -> None:
     """Have ``parts`` compiled when they first run with a shape; parts of the same class share the compiled code.
 
     Args:

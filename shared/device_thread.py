@@ -47,7 +47,8 @@ class DeviceThread:
         Raises:
             DeviceLost: the function, or one before it, left the device unusable.
         """
-        self.refuse_if_lost()
+        if self.is_lost:
+            raise DeviceLost
         loop = asyncio.get_running_loop()
         try:
             result = await loop.run_in_executor(self._executor, _checked, function, args)
@@ -56,7 +57,8 @@ class DeviceThread:
                 self.is_lost = True
                 self._on_lost()
             raise
-        self.refuse_if_lost()  # it was lost meanwhile
+        if self.is_lost:  # meanwhile
+            raise DeviceLost
         return result
 
     def refuse_if_lost(self) -> None:

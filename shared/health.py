@@ -60,7 +60,7 @@ class Health:
 
     def refuse_while_starting(self) -> None:
         """Raise ``Starting`` until the service serves."""
-        if self.is_starting:
+        if self._check is None:
             raise Starting(f"the service is starting: {self.progress}", retry_after_s=RETRY_STARTING_S)
 
     async def why_not_ready(self) -> str | None:

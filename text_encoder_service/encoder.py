@@ -18,7 +18,7 @@ from transformers import AutoConfig, MistralModel
 from transformers.utils import logging as transformers_logging
 
 from shared.attention import Attention, NonFiniteStates, check_finite, run_finite
-from shared.compilation import Backend
+from shared.compilation import CompilerBackend
 from shared.device import use_device
 from shared.device_memory import run_within_memory
 from shared.errors import ModelRefused, OutOfMemory
@@ -118,7 +118,7 @@ class MistralEncoder:
         return cast("MistralModel", self._model)
 
     @torch.inference_mode()
-    def compile(self, max_batch: int, backend: Backend = "inductor", report: Report = ignore) -> None:
+    def compile(self, max_batch: int, backend: CompilerBackend = "inductor", report: Report = ignore) -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
 
         Attention kernels that give NaN for padding here, but did not before, are ruled out.

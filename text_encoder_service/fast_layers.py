@@ -19,8 +19,8 @@ import torch
 
 from shared.attention import NonFiniteStates, check_finite
 from shared.compilation import (
-    Backend,
     CompilationFailed,
+    CompilerBackend,
     compile_parts,
     compiling,
     compiling_nothing_new,
@@ -92,7 +92,7 @@ class FastLayers:
             states = self._run(ids, mask)[:num_prompts]
         return states if self._padding is None else self._padded(states, tokens.mask[:, -length:])
 
-    def compile(self, backend: Backend, report: Report = ignore) -> None:
+    def compile(self, backend: CompilerBackend, report: Report = ignore) -> None:
         """Compile the layers, in place, for all shapes; ``report`` gets the progress.
 
         Raises:
@@ -142,7 +142,7 @@ def fast_forward(
     shapes: ShapeBuckets,
     exact: Forward,
     check_inputs: Sequence[Tokens],
-    backend: Backend = "inductor",
+    backend: CompilerBackend = "inductor",
     report: Report = ignore,
 ) -> Forward:
     """Fast layers that give what ``exact`` gives: trimmed and compiled, else compiled, else ``exact`` itself.
@@ -181,7 +181,7 @@ def fast_forward(
     return layers
 
 
-def _is_compiled(layers: FastLayers, backend: Backend, report: Report) -> bool:
+def _is_compiled(layers: FastLayers, backend: CompilerBackend, report: Report) -> bool:
     """Compile ``layers``, and say in the log how it went."""
     began = time.monotonic()
     try:

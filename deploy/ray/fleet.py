@@ -53,7 +53,6 @@ class Fleet:
     ) -> None:
         self.card = card
         self.latencies = latencies
-        self._is_closed = False
         self._handle = handle.options(stream=True)
         self._queue = Queue[None](lambda: num_generators() + max_waiting, num_devices=num_generators)
         metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
@@ -64,7 +63,6 @@ class Fleet:
         Raises:
             Busy: too many wait.
         """
-        self._refuse_if_closed()
         return self._queue.admit()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
@@ -72,7 +70,6 @@ class Fleet:
 
         The generation fails with ``GeneratorUnavailable`` if one generator after the other is lost.
         """
-        self._refuse_if_closed()
         generation = Generation(request, on_end=self._queue.leave)
         self._queue.enter(generation, permit)
         for index, params in enumerate(request.all_params()):
@@ -82,13 +79,7 @@ class Fleet:
 
     def close(self) -> None:
         """End everything that has not ended; nothing is admitted any more."""
-        self._is_closed = True
-        for generation in self._queue.generations:
-            generation.fail(ShuttingDown())
-
-    def _refuse_if_closed(self) -> None:
-        if self._is_closed:
-            raise ShuttingDown
+        self._queue.close(ShuttingDown)
 
     async def _with_retries(self, request: Request, generation: Generation) -> list[GenerationResult]:
         for number in range(1, MAX_ATTEMPTS + 1):

@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploy.ray.remote_encoder import RemoteEncoder
+from deploy.ray.remote_encoder import remote_encoder
 from generator_service.app import load_model, make_upsampler, running_engine
 from generator_service.engine.engine import Runtime
 from generator_service.engine.events import ProgressEvent, Queued, StepStarted
@@ -49,7 +49,7 @@ class GeneratorReplica:
         self._stack = AsyncExitStack()
         self._thread = await self._stack.enter_async_context(DeviceThread())
         model, self._shape = await self._thread.call(self.load, settings)
-        remote, upsampler = RemoteEncoder(encoder, settings), make_upsampler(settings, None)
+        remote, upsampler = remote_encoder(encoder, settings), make_upsampler(settings, None)
         runtime = Runtime(self._thread, Metrics(), report=logger.info)
         engine = running_engine(settings, model, self._shape, remote, runtime, upsampler)
         self._engine = await self._stack.enter_async_context(engine)

@@ -9,9 +9,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.ray.fleet import Fleet
 from deploy.ray.generator import GeneratorInfo
-from deploy.ray.remote_encoder import RemoteEncoder
+from deploy.ray.remote_encoder import remote_encoder
 from deploy.ray.replica_count import ReplicaCount
-from generator_service.app import Readiness, Studio, app_around
+from generator_service.app import Backend, Readiness, build_app
 from generator_service.engine.latency import LatencyModel
 from generator_service.settings import GeneratorSettings
 from shared.logs import set_up_logs
@@ -27,10 +27,10 @@ def create_app() -> FastAPI:
     set_up_logs(settings.log_level, settings.log_format)
 
     @asynccontextmanager
-    async def open_studio(app: FastAPI) -> AsyncIterator[Studio]:
+    async def open_backend(app: FastAPI) -> AsyncIterator[Backend]:
         name = serve.get_replica_context().app_name
         generators = serve.get_deployment_handle(GENERATOR, app_name=name)
-        encoder = RemoteEncoder(serve.get_deployment_handle(ENCODER, app_name=name), settings)
+        encoder = remote_encoder(serve.get_deployment_handle(ENCODER, app_name=name), settings)
         info: GeneratorInfo = await generators.info.remote()
         async with ReplicaCount(name) as replicas:
             fleet = Fleet(
@@ -47,11 +47,11 @@ def create_app() -> FastAPI:
                 return await readiness() if replicas.running(GENERATOR) else "no generator runs"
 
             try:
-                yield Studio(fleet, info.embedding_shape, is_ready)
+                yield Backend(fleet, info.embedding_shape, is_ready)
             finally:
                 fleet.close()
 
-    app = app_around(open_studio, settings)
+    app = build_app(open_backend, settings)
     app.add_middleware(WithoutRequestId)
     return app
 

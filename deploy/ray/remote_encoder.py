@@ -8,7 +8,8 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from generator_service.embedder import Embedder
+from generator_service.app import with_retries
+from generator_service.clients.retrying import RetryingEncoder
 from generator_service.settings import GeneratorSettings
 from shared.errors import EncoderTimeout, EncoderUnavailable, Flux2Error, OutOfMemory
 from shared.schemas import EncoderInfo
@@ -17,31 +18,20 @@ INFO_TIMEOUT_S = 5.0
 
 
 class RemoteEncoder:
-    """Asks until the time is over: Ray starts a text encoder that died again, perhaps on another machine.
+    """One attempt at a time to ask a text encoder of the cluster.
 
     Args:
         handle: of the deployment of ``EncoderReplica``.
-        settings: the generator's.
     """
 
-    def __init__(self, handle: Any, settings: GeneratorSettings) -> None:
+    def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._embedder = Embedder(
-            self._ask,
-            timeout_s=settings.text_encoder_timeout_s,
-            cache_bytes=settings.embedding_cache_bytes,
-            max_attempts=None,
-        )
-
-    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
-        """The prompt's embedding ``[1, L, D]``, and whether it was cached; as ``Embedder.embed``."""
-        return await self._embedder.embed(prompt)
 
     async def info(self) -> EncoderInfo:
-        """What the encoder says of itself.
+        """What the encoder reports about itself.
 
         Raises:
-            EncoderTimeout: it says nothing in time.
+            EncoderTimeout: it does not answer in time.
             EncoderUnavailable: it died meanwhile.
         """
         try:
@@ -51,10 +41,10 @@ class RemoteEncoder:
             raise EncoderTimeout("no text encoder answers") from error
         except (RayError, RayServeException) as error:
             raise EncoderUnavailable("the text encoder was lost") from error
-        self._embedder.answered()
         return info
 
-    async def _ask(self, prompt: str) -> torch.Tensor:
+    async def embed(self, prompt: str) -> torch.Tensor:
+        """The prompt's embedding ``[1, L, D]``; the errors are those of ``RetryingEncoder.embed``."""
         try:
             # Outside of the caller's context: who cancels is this task's business, not Serve's.
             stored = await Context().run(self._handle.embed.remote, prompt)
@@ -68,3 +58,8 @@ class RemoteEncoder:
         except (RayError, RayServeException) as error:  # the encoder, or the machine that kept the embedding, is gone
             raise EncoderUnavailable("the text encoder was lost", retry_after_s=5) from error
         return tensor
+
+
+def remote_encoder(handle: Any, settings: GeneratorSettings) -> RetryingEncoder:
+    """Asks until the time is over: Ray restarts a text encoder that died, perhaps on another machine."""
+    return with_retries(RemoteEncoder(handle), settings, max_attempts=None)

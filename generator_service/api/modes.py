@@ -98,7 +98,8 @@ async def in_every_mode(body: GenerateRequest, state: GeneratorState) -> list[Re
     requests = []
     for cache in dict.fromkeys(("none", *PUBLISHED, state.settings.default_cache)):
         try:
-            requests.append(await state.resolve(body.model_copy(update={"cache": cache}), is_followed=False))
+            in_mode = body.model_copy(update={"cache": cache})
+            requests.append(await state.requests.run(state.resolver.resolve, in_mode, False))
         except InvalidRequest as error:
             if error.param != "cache":
                 raise  # else the default is a schedule that was not made for such a picture

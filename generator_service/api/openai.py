@@ -152,7 +152,7 @@ def files(form: FormData, name: str) -> list[UploadFile]:
 
 async def begin(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:
     """Begin to generate the images."""
-    return state.engine.submit(await state.resolve(native, is_followed=body.stream), permit)
+    return state.engine.submit(await state.requests.run(state.resolver.resolve, native, body.stream), permit)
 
 
 async def answer(

@@ -76,11 +76,12 @@ class Resolver:
             parse_reference(text, f"images[{index}]", self.settings.max_reference_pixels)
             for index, text in enumerate(body.images)
         )
-        width, height = self._size(body, references)
-        num_tokens = self._check_tokens(width, height, references)
+        width, height, num_tokens = self._size(body, references)
         latency = self.latencies.estimate(num_tokens)
-        cache = self._cache(body, latency)
-        adapters = resolve_adapters(body.lora, self.model.adapters)
+        adapters = resolve_adapters(body.lora, self.model.adapters) if body.lora else ()
+        cache = self.settings.default_cache if body.cache is None else body.cache
+        if body.max_latency_ms is not None:
+            cache = self._cache_within(body, body.max_latency_ms, latency)
         signature = self.model.signature(
             num_steps=body.num_inference_steps,
             width=width,
@@ -109,7 +110,7 @@ class Resolver:
             output_format=body.output_format,
             quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
             deadline_s=None if body.deadline_ms is None else body.deadline_ms / 1000,
-            preview_steps=preview_steps(body.previews, body.num_inference_steps),
+            preview_steps=preview_steps(body.previews, body.num_inference_steps) if body.previews else (),
             is_upsampled=body.upsample_prompt,
             compare=body.compare,
             is_followed=is_followed,
@@ -137,8 +138,11 @@ class Resolver:
         if body.upsample_prompt and prompt is None:
             raise InvalidRequest("upsample_prompt: there is no prompt to rewrite", param="upsample_prompt")
 
-    def _size(self, body: GenerateRequest, references: Sequence[Reference]) -> tuple[int, int]:
-        """Width and height: those of the body, else of the first reference image, else the model's default."""
+    def _size(self, body: GenerateRequest, references: Sequence[Reference]) -> tuple[int, int, int]:
+        """Width, height, and tokens with those of the references.
+
+        The size is that of the body, else of the first reference image, else the model's default.
+        """
         unit, settings = self.model.pixels_per_token, self.settings
         own = references[0].prepared_size(unit) if references else (self.model.default_side, self.model.default_side)
         width = own[0] if body.width is None else body.width
@@ -149,22 +153,16 @@ class Resolver:
                 raise InvalidRequest(f"{name}: {limits}", param=name)
         if width * height > settings.max_pixels:
             raise InvalidRequest(f"width: {width}x{height} is more than {settings.max_pixels} pixels", param="width")
-        return width, height
+        image_tokens = self.model.num_image_tokens(width, height)
+        num_tokens = image_tokens + sum(reference.num_tokens(unit) for reference in references)
+        if num_tokens > settings.max_image_tokens:
+            limit = f"({image_tokens} of the image itself) are more than {settings.max_image_tokens}"
+            message = f"images: {num_tokens} image tokens {limit}: send fewer or smaller ones"
+            raise InvalidRequest(message, param="images")
+        return width, height, num_tokens
 
-    def _check_tokens(self, width: int, height: int, references: Sequence[Reference]) -> int:
-        """The number of tokens of the image and its reference images."""
-        own = self.model.num_image_tokens(width, height)
-        total = own + sum(reference.num_tokens(self.model.pixels_per_token) for reference in references)
-        limit = self.settings.max_image_tokens
-        if total > limit:
-            excess = f"{total} image tokens ({own} of the image itself) are more than {limit}"
-            raise InvalidRequest(f"images: {excess}: send fewer or smaller ones", param="images")
-        return total
-
-    def _cache(self, body: GenerateRequest, latency: LatencyEstimate | None) -> str | int | MaxError:
-        """What ``cache`` asks for; with ``max_latency_ms``, as many computed steps as the time allows."""
-        if body.max_latency_ms is None:
-            return self.settings.default_cache if body.cache is None else body.cache
+    def _cache_within(self, body: GenerateRequest, limit_ms: int, latency: LatencyEstimate | None) -> str | int:
+        """As many computed steps as ``max_latency_ms`` allows for all images of the request."""
         if body.cache is not None:
             raise InvalidRequest("max_latency_ms: chooses the cache: give one of the two", param="max_latency_ms")
         if latency is None:
@@ -173,7 +171,7 @@ class Resolver:
         num_steps = body.num_inference_steps
         fewest = published_size("ultra", num_steps)
         for num_computed in range(num_steps, fewest - 1, -1):
-            if 1000 * body.num_images * latency.total_s(num_computed, num_steps) <= body.max_latency_ms:
+            if 1000 * body.num_images * latency.total_s(num_computed, num_steps) <= limit_ms:
                 return "none" if num_computed == num_steps else num_computed
         least = math.ceil(1000 * body.num_images * latency.total_s(fewest, num_steps))
         bound = f"{num_steps} steps of this size take {least} ms at least, with {fewest} of them computed"

@@ -10,7 +10,6 @@ from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.engine import ImageGenerator
 from generator_service.engine.generation import Generation
 from generator_service.engine.job_store import Job, JobStore
-from generator_service.engine.request import Request
 from generator_service.settings import GeneratorSettings
 from shared.thread_pool import ThreadPool
 
@@ -28,14 +27,6 @@ class GeneratorState:
     responses: ThreadPool
     """Encodes what clients receive."""
 
-    async def resolve(self, body: GenerateRequest, *, is_followed: bool) -> Request:
-        """The body, checked and complete.
-
-        Raises:
-            InvalidRequest: a field is outside its limits; the error names it.
-        """
-        return await self.requests.run(self.resolver.resolve, body, is_followed)
-
     async def submit(self, body: GenerateRequest, *, is_followed: bool) -> Generation:
         """Begin to generate what the body asks for.
 
@@ -44,7 +35,8 @@ class GeneratorState:
             InvalidRequest: a field is outside its limits.
         """
         with self.engine.admit() as permit:
-            return self.engine.submit(await self.resolve(body, is_followed=is_followed), permit)
+            request = await self.requests.run(self.resolver.resolve, body, is_followed)
+            return self.engine.submit(request, permit)
 
     async def job(self, body: GenerateRequest, owner: str, key: str | None) -> Job:
         """A job for the body, or the one that the same ``Idempotency-Key`` has begun.
@@ -64,8 +56,10 @@ class GeneratorState:
 
 async def generator_state(request: HTTPRequest) -> GeneratorState:
     """The state that the lifespan made; raises ``Starting`` while there is none."""
-    request.app.state.health.refuse_while_starting()
-    state: GeneratorState = request.app.state.generator
+    state: GeneratorState | None = getattr(request.app.state, "generator", None)
+    if state is None:
+        request.app.state.health.refuse_while_starting()
+        raise AssertionError  # the state is there before the service says that it serves
     return state
 
 

@@ -21,6 +21,7 @@ from typing import Protocol, Self
 import torch
 from PIL.Image import Image
 
+from generator_service.clients.upsampler import Upsampler
 from generator_service.comparison import Comparison, compare
 from generator_service.engine.events import EncodingPrompt, PromptUpsampled
 from generator_service.engine.generation import Generation, GenerationResult, Timings
@@ -33,9 +34,8 @@ from generator_service.imaging import encode_image
 from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.params import Params
-from generator_service.upsampler import Upsampler
 from shared.device_thread import DeviceThread
-from shared.errors import DeviceLost, Flux2Error, ShuttingDown
+from shared.errors import Flux2Error, ShuttingDown
 from shared.metrics import Metrics
 from shared.report import Report, ignore
 from shared.thread_pool import ThreadPool
@@ -116,6 +116,8 @@ class Engine:
         self.queue: ImageQueue = Queue(
             lambda: max_waiting + batching.max_batch, max_batch=batching.max_batch, batch_key=self.worker.batch_key
         )
+        self.admit = self.queue.admit
+        """A permit for one generation; raises ``Busy``, ``DeviceLost``, or ``ShuttingDown``."""
         self._encoder = encoder
         self._thread = runtime.thread
         self._metrics = runtime.metrics
@@ -124,29 +126,17 @@ class Engine:
         self._quality_sampling = quality_sampling
         self._files = ThreadPool("files")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_closed = False
         self._metrics.queue_depth.set_function(lambda: self.queue.num_in_flight)
 
     async def __aenter__(self) -> Self:
         await self._files.__aenter__()
-        self._spawn(self._serve(), "worker")
+        self._spawn(self.worker.serve(self.queue), "worker")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._files.__aexit__()
-
-    def admit(self) -> AbstractContextManager[Permit]:
-        """A permit for one generation, given back at the end of the block if none was submitted.
-
-        Raises:
-            Busy: the queue is full.
-            DeviceLost: nothing can run any more.
-            ShuttingDown: the engine was closed.
-        """
-        self._refuse_at_the_end()
-        return self.queue.admit()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """Begin to generate; never waits.
@@ -158,7 +148,6 @@ class Engine:
         Raises:
             DeviceLost, ShuttingDown: meanwhile the device failed, or the engine was closed.
         """
-        self._refuse_at_the_end()
         generation = Generation(request, on_end=self.queue.leave)
         self.queue.enter(generation, permit)
         generation.start(self._generate)
@@ -166,25 +155,9 @@ class Engine:
 
     def close(self) -> None:
         """End everything that has not ended with ``ShuttingDown``; nothing is admitted any more."""
-        self._is_closed = True
-        self._fail_all(ShuttingDown())
+        self.queue.close(ShuttingDown)
         for task in self._tasks:
             task.cancel()
-
-    def _refuse_at_the_end(self) -> None:
-        self._thread.refuse_if_lost()
-        if self._is_closed:
-            raise ShuttingDown
-
-    async def _serve(self) -> None:
-        try:
-            await self.worker.serve(self.queue)
-        except DeviceLost as error:
-            self._fail_all(error)
-
-    def _fail_all(self, error: Flux2Error) -> None:
-        for generation in self.queue.generations:
-            generation.fail(error)
 
     async def _generate(self, generation: Generation) -> list[GenerationResult]:
         """Embed the prompt, wait for the device, and write the files of all images."""

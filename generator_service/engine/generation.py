@@ -1,7 +1,8 @@
 """One request on its way: what has happened to it, and what came out.
 
 Every view of a request reads the same ``Generation``: an answer waits for its images, a stream and a job follow its
-events. It lives on the event loop; the device thread reads ``is_wanted`` and calls ``emit_threadsafe``, nothing else.
+events. It lives on the event loop; the device thread reads ``is_wanted`` and
+``request`` and calls ``emit_threadsafe``, nothing else.
 """
 
 import asyncio
@@ -76,6 +77,8 @@ class Generation:
         self.results: list[GenerationResult] = []
         self.error: Flux2Error | None = None
         self.ended: float | None = None
+        self.is_wanted = True
+        """Whether it has not ended; may be read from any thread."""
         self.queued: Queued | None = None
         """Its place in the queue."""
         self._on_end = on_end
@@ -102,11 +105,6 @@ class Generation:
         """Its turn has come: the deadline is met."""
         if self._timer is not None:
             self._timer.cancel()
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether it has not ended; may be read from any thread."""
-        return self.ended is None
 
     @property
     def num_bytes(self) -> int:
@@ -189,7 +187,7 @@ class Generation:
     def _end(self, status: Status, error: Flux2Error | None = None) -> None:
         if not self.is_wanted:
             return
-        self.status, self.error, self.ended = status, error, time.monotonic()
+        self.status, self.error, self.ended, self.is_wanted = status, error, time.monotonic(), False
         # What is large or past goes: a job is kept for long. Readers keep count, so the places stay.
         self._history = [None if isinstance(event, Preview | Queued) else event for event in self._history]
         self.request = self.request.without_tensors()

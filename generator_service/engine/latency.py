@@ -83,4 +83,4 @@ class LatencyModel:
                 return None
             nearest = min(self._sizes, key=lambda tokens: max(tokens / num_tokens, num_tokens / tokens))
             estimate = self._sizes[nearest].estimate
-            return None if estimate is None else estimate.scaled(num_tokens / nearest)
+            return estimate if estimate is None or nearest == num_tokens else estimate.scaled(num_tokens / nearest)

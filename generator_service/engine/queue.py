@@ -9,7 +9,7 @@ the device would take.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 from generator_service.engine.events import Queued
 from generator_service.engine.generation import Generation
 from generator_service.pipelines.params import Params
-from shared.errors import Busy
+from shared.errors import Busy, Flux2Error
 
 FIRST_GUESS_S = 1.0
 """How long a generation is taken to last as long as nothing is known of any."""
@@ -103,8 +103,10 @@ class Queue(Generic[Image]):
         self._numbers = itertools.count()
         self._permits: set[Permit] = set()
         self._places: dict[Generation, _Place[Image]] = {}
+        """In the order of admission."""
         self._running: list[Work[Image]] = []
         self._arrival = asyncio.Event()
+        self._refusal: Callable[[], Flux2Error] | None = None
 
     @property
     def num_in_flight(self) -> int:
@@ -114,7 +116,7 @@ class Queue(Generic[Image]):
     @property
     def generations(self) -> list[Generation]:
         """Those that have entered, in the order of admission."""
-        return [place.generation for place in self._ordered()]
+        return list(self._places)
 
     @contextmanager
     def admit(self) -> Iterator[Permit]:
@@ -122,7 +124,10 @@ class Queue(Generic[Image]):
 
         Raises:
             Busy: the queue is full; the error says when to come back.
+            Flux2Error: the queue was closed with this error.
         """
+        if self._refusal is not None:
+            raise self._refusal()
         if len(self._permits) >= self._capacity():
             raise Busy("the service is busy: the queue is full", retry_after_s=self._seconds_of_all())
         permit = Permit(next(self._numbers))
@@ -134,9 +139,17 @@ class Queue(Generic[Image]):
                 self._permits.discard(permit)
 
     def enter(self, generation: Generation, permit: Permit) -> None:
-        """Give ``generation`` the place of ``permit``."""
+        """Give ``generation`` the place of ``permit``.
+
+        Raises:
+            Flux2Error: the queue was closed meanwhile, with this error.
+        """
+        if self._refusal is not None:
+            raise self._refusal()
         permit.is_taken = True
-        self._places[generation] = _Place(permit, generation)
+        places = [*self._places.values(), _Place(permit, generation)]
+        places.sort(key=lambda place: place.permit.number)
+        self._places = {place.generation: place for place in places}
         self._report()
 
     def add(self, generation: Generation, params: Params, index: int | None) -> Work[Image]:
@@ -181,19 +194,24 @@ class Queue(Generic[Image]):
         self._running = []
         self._report()
 
+    def close(self, error: Callable[[], Flux2Error]) -> None:
+        """End every generation with ``error()``, and admit none any more."""
+        self._refusal = error
+        for generation in self.generations:
+            generation.fail(error())
+
     def position(self, generation: Generation) -> Queued:
         """Where ``generation`` waits."""
-        return self._positions()[generation]
+        return self._position(self._places[generation], list(self._runs()))
 
     def _report(self) -> None:
-        """Tell everyone whose position has changed."""
-        for generation, queued in self._positions().items():
-            if generation.queued is None or generation.queued.position != queued.position:
-                generation.emit(queued)
-
-    def _positions(self) -> dict[Generation, Queued]:
-        runs = list(self._runs())
-        return {place.generation: self._position(place, runs) for place in self._ordered()}
+        """Emit the positions that have changed, where a client follows the generation."""
+        followed = [place for place in self._places.values() if place.generation.request.is_followed]
+        runs = list(self._runs()) if followed else []
+        for place in followed:
+            queued = self._position(place, runs)
+            if place.generation.queued is None or place.generation.queued.position != queued.position:
+                place.generation.emit(queued)
 
     def _position(self, place: _Place[Image], runs: Sequence[Sequence[Work[Image]]]) -> Queued:
         if place.has_begun:
@@ -202,7 +220,7 @@ class Queue(Generic[Image]):
         seconds = [self._seconds_left(work) for run in before for work in run]
         others = {work.generation for run in before for work in run}
         if not place.ready:  # its prompt is not embedded yet: so may be those of some who were admitted earlier
-            preparing = [p for p in self._ordered() if not p.ready and not p.has_begun]
+            preparing = [p for p in self._places.values() if not p.ready and not p.has_begun]
             earlier = list(itertools.takewhile(lambda other: other is not place, preparing))
             others |= {other.generation for other in earlier}
             seconds += [other.generation.request.estimate_of_all_s for other in earlier]
@@ -231,10 +249,7 @@ class Queue(Generic[Image]):
         return batch
 
     def _ready(self) -> list[Work[Image]]:
-        return [work for place in self._ordered() for work in place.ready]
-
-    def _ordered(self) -> Iterable[_Place[Image]]:
-        return sorted(self._places.values(), key=lambda place: place.permit.number)
+        return [work for place in self._places.values() for work in place.ready]
 
     def _seconds_left(self, work: Work[Image]) -> float | None:
         if work.estimate_s is None or work.started is None:

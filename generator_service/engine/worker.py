@@ -18,7 +18,7 @@ from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, Genera
 from generator_service.pipelines.params import Params
 from generator_service.pipelines.step_clock import Previews
 from shared.device_thread import DeviceThread, refuse_lost_device
-from shared.errors import NonFiniteOutput, OutOfMemory
+from shared.errors import DeviceLost, NonFiniteOutput, OutOfMemory
 from shared.gpu_lock import alone_on_gpu
 from shared.metrics import Metrics
 from shared.report import Report
@@ -72,14 +72,14 @@ class Worker:
         self._metrics = metrics
 
     async def serve(self, queue: ImageQueue) -> None:
-        """Run what ``queue`` gives, for ever.
-
-        Raises:
-            DeviceLost: nothing can run any more.
-        """
+        """Run what ``queue`` gives until the device is lost, which closes the queue."""
         while True:
             works = await queue.take()
-            results = await self._thread.call(self.run, works)
+            try:
+                results = await self._thread.call(self.run, works)
+            except DeviceLost:
+                queue.close(DeviceLost)
+                return
             queue.finish()
             for work, result in zip(works, results, strict=True):
                 work.finish(result)
@@ -114,7 +114,8 @@ class Worker:
 
     def _run_alone(self, work: ImageWork) -> GeneratedImage | Exception:
         try:
-            image = self.model.generate(work.params, partial(self._on_step, [work]), previews_of(work))
+            previews = previews_of(work) if work.generation.request.preview_steps else None
+            image = self.model.generate(work.params, partial(self._on_step, [work]), previews)
         except Exception as error:  # noqa: BLE001 - it belongs to this image's generation alone
             return error
         if not work.params.adapters and image.schedule is work.params.schedule:  # else it took longer
@@ -191,14 +192,13 @@ class Worker:
 
 
 def previews_of(work: ImageWork) -> Previews | None:
-    """The previews that somebody follows."""
+    """The previews of an image whose generation a client follows."""
     index, generation = work.index, work.generation
-    steps = generation.request.preview_steps
-    if index is None or not generation.request.is_followed or not steps:
+    if index is None or not generation.request.is_followed:
         return None
     numbers = itertools.count()
 
     def show(image: Image) -> None:
         generation.emit_threadsafe(Preview(index, next(numbers), image))
 
-    return Previews(frozenset(steps), show)
+    return Previews(frozenset(generation.request.preview_steps), show)

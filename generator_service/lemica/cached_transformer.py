@@ -11,7 +11,6 @@ Only four parts of diffusers' transformer are relied upon (``PARTS``); its ``for
 from collections import deque
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,21 +79,13 @@ class CachedTransformer:
         self._embeddings = embeddings
         self._transformer = transformer
         self._schedule = schedule
+        self._computed_steps = frozenset(schedule.computed_steps)
         self._num_image_tokens = num_image_tokens
         self._on_step = on_step
         self._scheduler = scheduler
         self._run = Run(deque(maxlen=schedule.predictor.num_past))
-
-    @property
-    def config(self) -> Any:
-        """The transformer's configuration."""
-        return self._transformer.config
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The transformer's dtype, asked for once: diffusers looks through all of its modules each time."""
-        dtype: torch.dtype = self._transformer.dtype
-        return dtype
+        self.config: Any = transformer.config
+        self.dtype: torch.dtype = transformer.dtype  # once: diffusers looks through all modules each time
 
     def __call__(self, *, hidden_states: Tensor, timestep: Tensor, **rest: Any) -> tuple[Tensor]:
         """One denoising step.
@@ -110,13 +101,17 @@ class CachedTransformer:
         step = self._run.step
         if step >= self._schedule.num_steps:
             raise ScheduleMismatch(f"the schedule is for {self._schedule.num_steps} steps, the run is longer")
-        is_computed = self._schedule.is_computed(step)
+        is_computed = step in self._computed_steps
         if self._on_step is not None:
             self._on_step(step, is_computed)
         if self._num_image_tokens is None:
             self._num_image_tokens = count_noisy_tokens(rest["img_ids"])
         arguments = {**rest, "hidden_states": hidden_states, "timestep": timestep}
-        sigma = self._sigma(arguments)  # before the device has work: the first reading waits for it
+        if self._scheduler is None:
+            sigma = float(timestep[0])
+        else:
+            self._run.sigmas = self._run.sigmas or self._scheduler.sigmas.tolist()  # once: it waits for the device
+            sigma = self._run.sigmas[step]
         output = self._compute(arguments, sigma) if is_computed else self._predict(arguments, sigma)
         self._run.step += 1
         return (output,)
@@ -143,13 +138,6 @@ class CachedTransformer:
 
         rows = arguments["hidden_states"].shape[0]
         return embed() if self._embeddings is None else self._embeddings.of(sigma, rows, embed)
-
-    def _sigma(self, arguments: dict[str, Any]) -> float:
-        if self._scheduler is None:
-            return float(arguments["timestep"][0])
-        if not self._run.sigmas:
-            self._run.sigmas = self._scheduler.sigmas.tolist()  # once: it waits for the device
-        return self._run.sigmas[self._run.step]
 
 
 def count_noisy_tokens(image_ids: Tensor) -> int:
@@ -223,8 +211,8 @@ def check_transformer(transformer: Any, example: dict[str, Any]) -> None:
     if missing:
         raise TransformerMismatch(f"the transformer has no {', '.join(missing)}: this diffusers cannot be used")
     schedule = Schedule("check", 2, (0,), "check", Signature("any", 2))
-    cached = CachedTransformer(transformer, schedule, example["hidden_states"].shape[1])
     try:
+        cached = CachedTransformer(transformer, schedule, example["hidden_states"].shape[1])
         (computed,), (reused,) = cached(**example), cached(**example)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise TransformerMismatch("a reused step does not run on this transformer") from error

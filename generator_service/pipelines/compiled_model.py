@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shapes_config
 
-from shared.compilation import Backend, compiling
+from shared.compilation import CompilerBackend, compiling
 from shared.device_errors import is_device_lost, is_out_of_memory
 
 Call = Callable[..., Any]
@@ -29,7 +29,7 @@ class Graphs:
         backend: as ``torch.compile``'s.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], backend: Backend) -> None:
+    def __init__(self, modules: Sequence[nn.Module], backend: CompilerBackend) -> None:
         self._static = compiled_calls(modules, backend, is_dynamic=False)
         self._dynamic = compiled_calls(modules, backend, is_dynamic=True)
         self._prepared: set[Shape] = set()
@@ -61,7 +61,7 @@ class CompiledModel:
         self,
         transformer: Any,
         decoder: Any,
-        backend: Backend,
+        backend: CompilerBackend,
         on_eager_decoder: Callable[[Exception], None],
     ) -> None:
         self._blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -118,7 +118,7 @@ class CompiledModel:
         return decoded
 
 
-def compiled_calls(modules: Sequence[nn.Module], backend: Backend, *, is_dynamic: bool) -> list[Call]:
+def compiled_calls(modules: Sequence[nn.Module], backend: CompilerBackend, *, is_dynamic: bool) -> list[Call]:
     """What the modules may run. ``torch.compile`` keeps static and dynamic code apart: their backends are not equal."""
     own = backend if isinstance(backend, str) else partial(backend)  # PyTorch's own knows ``dynamic``
     return [

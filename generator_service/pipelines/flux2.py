@@ -58,6 +58,7 @@ REFERENCE_CACHE_BYTES = 256 * 2**20
 """For the latents of reference images, on the device; one of 1024x1024 takes 1 MiB in bfloat16."""
 ATTEMPTS = 2
 """How often a picture that does not fit into memory is tried as it is."""
+TOO_LARGE = "does not fit into the device's memory now"
 StepListener = Callable[[int, bool], None]
 
 
@@ -191,7 +192,7 @@ class Flux2Model:
                 self._optimised.give_up_compiling(error)
             return self._generate(batch)
 
-        return run_within_memory(prepare, refusal(batch), num_attempts=ATTEMPTS)
+        return run_within_memory(prepare, refusal_of(batch), num_attempts=ATTEMPTS)
 
     def generate(
         self, params: Params, on_step: StepListener | None = None, previews: Previews | None = None
@@ -213,13 +214,14 @@ class Flux2Model:
             InvalidRequest: a LoRA adapter does not fit this model.
         """
         attempt = partial(self._generate, on_step=on_step, previews=previews)
+        refusal = f"an image of {params.width}x{params.height} {TOO_LARGE}"
         try:
-            return run_within_memory(partial(attempt, [params]), refusal([params]), num_attempts=ATTEMPTS)[0]
+            return run_within_memory(partial(attempt, [params]), refusal, num_attempts=ATTEMPTS)[0]
         except (NonFiniteOutput, OutOfMemory) as error:
             if params.is_uncached:
                 raise
             logger.warning("%s; trying again with every step computed, instead of %s", error, params.schedule)
-        return run_within_memory(partial(attempt, [params.uncached()]), refusal([params]))[0]
+        return run_within_memory(partial(attempt, [params.uncached()]), refusal)[0]
 
     def generate_batch(self, batch: Sequence[Params], on_step: StepListener | None = None) -> list[GeneratedImage]:
         """Generate several images in one run; each equals the one that is generated alone up to rounding.
@@ -232,7 +234,7 @@ class Flux2Model:
             OutOfMemory: the device has too little memory for so many.
             NonFiniteOutput: the latents of one of them are not finite.
         """
-        return run_within_memory(partial(self._generate, batch, on_step), refusal(batch))
+        return run_within_memory(partial(self._generate, batch, on_step), refusal_of(batch))
 
     def _generate(
         self,
@@ -292,10 +294,11 @@ class Flux2Model:
 
     def _inputs(self, batch: Sequence[Params]) -> dict[str, Any]:
         """The pipeline's arguments for ``batch``; with references or adapters it has one image."""
-        use_device(self.device)
         params = batch[0]
+        embeds = [each.prompt_embeds for each in batch if each.prompt_embeds is not None]
+        assert len(embeds) == len(batch)  # images are generated once the prompt is embedded
         return {
-            "prompt_embeds": torch.cat([each.embeddings for each in batch]).to(self.device, self.dtype),
+            "prompt_embeds": torch.cat(embeds).to(self.device, self.dtype),
             "image": [reference.image for reference in params.references] or None,
             "width": params.width,
             "height": params.height,
@@ -323,10 +326,9 @@ class Flux2Model:
         return pipeline
 
 
-def refusal(batch: Sequence[Params]) -> str:
-    """What the client reads if the device has too little memory for ``batch``."""
-    what = "an image" if len(batch) == 1 else f"a run of {len(batch)} images"
-    return f"{what} of {batch[0].width}x{batch[0].height} does not fit into the device's memory now"
+def refusal_of(batch: Sequence[Params]) -> str:
+    """The error message if the device has too little memory for ``batch``."""
+    return f"a run of {len(batch)} images of {batch[0].width}x{batch[0].height} {TOO_LARGE}"
 
 
 def to_pil(pixels: torch.Tensor) -> Image:

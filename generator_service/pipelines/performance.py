@@ -15,7 +15,7 @@ from generator_service.settings import Optimisation, ProfileName
 if TYPE_CHECKING:
     import torch
 
-    from shared.compilation import Backend
+    from shared.compilation import CompilerBackend
 
 PROFILES: dict[str, frozenset[Optimisation]] = {
     "exact": frozenset(),
@@ -63,7 +63,7 @@ class Performance:
     optimisations: frozenset[Optimisation] = field(default_factory=frozenset)
     left_out: tuple[str, ...] = ()
     """What cannot be done here and why, for people."""
-    backend: "Backend" = "inductor"
+    backend: "CompilerBackend" = "inductor"
     """As ``torch.compile``'s."""
 
     def without(self, optimisation: Optimisation, reason: str) -> "Performance":
@@ -92,7 +92,7 @@ def choose(
     weight_bytes: int = 0,
     without: Collection[Optimisation] = (),
     has_adapters: bool = False,
-    backend: "Backend" = "inductor",
+    backend: "CompilerBackend" = "inductor",
 ) -> Performance:
     """What of a profile can be done.
 

@@ -167,11 +167,11 @@ async def test_a_batch_that_does_not_fit_is_drawn_one_by_one(
     """Whichever library has too little memory for several pictures together, each of them is delivered."""
     alone = Flux2Model._generate
 
-    def generate(model: Flux2Model, requests: Sequence[Params], *more: Any) -> Any:
+    def generate(model: Flux2Model, requests: Sequence[Params], *more: Any, **options: Any) -> Any:
         if len(requests) > 1:
             error = KINDS[kind]()
             raise error
-        return alone(model, requests, *more)
+        return alone(model, requests, *more, **options)
 
     monkeypatch.setattr(Flux2Model, "_generate", generate)
     async with serve_generator(max_batch=4) as http:

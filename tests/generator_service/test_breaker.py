@@ -8,8 +8,9 @@ import pytest
 import stamina
 import torch
 
-from generator_service.breaker import FAILURES_TO_OPEN, OPEN_S, Breaker
-from generator_service.encoder_client import EncoderClient
+from generator_service.clients.breaker import FAILURES_TO_OPEN, OPEN_S, CircuitBreaker
+from generator_service.clients.retrying import RetryingEncoder
+from generator_service.clients.text_encoder import TextEncoderClient
 from shared.errors import InvalidRequest
 from shared.wire import dump_torch
 from tests.conftest import Serve
@@ -20,24 +21,24 @@ from tests.generator_service.test_generate import SMALL
 def test_it_opens_and_closes() -> None:
     """After some failures in a row one caller in two seconds may try; one answer closes it."""
     now = [100.0]
-    breaker = Breaker(lambda: now[0])
+    breaker = CircuitBreaker(lambda: now[0])
     for _ in range(FAILURES_TO_OPEN):
-        assert breaker.allows()
-        breaker.failed()
-    assert not breaker.allows()
+        assert breaker.allow_request()
+        breaker.record_failure()
+    assert not breaker.allow_request()
     now[0] += OPEN_S
-    assert [breaker.allows() for _ in range(3)] == [True, False, False]
-    breaker.answered()
-    assert [breaker.allows() for _ in range(3)] == [True] * 3
+    assert [breaker.allow_request() for _ in range(3)] == [True, False, False]
+    breaker.record_success()
+    assert [breaker.allow_request() for _ in range(3)] == [True] * 3
 
 
 def test_single_failures_do_not_open_it() -> None:
     """Failures with answers between them are not in a row."""
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(10):
-        breaker.failed()
-        breaker.answered()
-    assert breaker.allows()
+        breaker.record_failure()
+        breaker.record_success()
+    assert breaker.allow_request()
 
 
 @pytest.mark.anyio
@@ -109,7 +110,8 @@ async def test_an_encoder_that_never_answers_opens_it(
 async def test_a_prompt_that_is_refused_is_no_failure() -> None:
     """An encoder that refuses a prompt, or answers nonsense, is not away."""
     replies = httpx.MockTransport(lambda _request: httpx.Response(422))
-    async with EncoderClient("http://encoder", (4, 8), transport=replies) as client:
+    async with TextEncoderClient("http://encoder", (4, 8), transport=replies) as client:
+        encoder = RetryingEncoder(client, timeout_s=5.0, cache_bytes=0)
         for _ in range(2 * FAILURES_TO_OPEN):
-            with pytest.raises(InvalidRequest, match="refuses"):
-                await client.embed("a")
+            with pytest.raises(InvalidRequest, match="refused by"):
+                await encoder.embed("a")

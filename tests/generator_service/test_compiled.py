@@ -31,7 +31,7 @@ def fresh_compiler() -> None:
     torch.compiler.reset()
 
 
-class Backend:
+class RecordingBackend:
     """A compiler that compiles nothing, and counts."""
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class Backend:
 
 
 @pytest.fixture
-def backend() -> Backend:
+def backend() -> RecordingBackend:
     """What ``compiled`` is compiled with."""
-    return Backend()
+    return RecordingBackend()
 
 
 @pytest.fixture
-def compiled(backend: Backend, demo: Flux2Model, tmp_path_factory: pytest.TempPathFactory) -> Flux2Model:
+def compiled(backend: RecordingBackend, demo: Flux2Model, tmp_path_factory: pytest.TempPathFactory) -> Flux2Model:
     """The demo model, compiled, with an adapter at hand, and warm."""
     folder = tmp_path_factory.mktemp("lora")
     adapter_file(folder / "ink.safetensors", demo)
@@ -82,7 +82,7 @@ def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
 
 
 @pytest.fixture
-def nothing_compiles(compiled: Flux2Model, backend: Backend) -> Iterator[None]:
+def nothing_compiles(compiled: Flux2Model, backend: RecordingBackend) -> Iterator[None]:
     """Fails the test if it compiled anything."""
     before = (backend.graphs, num_compilations())
     yield
@@ -90,7 +90,7 @@ def nothing_compiles(compiled: Flux2Model, backend: Backend) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: Backend, demo: Flux2Model) -> None:
+def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: RecordingBackend, demo: Flux2Model) -> None:
     """Computed and reused steps, other modes, numbers of steps, seeds and requests run what was compiled at start."""
     for request in (wanted(), wanted(2), wanted(1, seed=5), wanted("fast", num_steps=9), wanted(3, seed=6)):
         before = backend.runs
@@ -99,7 +99,7 @@ def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: Back
         assert torch.equal(picture.latents, demo.generate(request).latents)
 
 
-def test_a_size_is_compiled_once(compiled: Flux2Model, backend: Backend) -> None:
+def test_a_size_is_compiled_once(compiled: Flux2Model, backend: RecordingBackend) -> None:
     """At start two kinds of blocks and the decoder are compiled for each size, and once more for all others."""
     assert compiled.performance.optimisations == {"compile", "vae"}
     blocks = 2 * 2 + 2 + 2  # for all others, once for a single picture and once for several
@@ -107,7 +107,7 @@ def test_a_size_is_compiled_once(compiled: Flux2Model, backend: Backend) -> None
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_the_device_thread_runs_what_another_compiled(compiled: Flux2Model, backend: Backend) -> None:
+def test_the_device_thread_runs_what_another_compiled(compiled: Flux2Model, backend: RecordingBackend) -> None:
     """What was compiled on the thread that starts the service is run on the one that draws."""
     before = backend.runs
     with ThreadPoolExecutor(1) as thread:
@@ -116,7 +116,7 @@ def test_the_device_thread_runs_what_another_compiled(compiled: Flux2Model, back
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_other_sizes_run_compiled_blocks_too(compiled: Flux2Model, backend: Backend, demo: Flux2Model) -> None:
+def test_other_sizes_run_compiled_blocks_too(compiled: Flux2Model, backend: RecordingBackend, demo: Flux2Model) -> None:
     """A picture of a size that was not named at start uses the blocks and the decoder for any size."""
     before = backend.runs
     request = wanted(2, side=OTHER_SIDE)
@@ -129,7 +129,7 @@ def test_other_sizes_run_compiled_blocks_too(compiled: Flux2Model, backend: Back
 @pytest.mark.usefixtures("nothing_compiles")
 @pytest.mark.parametrize(("rows", "side"), [(2, SIDE), (3, SIDE), (2, OTHER_SIDE)])
 def test_batches_run_compiled_blocks_too(
-    compiled: Flux2Model, backend: Backend, demo: Flux2Model, rows: int, side: int
+    compiled: Flux2Model, backend: RecordingBackend, demo: Flux2Model, rows: int, side: int
 ) -> None:
     """However many pictures share a run, it uses the blocks for several; each is decoded as if it were alone."""
     before = backend.runs
@@ -177,7 +177,7 @@ def test_batches_that_do_not_fit_are_not_drawn(
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_adapters_do_not_stay_in_the_way(compiled: Flux2Model, backend: Backend) -> None:
+def test_adapters_do_not_stay_in_the_way(compiled: Flux2Model, backend: RecordingBackend) -> None:
     """With an adapter the layers that it changes run uncompiled; the next picture runs what was compiled, as before."""
     plain = compiled.generate(wanted())
     before = backend.runs
@@ -190,7 +190,7 @@ def test_adapters_do_not_stay_in_the_way(compiled: Flux2Model, backend: Backend)
     assert not torch.equal(plain.latents, inked.latents)
 
 
-class BadDecoderBackend(Backend):
+class BadDecoderBackend(RecordingBackend):
     """One that cannot compile a decoder, or compiles it wrongly."""
 
     def __init__(self, fault: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 
 import httpx
@@ -11,8 +12,9 @@ import stamina
 import torch
 from pydantic import SecretStr
 
-from generator_service.breaker import FAILURES_TO_OPEN
-from generator_service.encoder_client import EncoderClient
+from generator_service.clients.breaker import FAILURES_TO_OPEN
+from generator_service.clients.retrying import RetryingEncoder
+from generator_service.clients.text_encoder import TextEncoderClient
 from shared.errors import (
     BadEncoderResponse,
     EncoderTimeout,
@@ -57,23 +59,24 @@ class Encoder:
         return reply
 
 
-def client(
+@asynccontextmanager
+async def client(
     encoder: Callable[[httpx.Request], Coroutine[None, None, httpx.Response]],
     *,
     url: str = "http://encoder",
     token: str | None = None,
     cache: int = 0,
     timeout_s: float = 5,
-) -> EncoderClient:
+) -> AsyncIterator[RetryingEncoder]:
     """A client of ``encoder``, for embeddings of the shape of ``EMBEDDING``."""
-    return EncoderClient(
+    async with TextEncoderClient(
         url,
         (4, 6),
         token=SecretStr(token) if token else None,
         timeout_s=timeout_s,
-        cache_bytes=cache,
         transport=httpx.MockTransport(encoder),
-    )
+    ) as http:
+        yield RetryingEncoder(http, timeout_s=timeout_s, cache_bytes=cache)
 
 
 def body(content: bytes, media_type: str = TORCH_MEDIA_TYPE) -> Reply:
@@ -281,7 +284,7 @@ async def test_a_long_answer_is_given_up() -> None:
 
     encoder = Encoder(lambda: httpx.Response(200, content=chunks()))
     async with client(encoder) as sut:
-        with pytest.raises(BadEncoderResponse, match="larger"):
+        with pytest.raises(BadEncoderResponse, match="too large"):
             await sut.embed("a")
     assert len(encoder.requests) == 2
     assert num_chunks <= 2 * 5  # 4 KiB of header and 96 bytes of embedding, each time

@@ -445,7 +445,7 @@ async def test_strangers_are_warned_of(
     """A generator that others can reach without keys says so in its log; on loopback, or with keys, it does not."""
     async with serve_generator(**settings):
         pass
-    assert ("without API keys" in caplog.text) == is_told
+    assert ("without authentication" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize(("token", "status"), [(None, 401), ("wrong", 401), ("right", 200)])

@@ -16,7 +16,7 @@ from demo_model.services import WEIGHTS
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled
 from generator_service.pipelines.lora import Adapter
-from generator_service.pipelines.params import Params
+from generator_service.pipelines.params import Params, Reference
 from generator_service.pipelines.step_clock import Previews
 from shared.errors import NonFiniteOutput, OutOfMemory
 from shared.model_folder import ModelFolder
@@ -111,7 +111,7 @@ def test_the_decoder_may_fail_too(demo: Flux2Model, kind: str) -> None:
 
 def test_a_reference_may_fail_too(demo: Flux2Model) -> None:
     """Too little memory for a reference image leaves no half-encoded one in the cache."""
-    request, shortage = wanted(references=(pattern(112),)), Shortage()
+    request, shortage = wanted(references=(Reference(pattern(112)),)), Shortage()
     with hooked(demo._parts.vae.encoder, shortage):
         picture = demo.generate(request, shortage.on_step)
     assert len(shortage.held) == 1
@@ -137,7 +137,7 @@ def test_what_never_fits_is_refused(demo: Flux2Model, kind: str, cache: str | in
     shortage = Shortage(kind, num_failures=100, at_step=3)
     with hooked(last_part(demo), shortage), pytest.raises(OutOfMemory) as caught:
         demo.generate(wanted(cache), shortage.on_step)
-    assert str(caught.value) == "a picture of 64x64 does not fit into the device's memory now"
+    assert str(caught.value) == "an image of 64x64 does not fit into the device's memory now"
     assert shortage.steps == [0, 1, 2, 3] * num_attempts
     assert torch.equal(demo.generate(wanted(cache)).latents, expected)
 
@@ -202,7 +202,7 @@ def test_numbers_that_are_not_finite_are_still_refused(demo: Flux2Model) -> None
 def test_a_batch_that_does_not_fit_says_so_at_once(demo: Flux2Model, kind: str) -> None:
     """Several pictures are not tried again together: the caller tries them one by one."""
     shortage = Shortage(kind, num_failures=100)
-    with hooked(last_part(demo), shortage), pytest.raises(OutOfMemory, match="a run of 2 pictures of 64x64"):
+    with hooked(last_part(demo), shortage), pytest.raises(OutOfMemory, match="a run of 2 images of 64x64"):
         demo.generate_batch([wanted(), wanted()], shortage.on_step)
     assert shortage.steps == [0]
 

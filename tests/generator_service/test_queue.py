@@ -18,7 +18,7 @@ from shared.errors import Busy
 
 pytestmark = pytest.mark.anyio
 
-REQUEST = Request(Params(None, 64, 64, 4.0, 1, schedule_for("none", 1), prompt="a prompt"))
+REQUEST = Request(Params(None, 64, 64, 4.0, 1, schedule_for("none", 1), prompt="a prompt"), is_followed=True)
 
 
 def lasting(seconds: float | None, count: int = 1, width: int = 64) -> Request:

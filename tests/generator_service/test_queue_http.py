@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from generator_service.api.state import GeneratorState
+from generator_service.api.resolve import Resolver
 from generator_service.pipelines.flux2 import Flux2Model
 from shared.wire import TORCH_MEDIA_TYPE, dump_torch
 from tests.conftest import Serve
@@ -128,14 +129,14 @@ async def test_a_full_queue_refuses_whatever_comes_before_the_work(
 ) -> None:
     """A stream or a job gets 429 however long its request takes to be resolved: the permit comes first."""
     resolved: list[bool] = []
-    real = GeneratorState.resolve
+    real = Resolver.resolve
 
-    async def slow_resolve(state: GeneratorState, body: Any, **options: Any) -> Any:
+    def slow_resolve(resolver: Resolver, *args: Any) -> Any:
         resolved.append(True)
-        await asyncio.sleep(0.01)
-        return await real(state, body, **options)
+        time.sleep(0.01)
+        return real(resolver, *args)
 
-    monkeypatch.setattr(GeneratorState, "resolve", slow_resolve)
+    monkeypatch.setattr(Resolver, "resolve", slow_resolve)
     async with serve_generator(max_waiting=1) as http:
         running = [await begin(http, small(seed)) for seed in (1, 2)]
         resolved.clear()

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from pydantic import SecretStr
 
+from generator_service.clients.upsampler import MAX_ANSWER_BYTES, MAX_PROMPT_CHARS, Upsampler
 from generator_service.imaging import read_provenance
-from generator_service.upsampler import MAX_ANSWER_BYTES, MAX_PROMPT_CHARS, Upsampler
 from shared.errors import BadUpsamplerResponse, Flux2Error, UpsamplerUnavailable
 from shared.wire import dump_torch
 from tests.conftest import Serve

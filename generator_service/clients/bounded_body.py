@@ -1,13 +1,13 @@
-"""Bodies of other services' answers, which are not trusted to be as long as they should."""
+"""Bodies of responses, read up to a limit."""
 
 import httpx
 
 IDENTITY = {"Accept-Encoding": "identity"}
-"""What to ask for: 500 compressed bytes can unpack to gigabytes."""
+"""Headers that forbid compression: 500 compressed bytes can expand to gigabytes."""
 
 
 class BodyRefused(ValueError):
-    """The body is not read; the text goes on after "the answer is"."""
+    """The body was not read. The message completes the sentence "the answer is ..."."""
 
 
 async def read_body(response: httpx.Response, limit: int) -> bytes:
@@ -22,5 +22,5 @@ async def read_body(response: httpx.Response, limit: int) -> bytes:
     async for chunk in response.aiter_bytes():
         body += chunk
         if len(body) > limit:
-            raise BodyRefused("larger than any that is right")
+            raise BodyRefused("too large")
     return bytes(body)

@@ -1,0 +1,1 @@
+"""Clients of other services. Nothing that they answer is trusted."""

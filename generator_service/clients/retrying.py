@@ -1,0 +1,114 @@
+"""Embeddings from a text encoder that may be slow or unavailable: a cache, retries, and a circuit breaker."""
+
+import asyncio
+from typing import Protocol
+
+import stamina
+import torch
+
+from generator_service.clients.breaker import OPEN_S, CircuitBreaker
+from shared.byte_cache import ByteBoundedCache
+from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
+from shared.schemas import EncoderInfo
+
+MAX_ATTEMPTS = 4
+MAX_BACKOFF_S = 1.0
+"""Longest backoff between attempts, in seconds."""
+
+
+class TextEncoder(Protocol):
+    """One attempt at a time to ask a text encoder."""
+
+    async def embed(self, prompt: str) -> torch.Tensor:
+        """The prompt's embedding ``[1, L, D]``."""
+
+    async def info(self) -> EncoderInfo | None:
+        """What the encoder reports about itself; None if it does not support that."""
+
+
+class RetryingEncoder:
+    """Asks ``encoder`` until it answers.
+
+    Args:
+        encoder: makes one attempt at a time.
+        timeout_s: for one prompt, all attempts included.
+        cache_bytes: the size of the cache of embeddings.
+        max_attempts: None: retry until the time is over, for an encoder that is restarted by someone else.
+    """
+
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        *,
+        timeout_s: float,
+        cache_bytes: int,
+        max_attempts: int | None = MAX_ATTEMPTS,
+    ) -> None:
+        self._encoder = encoder
+        self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
+        self._cache = ByteBoundedCache[torch.Tensor](cache_bytes)
+        self._breaker = CircuitBreaker()
+
+    async def info(self) -> EncoderInfo | None:
+        """As ``encoder.info``. Any answer closes the circuit, so a readiness probe brings the encoder back."""
+        try:
+            info = await self._encoder.info()
+        except BadEncoderResponse:
+            self._breaker.record_success()
+            raise
+        self._breaker.record_success()
+        return info
+
+    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
+        """The prompt's embedding ``[1, L, D]``, and whether it was cached.
+
+        Raises:
+            EncoderUnavailable: no connection, or the service cannot answer now; after retries, or at once while the
+                circuit is open.
+            EncoderTimeout: no answer within ``timeout_s``.
+            BadEncoderResponse: the answer is not an embedding; after one retry.
+            InvalidRequest: the service refuses the prompt.
+            OutOfMemory: the service has too little memory for the prompt.
+        """
+        cached = self._cache.get(prompt)
+        if cached is not None:
+            return cached, True
+        if not self._breaker.allow_request():
+            raise EncoderUnavailable("the text encoder is unavailable", retry_after_s=OPEN_S)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                tensor = await self._embed_with_retries(prompt)
+        except TimeoutError as error:
+            self._breaker.record_failure()
+            raise EncoderTimeout(f"the text encoder did not answer within {self._timeout_s:g} s") from error
+        except (EncoderUnavailable, EncoderTimeout):
+            self._breaker.record_failure()
+            raise
+        except (BadEncoderResponse, InvalidRequest, OutOfMemory):
+            self._breaker.record_success()
+            raise
+        self._breaker.record_success()
+        self._cache.put(prompt, tensor)
+        return tensor, False
+
+    async def _embed_with_retries(self, prompt: str) -> torch.Tensor:
+        num_bad_responses = 0
+
+        def is_worth_retrying(error: Exception) -> bool:
+            nonlocal num_bad_responses
+            is_bad = isinstance(error, BadEncoderResponse)
+            num_bad_responses += is_bad
+            return isinstance(error, EncoderUnavailable) or (is_bad and num_bad_responses == 1)
+
+        async for attempt in stamina.retry_context(
+            on=is_worth_retrying,
+            attempts=self._max_attempts,
+            timeout=self._timeout_s,
+            wait_initial=0.1,
+            wait_max=MAX_BACKOFF_S,
+            wait_jitter=0.1,
+        ):
+            with attempt:
+                return await self._encoder.embed(prompt)
+        raise AssertionError  # the loop returns or raises
