@@ -29,7 +29,7 @@ from benchmarks.language_model import EncoderSource, Model
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Stopwatch, Summary
 from demo_model.services import WEIGHTS
-from shared.compilation import Backend, CompilationFailed, log_failure, num_compilations
+from shared.compilation import Backend, CompilationFailed, describe_failure, num_compilations
 from text_encoder_service.encoder import run_library, to_pinned
 from text_encoder_service.fast_layers import FastLayers, Forward, difference
 from text_encoder_service.settings import Weights
@@ -143,7 +143,7 @@ class Run:
         try:
             layers.compile(self._backend)
         except CompilationFailed as error:
-            self._report.left_out.append(log_failure(f"fast, {self._weights} weights", error))
+            self._report.left_out.append(describe_failure(f"fast, {self._weights} weights", error))
             return None
         self._report.compile_s[f"{self._weights}, batch {batch}"] = time.perf_counter() - began
         off = float(difference(layers(tokens), expected))

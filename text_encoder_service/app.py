@@ -63,7 +63,7 @@ async def running_encoder(
     metrics.queue_depth.set_function(lambda: queue.depth)
     metrics.watch_memory(settings.torch_device())
     async with queue:
-        with queue.place():
+        with queue.admit():
             await queue.submit(WARM_UP_PROMPT)
         yield EncoderState(settings, info, queue, ByteBoundedCache[Embedding](settings.embedding_cache_bytes), metrics)
 

@@ -23,8 +23,8 @@ from shared.compilation import (
     CompilationFailed,
     compile_parts,
     compiling,
-    compiling_nothing_new,
-    log_failure,
+    describe_failure,
+    eager_on_recompile,
     restore_parts,
 )
 from shared.compile_cache import warn_if_caches_unwritable
@@ -88,7 +88,7 @@ class FastLayers:
         num_prompts = len(tokens.ids)
         batch, length = self.shapes.bucket_for(num_prompts, tokens.longest)
         ids, mask = (_grown(rows[:, -length:], batch) for rows in (tokens.ids, tokens.mask))
-        with compiling_nothing_new():
+        with eager_on_recompile():
             states = self._run(ids, mask)[:num_prompts]
         return states if self._padding is None else self._padded(states, tokens.mask[:, -length:])
 
@@ -187,7 +187,7 @@ def _is_compiled(layers: FastLayers, backend: Backend, report: Report) -> bool:
     try:
         layers.compile(backend, report)
     except CompilationFailed as error:
-        logger.warning("%s: performance is exact", log_failure("the text encoder", error))
+        logger.warning("%s: performance is exact", describe_failure("the text encoder", error))
         return False
     logger.info("the text encoder is compiled for %d shapes, in %.0f s", len(layers.shapes), time.monotonic() - began)
     return True

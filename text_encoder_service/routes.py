@@ -99,7 +99,7 @@ async def embed(prompt: str, state: EncoderState) -> Embedding:
     state.metrics.cache.labels("miss" if cached is None else "hit").inc()
     if cached is not None:
         return cached
-    with state.queue.place():
+    with state.queue.admit():
         answer = await state.queue.submit(prompt)
     state.metrics.seconds.labels("queue").observe(answer.queue_s)
     state.cache.put(prompt, answer.value)

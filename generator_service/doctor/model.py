@@ -14,7 +14,7 @@ from generator_service.doctor.host import Host
 from generator_service.doctor.weights_files import BrokenFile, Weights, read_json, read_weights
 from generator_service.weights import Service
 from shared.errors import ModelRefused
-from shared.model_folder import ModelFolder, PromptFormat, read_prompt_format, refuse_unsafe_files, wanted_patterns
+from shared.model_folder import ModelFolder, PromptFormat, download_patterns, read_prompt_format, refuse_unsafe_files
 
 PARTS: Mapping[Service, tuple[str, ...]] = {
     Service.GENERATOR: ("scheduler", "transformer", "vae"),
@@ -95,7 +95,7 @@ def find(name: str, revision: str, parts: tuple[str, ...], host: Host) -> Model:
             name,
             revision=revision,
             cache_dir=hub_cache(host),
-            allow_patterns=wanted_patterns(parts),
+            allow_patterns=download_patterns(parts),
             local_files_only=True,
         )
     except IncompleteSnapshotError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from generator_service.calibrate import device_or_folder
+from generator_service.calibrate import resolve_storage
 from generator_service.settings import GeneratorSettings
 from shared.errors import InvalidRequest, ModelRefused
 from text_encoder_service.settings import TextEncoderSettings
@@ -131,10 +131,10 @@ def test_a_service_says_so_in_one_line(service: str, tmp_path: Path) -> None:
 def test_what_keeps_a_calibration_has_an_index_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """``--keep`` is read as the settings are."""
     has_gpus(monkeypatch, 2)
-    assert str(device_or_folder("cuda")) == "cuda:0"
-    assert device_or_folder(str(tmp_path)) == tmp_path
+    assert str(resolve_storage("cuda")) == "cuda:0"
+    assert resolve_storage(str(tmp_path)) == tmp_path
     with pytest.raises(InvalidRequest, match="--keep=cuda:2: PyTorch sees 2 GPUs here; set it to cuda:0 to cuda:1, or"):
-        device_or_folder("cuda:2")
+        resolve_storage("cuda:2")
 
 
 def test_settings_need_no_torch(tmp_path: Path) -> None:

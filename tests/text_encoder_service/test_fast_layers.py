@@ -68,7 +68,7 @@ def test_all_layers_share_one_graph_for_each_shape() -> None:
 def test_all_that_is_served_was_compiled_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch up to the largest meets a shape that is new."""
     ours = fast_encoder(WEIGHTS, max_batch=4)
-    monkeypatch.setattr(fast_layers, "compiling_nothing_new", refuse_uncompiled)
+    monkeypatch.setattr(fast_layers, "eager_on_recompile", refuse_uncompiled)
     for batch in range(1, 5):
         assert len(ours.encode(PROMPTS[:batch])) == batch
 
@@ -160,7 +160,7 @@ def test_prompts_that_cannot_be_trimmed_are_padded(weights: Path, caplog: pytest
 async def test_the_service_can_be_fast(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """``performance=fast`` serves compiled layers: what the load compiles on its thread, the device thread runs."""
     monkeypatch.setattr(fast_layers, "compile_parts", lambda parts, _: compile_parts(parts, "eager"))
-    monkeypatch.setattr(fast_layers, "compiling_nothing_new", refuse_uncompiled)
+    monkeypatch.setattr(fast_layers, "eager_on_recompile", refuse_uncompiled)
     async with serve_encoder(performance="fast", max_batch=2) as http:
         response = await http.post("/predict", json={"prompt": PROMPTS[:3]})
     assert response.status_code == 200
