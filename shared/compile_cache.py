@@ -69,4 +69,4 @@ def replace_unwritable_caches() -> None:
         temporary = tempfile.mkdtemp(prefix="flux2-compiled-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         os.environ[variable] = temporary
-        logger.warning("%s: %s cannot be written to; using %s instead: %s", variable, folder, temporary, CONSEQUENCE)
+        logger.warning("%s: %s cannot be written to: %s; using %s instead", variable, folder, CONSEQUENCE, temporary)

@@ -96,7 +96,7 @@ def test_what_cannot_be_compiled_is_exact(weights: Path, caplog: pytest.LogCaptu
     """Where there is no compiler the service starts all the same, bit-equal to the library, and says so."""
     with caplog.at_level(logging.WARNING, "flux2"):
         ours = fast_encoder(weights, backend="no such backend")
-    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["performance is exact"]
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == ["using performance=exact"]
     assert torch.equal(ours.encode(PROMPTS)[0].tensor, encoder(weights).encode(PROMPTS)[0].tensor)
 
 
@@ -112,7 +112,7 @@ def test_what_is_compiled_wrongly_is_not_served(
     monkeypatch.setattr(fast_layers, "compile_parts", miscompile)
     with caplog.at_level(logging.WARNING, "flux2"):
         ours = fast_encoder(weights)
-    assert "more than rounding: performance is exact" in caplog.text
+    assert "more than rounding; using performance=exact" in caplog.text
     assert torch.equal(ours.encode(PROMPTS)[0].tensor, encoder(weights).encode(PROMPTS)[0].tensor)
 
 
