@@ -143,7 +143,7 @@ class Run:
         try:
             layers.compile(self._backend)
         except CompilationFailed as error:
-            self._report.left_out.append(log_failure(f"fast, {self._weights} weights", error))
+            self._report.left_out.append(describe_failure(f"fast, {self._weights} weights", error))
             return None
         self._report.compile_s[f"{self._weights}, batch {batch}"] = time.perf_counter() - began
         off = float(difference(layers(tokens), expected))

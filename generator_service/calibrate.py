@@ -1,4 +1,4 @@
-"""From a model and prompts to an error graph, and from a graph to schedules: what the command line does."""
+"""Calibration of a model: from prompts to an error graph, and from graphs to schedules."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ TOO_LARGE = "the runs and a batch do not fit into the device's memory together: 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """What is calibrated on: every prompt with every seed."""
+    """The samples of a calibration: every prompt with every seed, at one size and number of steps."""
 
     prompts: tuple[str, ...]
     num_seeds: int
@@ -50,25 +50,24 @@ class CalibrationSet:
 
     @property
     def count(self) -> int:
-        """How many runs that is."""
         return len(self.prompts) * self.num_seeds
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a calibration takes."""
+    """The expected cost of a calibration."""
 
     forwards: int
-    """Transformer steps of a batch of one."""
+    """Forward passes of the transformer with a batch of one."""
     seconds: float
-    """At the speed of one timed run; batches are faster."""
+    """At the speed of one timed run; larger batches are faster."""
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:
-    """The file's lines that are not empty.
+    """Read one prompt per line, skipping empty lines.
 
     Raises:
-        InvalidRequest: there are none.
+        InvalidRequest: the file has no prompts.
     """
     prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     if not prompts:
@@ -77,10 +76,10 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 
 
 def resolve_storage(name: str) -> torch.device | Path:
-    """What keeps the runs: a device with its index, or a folder.
+    """Parse ``--keep``: an existing folder, or a device.
 
     Raises:
-        InvalidRequest: there is no such device here, nor such a folder.
+        InvalidRequest: the folder does not exist, and the device is not available.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -91,23 +90,24 @@ def resolve_storage(name: str) -> torch.device | Path:
 
 
 def choose_storage(num_bytes: int, device: torch.device) -> torch.device:
-    """What keeps so many bytes of runs: the GPU ``device``, or the CPU if they would take half of its free memory."""
+    """Return the GPU ``device`` if the trajectories take at most half of its free memory, else the CPU."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return device if 2 * num_bytes <= free else parts.CPU
 
 
 class CalibrationRun:
-    """A model and the runs of it that are calibrated on.
+    """Loads a model and records full runs of the samples for a calibration.
 
     Args:
-        settings: which model, where and in what dtype.
-        samples: what to run.
-        predictor: whose features are kept.
-        storage: ``cpu`` spares the device's memory, a folder the host's too; None: see ``choose_storage``.
+        settings: model, device and dtype.
+        samples: the runs to record.
+        predictor: determines which feature is recorded.
+        storage: where trajectories are stored: ``cpu`` saves device memory, a folder saves host memory too. None: see
+            ``choose_storage``.
 
     Raises:
-        InvalidRequest: ``storage`` is neither a device nor a folder.
+        InvalidRequest: ``storage`` is neither an available device nor an existing folder.
     """
 
     def __init__(
@@ -123,24 +123,24 @@ class CalibrationRun:
 
     @property
     def signature(self) -> Signature:
-        """What the runs are."""
-        known = self._model.card.signature(
+        """The signature of the recorded runs."""
+        signature = self._model.card.signature(
             num_steps=self._samples.num_steps,
             width=self._samples.width,
             height=self._samples.height,
             guidance_scale=self._samples.guidance_scale,
         )
-        return replace(known, predictor=self._predictor.name)
+        return replace(signature, predictor=self._predictor.name)
 
     def estimate(self, max_skip: int, *, is_exact: bool = True) -> Estimate:
-        """What calibrating would take, by one run."""
+        """Estimate the cost of a calibration by timing one run."""
         seconds, _ = self._one_run
         num_steps = self._samples.num_steps
         forwards = self._samples.count * (num_forwards(num_steps, max_skip) if is_exact else num_steps)
         return Estimate(forwards, forwards * seconds / num_steps)
 
     def calibration(self, batch_size: int) -> Calibration:
-        """Run every sample."""
+        """Record a run of every sample."""
         storage, device = self._storage, self._model.device
         if storage is None and device.type == "cuda":
             _, num_bytes = self._one_run
@@ -150,7 +150,7 @@ class CalibrationRun:
 
     @cached_property
     def _one_run(self) -> tuple[float, int]:
-        """The seconds and the bytes of one."""
+        """Seconds and bytes of one recorded run."""
         began = time.perf_counter()
         run = self._run(self._embeddings[0], 0, self._storage)
         return time.perf_counter() - began, run.features.nbytes + run.latents.nbytes
@@ -172,11 +172,11 @@ def calibrate(
     is_exact: bool,
     on_progress: Callable[[int, int], None],
 ) -> ErrorGraph:
-    """Measure every edge and save the graph as ``output``; a killed run goes on from the file beside it.
+    """Measure every edge and save the graph as ``output``. An interrupted calibration resumes from a file beside it.
 
     Raises:
-        CalibrationMismatch: that file is of another calibration.
-        OutOfMemory: the runs and a batch do not fit into memory together.
+        CalibrationMismatch: the file beside ``output`` belongs to another calibration.
+        OutOfMemory: the runs and a batch do not fit into the device's memory together.
     """
     checkpoint = output.with_name(f"{output.name}.unfinished")
     calibration = run.calibration(batch_size)
@@ -190,7 +190,7 @@ def calibrate(
 
 
 def plan_all(graph: ErrorGraph) -> list[Schedule]:
-    """The schedule of every budget that the graph has one for, but that which computes everything."""
+    """Plan a schedule for every feasible budget below the full number of steps."""
     paths = lexicographic_minimax_paths(graph)
     return [schedule_of(graph, path) for budget, path in sorted(paths.items()) if budget < graph.num_steps]
 
@@ -198,54 +198,55 @@ def plan_all(graph: ErrorGraph) -> list[Schedule]:
 def refine_all(
     run: CalibrationRun, graphs: Sequence[ErrorGraph], budgets: Sequence[int], batch_size: int, max_rounds: int
 ) -> Iterator[Schedule]:
-    """For each budget the best schedule that any of the graphs can plan, refined on whole runs of ``run``.
+    """For each budget, refine the best plan of all graphs on whole runs.
 
-    Once upwards, each budget starting from the plans and from the one below with a step more; then downwards, from the
-    one above with a step less. So a schedule that is better than what was yielded for its budget may follow.
+    A first pass goes upwards: each budget starts from the graphs' plans and from the next smaller budget's schedule
+    with a step added. A second pass goes downwards, from the next larger budget's schedule with a step removed. It may
+    yield a better schedule for a budget that was yielded before.
 
     Raises:
-        CalibrationMismatch: a graph was made for something else than the runs.
-        NoSuchPath: a budget that a graph has no path for.
-        OutOfMemory: the runs and a batch do not fit into memory together.
+        CalibrationMismatch: a graph was made for another kind of run.
+        NoSuchPath: a graph has no path for one of the budgets.
+        OutOfMemory: the runs and a batch do not fit into the device's memory together.
     """
     for graph in graphs:
-        difference = graph.signature.mismatch(run.signature) if graph.signature else "made for unknown runs"
-        if difference is not None:
-            raise CalibrationMismatch(f"a graph was {difference}")
+        mismatch = graph.signature.mismatch(run.signature) if graph.signature else "made for unknown runs"
+        if mismatch is not None:
+            raise CalibrationMismatch(f"a graph was {mismatch}")
     planned = {budget: [plan for graph in graphs for plan in plans_of(graph, budget)] for budget in sorted(budgets)}
     measure = errors_within_memory(run, batch_size)
-    found: dict[int, Schedule] = {}
+    best: dict[int, Schedule] = {}
     for budget, plans in planned.items():
-        if budget - 1 in found:
-            below = found[budget - 1]
+        if budget - 1 in best:
+            below = best[budget - 1]
             plans += [
                 (schedule, graph) for graph in graphs_of(below, graphs) for schedule in with_step_added(below, graph)
             ]
-        found[budget] = refine(plans, measure, max_rounds)
-        yield found[budget]
-    for budget in sorted(found.keys() & {above - 1 for above in found}, reverse=True):
-        above = found[budget + 1]
+        best[budget] = refine(plans, measure, max_rounds)
+        yield best[budget]
+    for budget in sorted(best.keys() & {above - 1 for above in best}, reverse=True):
+        above = best[budget + 1]
         plans = [
             (schedule, graph) for graph in graphs_of(above, graphs) for schedule in with_step_removed(above, graph)
         ]
-        if plans and (other := refine(plans, measure, max_rounds)).evidence["error"] < found[budget].evidence["error"]:
-            found[budget] = other
+        if plans and (other := refine(plans, measure, max_rounds)).evidence["error"] < best[budget].evidence["error"]:
+            best[budget] = other
             yield other
 
 
 def errors_within_memory(run: CalibrationRun, batch_size: int) -> Callable[[Schedule], Sequence[float]]:
-    """What measures a schedule's error on each sample of ``run``; it may raise ``OutOfMemory``."""
+    """Record the samples; return a function that measures a schedule on them. Both may raise ``OutOfMemory``."""
     calibration = run.calibration(batch_size)
     return lambda schedule: run_within_memory(lambda: calibration.errors_of_schedule(schedule), TOO_LARGE)
 
 
 def graphs_of(schedule: Schedule, graphs: Sequence[ErrorGraph]) -> list[ErrorGraph]:
-    """The graphs for the predictor of ``schedule``."""
+    """Select the graphs that were measured with the predictor of ``schedule``."""
     return [graph for graph in graphs if graph.signature and graph.signature.predictor == schedule.predictor.name]
 
 
 def plans_of(graph: ErrorGraph, budget: int) -> Iterator[tuple[Schedule, ErrorGraph]]:
-    """What a graph proposes for one budget: for the mean and the worst of its samples, and for the sum of errors."""
+    """Plan one budget in several ways: by the mean and the worst error of the samples, and by the sum of errors."""
     for measured in (graph, graph.planned_for("worst")) if graph.samples else (graph,):
         yield lexicographic_minimax_path(measured, budget), graph
     yield minimum_total_error_path(graph, budget), graph

@@ -1,4 +1,4 @@
-"""``flux2 weights``: a model's files, fetched once and ahead of the services, which can then do without the hub."""
+"""``flux2 weights``: download a model before the services start, so that they need no access to the hub."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -12,16 +12,16 @@ out = Console()
 
 
 class Service(StrEnum):
-    """Whose part of the model."""
+    """A service that needs a part of the model."""
 
     TEXT_ENCODER = "text-encoder"
     GENERATOR = "generator"
 
 
 def weights(
-    service: Annotated[Service | None, typer.Option("--for", help="Only what this service needs.")] = None,
+    service: Annotated[Service | None, typer.Option("--for", help="Download only what this service needs.")] = None,
 ) -> None:
-    """Fetch the model (FLUX2_MODEL at FLUX2_REVISION) from the hub. What is there is not fetched again."""
+    """Download the model (FLUX2_MODEL at FLUX2_REVISION) from the hub. Cached files are not downloaded again."""
     with one_line_errors():
         from generator_service.pipelines import parts, prompt  # noqa: PLC0415 - torch takes seconds to import
         from generator_service.settings import GeneratorSettings  # noqa: PLC0415
@@ -29,6 +29,6 @@ def weights(
 
         settings = GeneratorSettings()
         of_service = {Service.TEXT_ENCODER: prompt.PARTS, Service.GENERATOR: parts.PARTS}
-        wanted = of_service[service] if service else tuple(part for each in of_service.values() for part in each)
-        folder = find_model(settings.model, settings.revision, wanted)
-        out.print(f"{folder.name} is here at revision {folder.revision}: {', '.join(wanted)}", highlight=False)
+        subfolders = of_service[service] if service else tuple(part for each in of_service.values() for part in each)
+        folder = find_model(settings.model, settings.revision, subfolders)
+        out.print(f"{folder.name} is available at revision {folder.revision}: {', '.join(subfolders)}", highlight=False)

@@ -1,1 +1,1 @@
-"""What both services must say or do identically. Imports neither of them."""
+"""Code that both services share. It imports neither of them."""

@@ -1,15 +1,17 @@
-"""PyTorch's attention kernels: a text encoder uses those that give finite numbers for padding.
+"""Selection of PyTorch attention kernels that give finite values for padding tokens.
 
-A padding token may attend to nothing. For such a row PyTorch promises 0, but a kernel that divides by the sum of its
-weights gives NaN, and from the next layer on the prompt's own tokens are NaN too: 0 times NaN is NaN. Which kernel runs
-depends on the GPU, the library's version and the shape, so the kernels are tried, and those that fail are ruled out.
+A padding token may have no token to attend to. PyTorch specifies 0 for such a row, but a kernel that divides by the sum
+of its weights gives NaN. From the next layer on the prompt's own tokens are NaN too, since 0 times NaN is NaN. Which
+kernel runs depends on the GPU, the library version and the shape, so kernels are tested and those that fail are
+disabled.
 
-They are ruled out by PyTorch's flags, which hold for the process: on whichever thread serves, and for graphs that are
-compiled later. The context manager ``torch.nn.attention.sdpa_kernel`` sets the same flags and puts them back, so it
-would have to be around every forward pass, and would change the flags under other threads.
+Kernels are disabled by PyTorch's flags, which are global: they hold for all threads, and for graphs that are compiled
+later. The context manager ``torch.nn.attention.sdpa_kernel`` sets and restores the same flags, so it would be needed
+around every forward pass and would change the flags under other threads.
 
-A compiled graph keeps the kernel that was chosen when it was compiled, and PyTorch's caches of compiled code, also
-those on disk, do not know of the flags. So together with the flags, compiled code is forgotten and the key changed.
+A compiled graph keeps the kernel that was selected when it was compiled, and neither PyTorch's in-memory nor its
+on-disk caches of compiled code depend on the flags. Compiled code is therefore reset and the cache key changed whenever
+the flags change.
 """
 
 import logging
@@ -23,66 +25,66 @@ from torch.backends import cuda as flags
 from shared.errors import ModelRefused
 
 Attention = Literal["any", "without_cudnn", "math"]
-"""The kernels that PyTorch may choose from: all; all but cuDNN's; only the one that is made of matrix products."""
-RULED_OUT: MappingProxyType[Attention, tuple[Callable[[bool], None], ...]] = MappingProxyType(
+"""The kernels that PyTorch may choose from: all, all but cuDNN's, or only the unfused one."""
+DISABLED: MappingProxyType[Attention, tuple[Callable[[bool], None], ...]] = MappingProxyType(
     {
         "any": (),
         "without_cudnn": (flags.enable_cudnn_sdp,),
         "math": (flags.enable_cudnn_sdp, flags.enable_flash_sdp, flags.enable_mem_efficient_sdp),
     }
 )
-"""By their switches. The order is that in which they are tried: the later, the slower."""
+"""The flags to turn off, in the order in which the settings are tried: from fast to slow."""
 logger = logging.getLogger("flux2")
 T = TypeVar("T")
 
 
 class NonFiniteStates(ModelRefused):
-    """A text encoder gives hidden states that are not finite numbers."""
+    """A text encoder's hidden states are infinite or NaN."""
 
     def __init__(self) -> None:
         super().__init__(
             "the text encoder's hidden states are not finite numbers, with any of PyTorch's attention kernels:"
-            " its weights are damaged, or do not suit the dtype"
+            " its weights are damaged or not suited to the dtype"
         )
 
 
 def check_finite(states: torch.Tensor) -> torch.Tensor:
-    """``states``; raises ``NonFiniteStates`` if one of them is infinite or not a number."""
+    """Return ``states``; raise ``NonFiniteStates`` if a value is infinite or NaN."""
     if not bool(torch.isfinite(states).all()):
         raise NonFiniteStates
     return states
 
 
 def run_finite(work: Callable[[], T], attention: Attention = "any") -> tuple[T, Attention]:
-    """Do ``work``, with fewer kernels each time that it raises ``NonFiniteStates``.
+    """Call ``work``, allowing fewer kernels each time it raises ``NonFiniteStates``.
 
     Args:
-        work: what runs attention, and checks what comes out.
-        attention: the kernels that are allowed already.
+        work: a function that runs attention and checks the result.
+        attention: the kernels that are allowed at first.
 
     Returns:
-        What ``work`` returned, and the kernels with which it did.
+        The result of ``work``, and the kernels that it ran with.
 
     Raises:
-        NonFiniteStates: with the last one left, too.
+        NonFiniteStates: ``work`` raised it with every setting.
     """
-    allowed: list[Any] = list(RULED_OUT)
-    for name in allowed[allowed.index(attention) :]:
+    settings: list[Any] = list(DISABLED)
+    for name in settings[settings.index(attention) :]:
         if name != attention:
-            _rule_out(name)
+            _disable_kernels(name)
         try:
             result = work()
         except NonFiniteStates:
             continue
         if name != attention:
-            logger.warning("an attention kernel gives NaN for padding: kernels are restricted to %r", name)
+            logger.warning("an attention kernel gives NaN for padding; restricting kernels to %r", name)
         return result, name
     raise NonFiniteStates
 
 
-def _rule_out(attention: Attention) -> None:
-    """Rule out kernels for every thread of this process, and for all that is compiled from now on."""
-    for enable in RULED_OUT[attention]:
+def _disable_kernels(attention: Attention) -> None:
+    """Disable kernels for all threads of this process, and for everything that is compiled from now on."""
+    for enable in DISABLED[attention]:
         enable(False)
     torch.compiler.reset()
     torch.compiler.config.cache_key_tag += f" attention {attention}"

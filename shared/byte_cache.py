@@ -1,4 +1,4 @@
-"""A cache bounded in bytes that forgets the least recently used: prompt embeddings are large and prompts repeat."""
+"""An LRU cache whose size is limited in bytes, for prompt embeddings."""
 
 from collections.abc import Hashable
 from threading import Lock
@@ -8,30 +8,29 @@ from cachetools import LRUCache
 
 
 class Sized(Protocol):
-    """What the cache can hold: a tensor, or something around one."""
+    """An item of the cache, such as a tensor."""
 
     @property
     def nbytes(self) -> int:
-        """How much memory it takes."""
+        """The item's size in bytes."""
 
 
 Item = TypeVar("Item", bound=Sized)
 
 
 class ByteBoundedCache(Generic[Item]):
-    """Keeps items of at most ``max_bytes`` together. Safe to use from several threads."""
+    """A thread-safe LRU cache of items that take at most ``max_bytes`` in total."""
 
     def __init__(self, max_bytes: int) -> None:
         self._items: LRUCache[Hashable, Item] = LRUCache(max_bytes, getsizeof=lambda item: item.nbytes)
         self._lock = Lock()
 
     def get(self, key: Hashable) -> Item | None:
-        """The item stored under ``key``, or None."""
         with self._lock:
             return self._items.get(key)
 
     def put(self, key: Hashable, item: Item) -> None:
-        """Store ``item``; one larger than the whole cache is not kept."""
+        """Store ``item``, unless it is larger than the whole cache."""
         if item.nbytes > self._items.maxsize:
             return
         with self._lock:
@@ -39,5 +38,5 @@ class ByteBoundedCache(Generic[Item]):
 
     @property
     def num_bytes(self) -> int:
-        """What the cache holds now."""
+        """The total size of the cached items."""
         return int(self._items.currsize)

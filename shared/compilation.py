@@ -1,7 +1,7 @@
-"""Compiling parts of a model in place with ``torch.compile``, for shapes that are known ahead.
+"""Compiles modules of a model in place with ``torch.compile``, for shapes that are known ahead.
 
-Every shape is compiled by itself, while the service starts. Nothing is compiled while it serves, where it would stop
-everyone for seconds: ``compiling_nothing_new`` runs a shape that was not compiled with the parts as they are.
+Each shape is compiled separately while the service starts. Nothing is compiled while it serves, since that would block
+all requests for seconds: within ``eager_on_recompile`` a shape that was not compiled runs eagerly.
 """
 
 import logging
@@ -16,22 +16,22 @@ from torch._dynamo.utils import counters
 from shared.device_errors import is_device_lost, is_out_of_memory
 
 MAX_SHAPES = 64
-"""How many shapes of one part are kept compiled; PyTorch's own limit, 8, is meant to find mistakes."""
+"""The most shapes compiled for one module; PyTorch's default of 8 is meant to detect accidental recompilation."""
 
 CompilerBackend = str | Callable[..., Any]
 """As ``torch.compile``'s ``backend``."""
 
 
 class CompilationFailed(Exception):
-    """A part cannot be compiled, or does not run as it was: there is no compiler, say, or none for this device."""
+    """A module cannot be compiled or the compiled code fails, for example because there is no compiler."""
 
 
 def compile_parts(parts: Sequence[nn.Module], backend: CompilerBackend = "inductor") -> None:
     """Have ``parts`` compiled when they first run with a shape; parts of the same class share the compiled code.
 
     Args:
-        parts: their calls, not their parents', become compiled.
-        backend: as ``torch.compile``'s. ``eager`` captures graphs and compiles none, for tests.
+        parts: the modules whose calls are compiled.
+        backend: as for ``torch.compile``. ``eager`` captures graphs without compiling them, for tests.
     """
     for part in parts:
         part.compile(backend=backend, dynamic=False, fullgraph=True)
@@ -45,12 +45,12 @@ def restore_parts(parts: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within the block every new shape of a compiled part is compiled: for the start of a service.
+    """Allow new shapes of compiled modules to be compiled within the block, during startup.
 
     Raises:
-        CompilationFailed: instead of any error in the block but too little memory and a lost device. Compilers fail in
-            many ways, some of them only when what they made is first run; what the error really was shows without
-            compiling.
+        CompilationFailed: replaces any error in the block except out of memory and a lost device. Compilers fail in
+            many ways, some of them only when the compiled code first runs. An error with another cause will occur again
+            without compilation.
     """
     limits: dict[str, Any] = {"recompile_limit": MAX_SHAPES, "accumulated_recompile_limit": 4 * MAX_SHAPES}
     with torch._dynamo.config.patch(**limits):  # noqa: SLF001 - where PyTorch documents these settings
@@ -63,19 +63,19 @@ def compiling() -> Iterator[None]:
 
 
 @contextmanager
-def compiling_nothing_new() -> Iterator[None]:
-    """Within the block a new shape of a compiled part runs uncompiled. Other threads are affected, too."""
+def eager_on_recompile() -> Iterator[None]:
+    """Run new shapes of compiled modules eagerly within the block, on all threads."""
     with torch.compiler.set_stance("eager_on_recompile"):
         yield
 
 
 def num_compilations() -> int:
-    """How many graphs this process has compiled so far."""
+    """Return the number of graphs that this process has compiled."""
     return int(counters["stats"]["unique_graphs"])
 
 
-def log_failure(what: str, error: Exception) -> str:
-    """A line for people about a failed compilation; the details go to the log at level debug."""
+def describe_failure(what: str, error: Exception) -> str:
+    """Describe a failed compilation in one line, and log the details at level debug."""
     logging.getLogger("flux2").debug("%s could not be compiled", what, exc_info=error)
     cause = error.__cause__ or error
     cause = getattr(cause, "inner_exception", cause)

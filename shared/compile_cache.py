@@ -1,7 +1,7 @@
-"""The folders in which PyTorch and Triton keep what they compile, and whether they can.
+"""The cache folders of PyTorch's and Triton's compilers, and a fallback if they cannot be written to.
 
-PyTorch makes its folder when its compiler is imported, which diffusers does; where it may not, the import fails. So
-nothing of PyTorch is imported here, and a service looks at the folders before it imports the rest of itself.
+PyTorch creates its folder when its compiler is imported, which importing diffusers does. If it cannot, the import
+fails. This module therefore does not import PyTorch, and a service checks the folders before it imports anything else.
 """
 
 import atexit
@@ -20,7 +20,7 @@ logger = logging.getLogger("flux2")
 
 
 def cache_folders() -> dict[str, Path]:
-    """The folders that will be used, by the variables that name them. Triton's, if unset, is within the other one."""
+    """Return the cache folders by environment variable. If Triton's is not set, it lies within PyTorch's."""
     named = {
         variable: Path(os.environ[variable]).absolute() for variable in (INDUCTOR, TRITON) if variable in os.environ
     }
@@ -28,22 +28,21 @@ def cache_folders() -> dict[str, Path]:
 
 
 def default_folder() -> Path:
-    """What PyTorch uses if ``TORCHINDUCTOR_CACHE_DIR`` is not set."""
+    """Return the folder that PyTorch uses if ``TORCHINDUCTOR_CACHE_DIR`` is not set."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
+    except (KeyError, OSError):  # a user in a container may have no name
         user = f"uid_{os.getuid()}"
     user = re.sub(r'[\\/:*?"<>|]', "_", user)
     return Path(tempfile.gettempdir(), f"torchinductor_{user}")
 
 
 def unwritable_caches() -> list[str]:
-    """Those of the folders that cannot be written to."""
     return [str(folder) for folder in cache_folders().values() if not is_writable(folder)]
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a file can be made and filled in ``folder``, which is made itself if it is not there."""
+    """Return whether files can be written in ``folder``, which is created if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".flux2-", buffering=0) as file:
@@ -54,20 +53,20 @@ def is_writable(folder: Path) -> bool:
 
 
 def warn_if_caches_unwritable() -> None:
-    """A line in the log for each of them: called where something is about to be compiled."""
+    """Log a warning for each cache folder that cannot be written to. Call it before compiling."""
     for folder in unwritable_caches():
         logger.warning("%s cannot be written to: %s", folder, CONSEQUENCE)
 
 
 def replace_unwritable_caches() -> None:
-    """Use a temporary folder in place of each that cannot be written to, and say so.
+    """Replace each cache folder that cannot be written to with a temporary one, and log a warning.
 
-    To be called before anything is imported that may import PyTorch's compiler.
+    Call it before importing anything that may import PyTorch's compiler.
     """
     for variable, folder in cache_folders().items():
         if is_writable(folder):
             continue
-        other = tempfile.mkdtemp(prefix="flux2-compiled-")
-        atexit.register(shutil.rmtree, other, ignore_errors=True)
-        os.environ[variable] = other
-        logger.warning("%s: %s cannot be written to: %s, for now in %s", variable, folder, CONSEQUENCE, other)
+        temporary = tempfile.mkdtemp(prefix="flux2-compiled-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        os.environ[variable] = temporary
+        logger.warning("%s: %s cannot be written to: %s; using %s instead", variable, folder, CONSEQUENCE, temporary)

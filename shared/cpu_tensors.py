@@ -1,8 +1,8 @@
-"""Reads and copies tensors in CPU memory with numpy, for threads other than the one that owns the device.
+"""Operations on CPU tensors with numpy, for threads other than the device thread.
 
 Above 32 768 elements torch's own operations (``isfinite``, ``clone``, ``cat``, ``to``) start an OpenMP thread pool for
-the thread that calls them. As long as that thread lives, its pool competes with the device thread's pool for the same
-cores. numpy's operations run on the calling thread alone, and release the interpreter's lock.
+the calling thread. While that thread lives, its pool competes with the device thread's pool for the same cores. numpy
+runs on the calling thread only, and releases the GIL.
 """
 
 import hashlib
@@ -13,26 +13,26 @@ import torch
 from numpy.typing import NDArray
 
 EXPONENT_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
-"""All set in infinities and NaNs, and in nothing else. The keys are the dtypes that this module takes."""
+"""Exponent bits, which are all set in infinities and NaNs only. The keys are the supported dtypes."""
 SIGNED = {2: np.int16, 4: np.int32}
 UNSIGNED = {2: np.uint16, 4: np.uint32}
-HASHED_AT_ONCE = 2**17
-"""Elements, so that their float32 copy stays in the CPU's cache."""
+HASH_CHUNK = 2**17
+"""Elements converted to float32 at a time, so that the copy stays in the CPU's cache."""
 
 
 def bit_patterns(tensor: torch.Tensor) -> NDArray[np.unsignedinteger]:
-    """A view of the tensor's elements as unsigned integers, in its own shape; numpy has no bfloat16."""
+    """View the tensor's elements as unsigned integers of the same shape; numpy has no bfloat16."""
     integers = {2: torch.int16, 4: torch.int32}[tensor.itemsize]
     patterns: NDArray[np.unsignedinteger] = tensor.detach().view(integers).numpy().view(UNSIGNED[tensor.itemsize])
     return patterns
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is infinite or NaN; as ``torch.isfinite(tensor).all()``, for at least one element.
+    """Return the same as ``torch.isfinite(tensor).all()``, for at least one element.
 
-    Without the sign, bit patterns are in the order of the magnitudes, and those of infinities and NaNs come last. Read
-    as signed integers the largest pattern is a positive one; read as unsigned integers it is a negative one, if any.
-    Two maxima therefore suffice, without a temporary array.
+    Without the sign bit, bit patterns are ordered by magnitude, with infinities and NaNs last. The maximum as signed
+    integers finds the largest positive value, and the maximum as unsigned integers the largest negative one, if there
+    is any. Two maxima are therefore sufficient, without a temporary array.
     """
     patterns, exponent = bit_patterns(tensor), EXPONENT_BITS[tensor.dtype]
     sign = 1 << (8 * tensor.itemsize - 1)
@@ -40,7 +40,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """As ``torch.cat`` along the first dimension, for tensors of one dtype; a single one is returned as it is."""
+    """Concatenate tensors of one dtype along the first dimension, like ``torch.cat``; a single one is not copied."""
     if len(tensors) == 1:
         return tensors[0]
     joined = np.concatenate([bit_patterns(tensor) for tensor in tensors])
@@ -48,18 +48,18 @@ def concatenate(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, contiguous, in a storage that holds nothing else; the tensor itself if it is so already."""
+    """Return a contiguous tensor whose storage holds nothing else; no copy if it already is one."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return torch.from_numpy(bit_patterns(tensor).copy(order="C")).view(tensor.dtype)
 
 
 def float32_sha256(tensor: torch.Tensor) -> str:
-    """The SHA-256 of the elements as float32, in hexadecimal; equal for equal values of any of the dtypes."""
+    """Return the hex SHA-256 of the elements as float32; equal for equal values in any supported dtype."""
     digest = hashlib.sha256()
     patterns = bit_patterns(tensor).reshape(-1)
-    for start in range(0, patterns.size, HASHED_AT_ONCE):
-        digest.update(_as_float32(patterns[start : start + HASHED_AT_ONCE], tensor.dtype).data)
+    for start in range(0, patterns.size, HASH_CHUNK):
+        digest.update(_as_float32(patterns[start : start + HASH_CHUNK], tensor.dtype).data)
     return digest.hexdigest()
 
 

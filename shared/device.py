@@ -1,7 +1,7 @@
-"""Where a model runs: from what a setting says to a ``torch.device`` which, if it is a GPU, has an index.
+"""Resolves a device setting to a ``torch.device`` that has an index if it is a GPU.
 
-PyTorch takes ``cuda`` without an index for the thread's current GPU, in some functions, and refuses it in others
-(``torch.cuda.set_device``). So the index is resolved once, where the setting is read.
+Some PyTorch functions take ``cuda`` without an index as the thread's current GPU, others reject it
+(``torch.cuda.set_device``). The index is therefore resolved once, when the setting is read.
 """
 
 import re
@@ -14,14 +14,14 @@ _NAME = re.compile(r"cpu|cuda(?::(0|[1-9][0-9]*))?")
 
 
 def resolve_device(name: str, setting: str) -> torch.device:
-    """The device that ``name`` stands for.
+    """Resolve a device name.
 
     Args:
         name: ``cpu``, ``cuda`` (the first GPU), ``cuda:N``, or ``auto``: the first GPU if there is one, else the CPU.
-        setting: where ``name`` comes from, for the error message.
+        setting: the name of the setting, for error messages.
 
     Raises:
-        ModelRefused: there is no such device here.
+        ModelRefused: the device is not supported or not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +42,6 @@ def resolve_device(name: str, setting: str) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Make a GPU this thread's current one, for libraries that name none; each thread starts with the first GPU."""
+    """Set a GPU as this thread's current device, for libraries that use the default; threads start with GPU 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,8 +1,9 @@
-"""Which errors mean that memory has run out, and which that a device is lost to this process.
+"""Classifies errors: out of memory, or a device that this process can no longer use.
 
-PyTorch has types for some of them only. cuBLAS, cuDNN, NCCL, Triton and the CPU's allocator report either by a
-``RuntimeError``, so its text is read. Only a line that begins as their reports do counts: a message that quotes a
-prompt or a file name is not taken for one. Ask ``is_device_lost`` first: of two errors in a chain each may be one.
+PyTorch has exception types for some of them only. cuBLAS, cuDNN, NCCL, Triton and the CPU allocator report both by
+``RuntimeError``, so its message is parsed. Only lines that start like a report of these libraries count, so that a
+message that quotes a prompt or a file name is not misclassified. Check ``is_device_lost`` first: a chain of errors may
+contain both.
 """
 
 import errno
@@ -23,19 +24,19 @@ NON_STICKY_CODES = frozenset(
         *(800, 801, *range(900, 911), *range(912, 916)),  # not permitted or supported, captures of graphs, clusters
     ]
 )
-"""CUDA's codes after which its context goes on. Any other, known or not, is taken to be one after which it does not."""
+"""CUDA error codes after which the context remains usable. All other codes are assumed to be sticky."""
 NON_STICKY_TEXTS = re.compile(
     "invalid (argument|configuration|device|resource)|kernel image|operation not (supported|permitted)|symbol not found"
     "|device not ready|too many resources requested|no CUDA-capable device|driver version is insufficient|peer access"
 )
-"""The most frequent of them, for an ``AcceleratorError`` that has no code."""
+"""The most frequent of these errors by message, for an ``AcceleratorError`` without a code."""
 
 _TYPE = r"(?:[\w.]+(?:Error|Exception): )?"
-"""Messages that contain a traceback, as those of worker processes do, name the type."""
+"""In messages that contain a traceback, such as those of worker processes, the type comes first."""
 _REPORT = (
     rf"^{_TYPE}(?:\[\w+\] ?)*(?:Error: )?(?:CUDA|cuDNN|cuBLAS|cuSOLVER|cuSPARSE|cuFFT|cuRAND|NCCL|HIP|Triton Error)"
 )
-"""How a device's library begins a report. It quotes nobody else before it names the error."""
+"""The beginning of a report by a device library, before which no other text is quoted."""
 _OUT_OF_MEMORY = re.compile(
     rf"{_REPORT}[^\n'\"]*?(out.of.memory|MemoryAllocation|_ALLOC\w*_FAILED"
     r"|NOT_INITIALIZED when calling `cublas\w*Create)"
@@ -54,34 +55,33 @@ _DEVICE_LOST = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a device or of the host, has run out.
+    """Return whether an error means that the device or the host is out of memory.
 
-    An error that ``error`` was explicitly raised from, or that a compiler wrapped in it, counts as well. One that was
-    merely being handled when ``error`` was raised does not: a mistake in a fallback is not a lack of memory.
+    An error that ``error`` was explicitly raised from, or that a compiler wrapped, counts as well. An error that was
+    merely being handled when ``error`` was raised does not: a bug in a fallback is not a lack of memory.
     """
     return any(_reports_no_memory(each) for each in _chain(error, with_context=False))
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether an error says that the device's context is dead: whatever this process asks of it next fails.
+    """Return whether an error means that the device's context is corrupted, so that all further calls fail.
 
-    An error that was being handled when ``error`` was raised counts as well: the context stays dead, whatever else
-    goes wrong meanwhile.
+    An error that was being handled when ``error`` was raised counts as well, since the context does not recover.
     """
     return any(_reports_lost_device(each) for each in _chain(error, with_context=True))
 
 
 def _chain(error: BaseException, *, with_context: bool) -> Iterator[BaseException]:
-    """``error`` and what lies beneath it, each once."""
-    waiting, seen = [error], set[int]()
-    while waiting:
-        each = waiting.pop()
+    """Yield ``error`` and its causes, each once."""
+    stack, seen = [error], set[int]()
+    while stack:
+        each = stack.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
         yield each
-        beneath = (each.__cause__, getattr(each, "inner_exception", None), each.__context__ if with_context else None)
-        waiting.extend(other for other in beneath if isinstance(other, BaseException))
+        causes = (each.__cause__, getattr(each, "inner_exception", None), each.__context__ if with_context else None)
+        stack.extend(cause for cause in causes if isinstance(cause, BaseException))
 
 
 def _reports_no_memory(error: BaseException) -> bool:
@@ -107,6 +107,6 @@ def _reports_lost_device(error: BaseException) -> bool:
 
 
 def _code_of(error: BaseException) -> int | None:
-    """The code of CUDA's runtime. PyTorch sets the attribute; the type's constructor does not."""
+    """Return the CUDA runtime's error code. PyTorch sets this attribute after construction, so it may be missing."""
     code = getattr(error, "error_code", None)
     return code if isinstance(error, torch.AcceleratorError) and isinstance(code, int) else None

@@ -1,4 +1,4 @@
-"""Runs what may not fit into a device's memory, so that whatever comes after it finds the memory free again."""
+"""Runs work that may exceed the device's memory, and frees the memory if it does."""
 
 import gc
 import logging
@@ -15,16 +15,16 @@ Result = TypeVar("Result")
 
 
 def run_within_memory(run: Callable[[], Result], refusal: str, *, num_attempts: int = 1) -> Result:
-    """``run``'s result.
+    """Call ``run`` and return its result.
 
     Args:
-        run: starts from the beginning each time it is called.
-        refusal: what the client reads if there is too little memory.
-        num_attempts: how often it is called. A second attempt often succeeds: memory that the allocator had cached in
-            pieces of other sizes has been given back by then.
+        run: starts over each time it is called.
+        refusal: the message for the client if memory is insufficient.
+        num_attempts: the most calls. A second attempt often succeeds because the allocator's cache, which may be
+            fragmented, was emptied after the first.
 
     Raises:
-        OutOfMemory: it did not fit, each time. Everything that the attempts had allocated is free.
+        OutOfMemory: every attempt ran out of memory. Everything that the attempts had allocated is free.
     """
     for _ in range(num_attempts):
         try:
@@ -33,14 +33,14 @@ def run_within_memory(run: Callable[[], Result], refusal: str, *, num_attempts: 
             if is_device_lost(error) or not is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        # The error's traceback held the frames of the attempt, and they its tensors. It is gone only here, outside of
-        # the except clause; for the same reason ``OutOfMemory`` is not raised from it.
+        # The error's traceback references the attempt's frames and their tensors. It is released only outside of the
+        # except clause, and for the same reason ``OutOfMemory`` is not raised from it.
         empty_caches()
         logger.warning("%s: %s", refusal, reason)
     raise OutOfMemory(refusal)
 
 
 def empty_caches() -> None:
-    """Give back the memory that nobody uses: what cycles of objects hold, and what the device's allocator keeps."""
+    """Free unused memory: reference cycles, and the cache of the device's allocator."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,8 +1,7 @@
-"""The bounded queue in front of one device: many callers, one thread, work grouped into batches.
+"""The text encoder's bounded queue: many callers, one device thread, work grouped into batches.
 
-Callers first take a place, which is refused at once (429) when none is free, and then submit work. Work whose caller
-has left is dropped before it reaches the device; the event loop is never blocked. The text encoder batches prompts with
-it, the generator pictures that can share a run.
+Callers are admitted first, or rejected at once (429) if the queue is full, and then submit work. Work whose caller has
+left is dropped before it reaches the device. The event loop is never blocked.
 """
 
 import asyncio
@@ -20,11 +19,11 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 FIRST_GUESS_S = 1.0
-"""How long a batch is taken to last before one was timed."""
+"""The assumed duration of a batch before one was timed."""
 
 
 @dataclass(frozen=True)
-class Answer(Generic[Result]):
+class Completed(Generic[Result]):
     """A result and how long its work waited in the queue."""
 
     value: Result
@@ -34,35 +33,34 @@ class Answer(Generic[Result]):
 @dataclass(frozen=True, eq=False)
 class _Entry(Generic[Work, Result]):
     work: Work
-    answer: asyncio.Future[Answer[Result]]
+    future: asyncio.Future[Completed[Result]]
     arrived: float
 
     def finish(self, result: Result | Exception, queue_s: float) -> None:
-        """Answer, if the caller is still there."""
         if isinstance(result, Exception):
             self.fail(result)
-        elif not self.answer.done():
-            self.answer.set_result(Answer(result, queue_s))
+        elif not self.future.done():
+            self.future.set_result(Completed(result, queue_s))
 
     def fail(self, error: Exception) -> None:
-        """Answer with an error, if the caller is still there."""
-        if not self.answer.done():
-            self.answer.set_exception(error)
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class DeviceQueue(Generic[Work, Result]):
-    """Runs ``run(batch)`` on the device's thread, for batches of at most ``max_batch`` that belong together.
+    """Runs ``run(batch)`` on the device thread for batches of at most ``max_batch`` compatible items.
 
-    Who waits longest is always in the next batch; others may overtake only by joining it.
+    The item that has waited longest is always in the next batch; others can overtake only by joining it.
 
     Args:
-        run: computes one result, or the exception that its caller gets, for each item of a batch, in order. An
-            exception that it raises fails the whole batch.
-        thread: the device's.
-        max_waiting: how many callers may wait while a batch runs.
+        run: computes for each item of a batch, in order, a result or the exception that its caller gets. If it raises
+            an exception, the whole batch fails.
+        thread: the device thread.
+        max_waiting: the most items that may wait while a batch runs.
         max_batch: the most items in one batch.
-        max_wait_s: how long a batch that is not full waits for company.
-        key: items with equal keys belong together; what has the key None runs alone. Everything does by default.
+        max_wait_s: how long a batch that is not full waits for more items.
+        key: items with equal keys may share a batch; an item with the key None runs alone. By default all keys are
+            equal.
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class DeviceQueue(Generic[Work, Result]):
         self._max_wait_s = max_wait_s
         self._waiting: deque[_Entry[Work, Result]] = deque()
         self._running: list[_Entry[Work, Result]] = []
-        self._num_places_taken = 0
+        self._num_in_flight = 0
         self._batch_s = FIRST_GUESS_S
         self._arrival = asyncio.Event()
         self._is_closed = False
@@ -99,7 +97,7 @@ class DeviceQueue(Generic[Work, Result]):
         await asyncio.gather(self._loop_task, return_exceptions=True)
 
     def close(self) -> None:
-        """Answer everyone with ``ShuttingDown``; nothing is run any more."""
+        """Fail all items with ``ShuttingDown`` and stop running batches."""
         if self._loop_task is not None:
             self._loop_task.cancel()
         self._is_closed = True
@@ -107,60 +105,61 @@ class DeviceQueue(Generic[Work, Result]):
 
     @property
     def depth(self) -> int:
-        """How many places are taken: by work that waits, runs, or is being prepared."""
-        return self._num_places_taken
+        """The number of admitted items: waiting, running, or not submitted yet."""
+        return self._num_in_flight
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold one of the ``max_waiting + max_batch`` places.
+    def admit(self) -> Iterator[None]:
+        """Hold one of the queue's ``max_waiting + max_batch`` slots within the block.
 
         Raises:
-            Busy: none is free; the error says when to come back.
-            DeviceLost: nothing can run any more.
+            Busy: no slot is free; ``retry_after_s`` says when to retry.
+            DeviceLost: the device has failed.
+            ShuttingDown: the queue is closed.
         """
-        self._refuse_at_the_end()
-        if self._num_places_taken >= self._max_waiting + self._max_batch:
-            rounds = self._num_places_taken / self._max_batch
+        self._raise_if_unavailable()
+        if self._num_in_flight >= self._max_waiting + self._max_batch:
+            rounds = self._num_in_flight / self._max_batch
             raise Busy("the service is busy: the queue is full", retry_after_s=rounds * self._batch_s)
-        self._num_places_taken += 1
+        self._num_in_flight += 1
         try:
             yield
         finally:
-            self._num_places_taken -= 1
+            self._num_in_flight -= 1
 
-    async def submit(self, work: Work, within_s: float | None = None) -> Answer[Result]:
-        """Queue one item and wait for its result. Call it while holding a ``place``.
+    async def submit(self, work: Work, within_s: float | None = None) -> Completed[Result]:
+        """Queue one item and wait for its result. Call it within ``admit``.
 
         Args:
-            work: what ``run`` gets.
-            within_s: how long it may wait before it runs.
+            work: the item for ``run``.
+            within_s: the longest time to wait before the item runs.
 
         Raises:
-            DeadlineExceeded: it waited longer; it was never run.
-            DeviceLost: the device failed before the result was there.
-            ShuttingDown: the queue was closed before the result was there.
+            DeadlineExceeded: the item waited longer than ``within_s`` and was not run.
+            DeviceLost: the device failed before the item completed.
+            ShuttingDown: the queue was closed before the item completed.
         """
-        self._refuse_at_the_end()
+        self._raise_if_unavailable()
         loop = asyncio.get_running_loop()
         entry = _Entry[Work, Result](work, loop.create_future(), time.monotonic())
         self._waiting.append(entry)
         self._arrival.set()
         if within_s is None:
-            return await entry.answer
-        timer = loop.call_later(within_s, self._give_up, entry)
+            return await entry.future
+        timer = loop.call_later(within_s, self._time_out, entry)
         try:
-            return await entry.answer
+            return await entry.future
         finally:
             timer.cancel()
 
-    def _refuse_at_the_end(self) -> None:
+    def _raise_if_unavailable(self) -> None:
         self._thread.refuse_if_lost()
         if self._is_closed:
             raise ShuttingDown
 
-    def _give_up(self, entry: _Entry[Work, Result]) -> None:
-        if entry in self._waiting and not entry.answer.done():
-            entry.answer.set_exception(DeadlineExceeded("the deadline passed before it was this request's turn"))
+    def _time_out(self, entry: _Entry[Work, Result]) -> None:
+        if entry in self._waiting:
+            entry.fail(DeadlineExceeded("the deadline passed before it was this request's turn"))
 
     async def _serve(self) -> None:
         while True:
@@ -173,12 +172,12 @@ class DeviceQueue(Generic[Work, Result]):
             self._running = []
 
     def _next_batch(self) -> list[_Entry[Work, Result]]:
-        waiting = [entry for entry in self._waiting if not entry.answer.done()]  # their callers are still there
+        waiting = [entry for entry in self._waiting if not entry.future.done()]  # the others were cancelled
         batch = waiting[:1]
         key = self._key(batch[0].work) if batch else None
         if key is not None and self._max_batch > 1:
-            company = [entry for entry in waiting[1:] if self._key(entry.work) == key]
-            batch += company[: self._max_batch - 1]
+            compatible = [entry for entry in waiting[1:] if self._key(entry.work) == key]
+            batch += compatible[: self._max_batch - 1]
         self._waiting = deque(entry for entry in waiting if entry not in batch)
         if not self._waiting:
             self._arrival.clear()
@@ -190,7 +189,7 @@ class DeviceQueue(Generic[Work, Result]):
             results = await self._thread.call(self._run_checked, [entry.work for entry in batch])
         except DeviceLost as error:
             self._fail(error)
-        except Exception as error:  # noqa: BLE001 - whatever it is belongs to the callers, the queue goes on
+        except Exception as error:  # noqa: BLE001 - the error is passed to the callers, and the queue continues
             for entry in batch:
                 entry.fail(error)
         else:
@@ -200,7 +199,7 @@ class DeviceQueue(Generic[Work, Result]):
             self._batch_s += 0.3 * (time.monotonic() - began - self._batch_s)
 
     def _run_checked(self, works: Sequence[Work]) -> Sequence[Result | Exception]:
-        """On the device's thread: no result of a device that was lost meanwhile is delivered."""
+        """Run a batch on the device thread, and raise ``DeviceLost`` if one of its errors means that."""
         results = self._run(works)
         for result in results:
             if isinstance(result, Exception):
@@ -208,6 +207,6 @@ class DeviceQueue(Generic[Work, Result]):
         return results
 
     def _fail(self, error: Exception) -> None:
-        """End everything that runs or waits with ``error``."""
+        """Fail all running and waiting items with ``error``."""
         for entry in [*self._running, *self._waiting]:
             entry.fail(error)

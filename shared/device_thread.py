@@ -1,7 +1,7 @@
-"""The one thread of a service that uses its device: it loads the model, checks it, warms it up and runs it.
+"""The device thread: the only thread of a service that loads, checks, warms up and runs its model.
 
-Each further thread that computes with PyTorch starts OpenMP threads of its own, which compete for the same cores, and
-CUDA has a current device for each thread. So everything that a service does with its model happens here.
+Each thread that computes with PyTorch starts its own OpenMP threads, which compete for the same cores, and CUDA's
+current device is per thread. Everything that a service does with its model therefore runs on one thread.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ Result = TypeVar("Result")
 class DeviceThread:
     """Runs functions on one thread, one after the other, until the device is lost.
 
-    After an error that leaves the device unusable (a "sticky" CUDA error) everything is refused: only a new process
-    gets a new context.
+    After an error that leaves the CUDA context unusable (a "sticky" error) all calls are rejected, because only a new
+    process gets a new context.
 
     Args:
         on_lost: called on the event loop, once, when the device is lost.
@@ -42,10 +42,10 @@ class DeviceThread:
             await asyncio.to_thread(self._executor.shutdown)
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """The result of ``function(*args)``, computed on the device's thread.
+        """Run ``function(*args)`` on the device thread and return its result.
 
         Raises:
-            DeviceLost: the function, or one before it, left the device unusable.
+            DeviceLost: this call or an earlier one left the device unusable.
         """
         if self.is_lost:
             raise DeviceLost
@@ -62,23 +62,22 @@ class DeviceThread:
         return result
 
     def refuse_if_lost(self) -> None:
-        """Raise ``DeviceLost`` if the device was lost."""
         if self.is_lost:
             raise DeviceLost
 
 
 def refuse_lost_device(error: Exception) -> None:
-    """Raise ``DeviceLost`` if ``error`` means that the device is lost. Call it on the device's thread.
+    """Raise ``DeviceLost`` if ``error`` means that the device is lost. Call it on the device thread.
 
-    An error that is not known is checked by asking the device: after a sticky error every call fails.
+    Unknown errors are checked by synchronizing with the device: after a sticky error every call fails.
     """
     if is_device_lost(error):
         raise DeviceLost from error
     if isinstance(error, RuntimeError) and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         try:
             torch.cuda.synchronize()
-        except RuntimeError as answer:
-            if is_device_lost(answer):
+        except RuntimeError as sticky_error:
+            if is_device_lost(sticky_error):
                 raise DeviceLost from error
 
 

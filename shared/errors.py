@@ -1,4 +1,4 @@
-"""The errors a client can meet. Each class owns its HTTP status and machine-readable code.
+"""The errors that clients can receive. Each class defines its HTTP status and machine-readable code.
 
 Flux2Error                    500 internal_error
 ├── InvalidRequest            422 invalid_request
@@ -21,23 +21,23 @@ Flux2Error                    500 internal_error
 ├── ShuttingDown              503 shutting_down
 ├── DeviceLost                503 device_lost
 ├── OutOfMemory               503 oom
-└── ModelRefused              (at start: the model folder cannot be used)
+└── ModelRefused              (at startup: the model cannot be used)
 """
 
 from typing import ClassVar
 
 SHORT_PAUSE_S = 5.0
-"""After which a request that met a service at its end is worth repeating."""
+"""``Retry-After`` of requests that failed because the service stops."""
 
 
 class Flux2Error(Exception):
-    """Something went wrong that the client may know about. ``str(error)`` is safe to show."""
+    """Base class of errors that clients may see. ``str(error)`` is safe to show."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     is_worth_retrying: ClassVar[bool] = True
     asks_to_retry: ClassVar[bool] = False
-    """Whether clients are asked to repeat the request, which they might not do after this status by themselves."""
+    """Whether clients are asked to retry, which they might not do by default after this status."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class Flux2Error(Exception):
 
 
 class InvalidRequest(Flux2Error):
-    """A field's value cannot be used; ``param`` names the field."""
+    """A field has an invalid value; ``param`` names the field."""
 
     status = 422
     code = "invalid_request"
@@ -62,7 +62,7 @@ class MalformedBody(Flux2Error):
 
 
 class UnsupportedParameter(Flux2Error):
-    """A field of another service's API means something that this one cannot do; ``param`` names it."""
+    """A field of a compatible API asks for something that this service does not support; ``param`` names it."""
 
     status = 400
     code = "unsupported_parameter"
@@ -78,7 +78,7 @@ class Unauthorized(Flux2Error):
 
 
 class JobNotFound(Flux2Error):
-    """There is no such job, it was forgotten, or it is somebody else's."""
+    """The job does not exist, has expired, or belongs to another key."""
 
     status = 404
     code = "job_not_found"
@@ -86,14 +86,14 @@ class JobNotFound(Flux2Error):
 
 
 class JobNotFinished(Flux2Error):
-    """The job's result is not there yet; ``retry_after_s`` says when it is likely."""
+    """The job has no result yet; ``retry_after_s`` says when to retry."""
 
     status = 409
     code = "job_not_finished"
 
 
 class JobCancelled(Flux2Error):
-    """The job was cancelled: it will have no result."""
+    """The job was cancelled and has no result."""
 
     status = 409
     code = "job_cancelled"
@@ -109,7 +109,7 @@ class PayloadTooLarge(Flux2Error):
 
 
 class UnsupportedImageType(Flux2Error):
-    """An image is of a kind that is not read; ``param`` names it."""
+    """An input image has an unsupported format; ``param`` names it."""
 
     status = 415
     code = "unsupported_image_type"
@@ -117,63 +117,63 @@ class UnsupportedImageType(Flux2Error):
 
 
 class Busy(Flux2Error):
-    """The queue is full; ``retry_after_s`` says when a place is likely."""
+    """The queue is full; ``retry_after_s`` says when to retry."""
 
     status = 429
     code = "busy"
 
 
 class NonFiniteOutput(Flux2Error):
-    """The model drew something that is no picture: not every value is a finite number."""
+    """The model's output is infinite or NaN."""
 
     code = "nonfinite_output"
     is_worth_retrying = False
 
 
 class BadEncoderResponse(Flux2Error):
-    """The text encoder answered with something that is not a prompt embedding."""
+    """The text encoder's response is not a prompt embedding."""
 
     status = 502
     code = "bad_encoder_response"
 
 
 class EncoderUnavailable(Flux2Error):
-    """The text encoder cannot be reached or says that it is overloaded."""
+    """The text encoder cannot be reached or is overloaded."""
 
     status = 503
     code = "encoder_unavailable"
 
 
 class EncoderTimeout(Flux2Error):
-    """The text encoder did not answer in time."""
+    """The text encoder did not respond in time."""
 
     status = 504
     code = "encoder_timeout"
 
 
 class BadUpsamplerResponse(Flux2Error):
-    """The prompt upsampler answered with something that is no prompt."""
+    """The prompt upsampler's response is not a prompt."""
 
     status = 502
     code = "bad_upsampler_response"
 
 
 class UpsamplerUnavailable(Flux2Error):
-    """The prompt upsampler cannot be reached, says that it is overloaded, or takes too long."""
+    """The prompt upsampler cannot be reached, is overloaded, or did not respond in time."""
 
     status = 503
     code = "upsampler_unavailable"
 
 
 class GeneratorUnavailable(Flux2Error):
-    """Of many generators none could finish the picture."""
+    """No generator of a fleet could finish the request."""
 
     status = 503
     code = "generator_unavailable"
 
 
 class DeadlineExceeded(Flux2Error):
-    """The request waited longer than it allowed; the device never saw it."""
+    """The request's deadline passed before it ran."""
 
     status = 504
     code = "deadline_exceeded"
@@ -181,14 +181,14 @@ class DeadlineExceeded(Flux2Error):
 
 
 class Starting(Flux2Error):
-    """The service has not loaded its model yet; the message says how far it is."""
+    """The service has not loaded its model yet; the message says which stage it has reached."""
 
     status = 503
     code = "starting"
 
 
 class ShuttingDown(Flux2Error):
-    """The service ends before the request could be served."""
+    """The service shuts down before the request completed."""
 
     status = 503
     code = "shutting_down"
@@ -198,7 +198,7 @@ class ShuttingDown(Flux2Error):
 
 
 class DeviceLost(Flux2Error):
-    """The device has failed for good: this process can compute nothing more, and ends so that a new one starts."""
+    """The device has failed and cannot be used by this process again; the process exits to be restarted."""
 
     status = 503
     code = "device_lost"
@@ -209,7 +209,7 @@ class DeviceLost(Flux2Error):
 
 
 class OutOfMemory(Flux2Error):
-    """The device has too little memory for this request."""
+    """The device has too little memory for the request."""
 
     status = 503
     code = "oom"
@@ -217,7 +217,7 @@ class OutOfMemory(Flux2Error):
 
 
 class ModelRefused(Flux2Error):
-    """The model folder is incomplete, unsafe, or not of FLUX.2's architecture."""
+    """The model is missing, incomplete, unsafe, or not a FLUX.2 model."""
 
     code = "model_refused"
     is_worth_retrying = False

@@ -1,8 +1,8 @@
-"""A lock for each GPU, so that two services on the same one do not compile and measure at the same time.
+"""A lock per GPU, so that two services on one GPU do not compile and benchmark at the same time.
 
-What a service measures at its start, such as which attention kernel is the fastest, would be wrong while another one
-keeps the GPU busy. The lock is a file beside the compiled code, in a folder that containers on one host share; the
-operating system releases it when its process ends, however it ends.
+Measurements during startup, such as which attention kernel is fastest, would be wrong while another service keeps the
+GPU busy. The lock is a file next to the compiled code, in a folder that containers on one host share. The operating
+system releases it when its process ends for any reason.
 """
 
 import logging
@@ -21,20 +21,21 @@ logger = logging.getLogger("flux2")
 
 
 def lock_file(device: torch.device) -> Path:
-    """The file that stands for the GPU ``device``: the same for each process, whatever index the GPU has there."""
+    """Return the lock file of a GPU: the same for all processes, whatever index the GPU has in them."""
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or gettempdir())
     return folder / f"flux2-gpu-{torch.cuda.get_device_properties(device).uuid}.lock"
 
 
 @contextmanager
 def alone_on_gpu(device: torch.device, report: Report = ignore) -> Iterator[None]:
-    """Within the block no other service of this host is in such a block for the same GPU.
+    """Hold the lock of a GPU within the block, so that no other service on this host is in such a block.
 
-    A CPU needs none: nothing is chosen by measurement there. Where the file cannot be written, the block runs at once.
+    There is no lock for a CPU, because nothing is benchmarked there. If the lock file cannot be written, the block runs
+    without it.
 
     Args:
-        device: the one that the service uses.
-        report: hears that the block has to wait.
+        device: the service's device.
+        report: called if the block has to wait.
     """
     if device.type != "cuda":
         yield
@@ -44,7 +45,7 @@ def alone_on_gpu(device: torch.device, report: Report = ignore) -> Iterator[None
         _acquire(lock, report)
     except OSError as error:
         logger.warning(
-            "%s cannot be locked (%s): services on one GPU may disturb each other's start", lock.lock_file, error
+            "cannot lock %s (%s): services on one GPU may disturb each other's startup", lock.lock_file, error
         )
     try:
         yield

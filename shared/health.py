@@ -1,4 +1,4 @@
-"""What a service says of itself: that it is starting and how far it is, that it is ready, or that it must restart."""
+"""The health of a service: starting with its progress, ready, or failed so that it must be restarted."""
 
 import asyncio
 import logging
@@ -15,12 +15,12 @@ from shared.errors import Starting
 logger = logging.getLogger("flux2")
 
 ReadyCheck = Callable[[], Awaitable[str | None]]
-"""Says why the service is not ready, or None."""
+"""Returns why the service is not ready, or None."""
 RETRY_STARTING_S = 10.0
 
 
 class Health:
-    """The state of a service between its start and its end."""
+    """The state of a service from startup to shutdown."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -30,32 +30,31 @@ class Health:
         self.device_lost = asyncio.Event()
 
     def report(self, stage: str) -> None:
-        """Note what the service does while it starts; a ``shared.report.Report``."""
+        """Set and log the current stage of startup; a ``shared.report.Report``."""
         self._stage = stage
         logger.info("%s", stage)
 
     def start_serving(self, check: ReadyCheck, close: Callable[[], None]) -> None:
-        """From now on the service is ready whenever ``check`` says so.
+        """End startup; from now on ``check`` decides whether the service is ready.
 
         Args:
-            check: says why the service is not ready, or None.
-            close: answers everyone who still waits when the service ends.
+            check: returns why the service is not ready, or None.
+            close: fails all requests that still wait when the service ends.
         """
         self._check = check
         self._close = close
 
     def close(self) -> None:
-        """The time to end in peace is over: answer everyone who still waits."""
+        """Fail all requests that still wait; called at the end of graceful shutdown."""
         self._close()
 
     @property
     def progress(self) -> str:
-        """What the service does while it starts, and for how long it has been starting."""
+        """The current stage of startup, and the seconds since the process started."""
         return f"{self._stage}, {time.monotonic() - self._began:.0f} s since the start"
 
     @property
     def is_starting(self) -> bool:
-        """Whether the service does not serve yet."""
         return self._check is None
 
     def refuse_while_starting(self) -> None:
@@ -64,18 +63,18 @@ class Health:
             raise Starting(f"the service is starting: {self.progress}", retry_after_s=RETRY_STARTING_S)
 
     async def why_not_ready(self) -> str | None:
-        """Why the service cannot do its work now, or None."""
+        """Return why the service is not ready, or None."""
         if self.device_lost.is_set():
             return "the GPU has failed; the service restarts"
         return self.progress if self._check is None else await self._check()
 
 
 def add_health_routes(app: FastAPI, health: Health, metrics: CollectorRegistry) -> None:
-    """Routes for orchestrators and monitoring; they need no key."""
+    """Add the routes for orchestrators and monitoring, which need no key."""
 
     @app.get("/health/live", tags=["health"])
     async def live(response: Response) -> dict[str, str]:
-        """The process answers, and has not lost its device; after a 500 it must be restarted."""
+        """Liveness: the process responds and has not lost its device. After a 500 it must be restarted."""
         if health.device_lost.is_set():
             response.status_code = HTTPStatus.INTERNAL_SERVER_ERROR
             return {"status": "failed", "reason": "the GPU has failed"}
@@ -83,7 +82,7 @@ def add_health_routes(app: FastAPI, health: Health, metrics: CollectorRegistry) 
 
     @app.get("/health/ready", tags=["health"])
     async def ready(response: Response) -> dict[str, str]:
-        """The service can do its work now; if not, 503 and why."""
+        """Readiness: the service can process requests; if not, 503 with the reason."""
         reason = await health.why_not_ready()
         if reason is None:
             return {"status": "ready"}

@@ -1,4 +1,4 @@
-"""Prometheus metrics. Each app has a registry of its own, so that two apps in one process do not meet."""
+"""Prometheus metrics. Each app has its own registry, so that several apps can run in one process."""
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -10,7 +10,7 @@ SSIM_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1)
 
 
 class Metrics:
-    """What both services count. Seconds and bytes; no prompt, seed or user is ever a label."""
+    """The metrics of both services, in seconds and bytes. Prompts, seeds and users are never labels."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -20,34 +20,36 @@ class Metrics:
         self.seconds = Histogram(
             "flux2_stage_seconds", "Time in each stage", ["stage"], registry=self.registry, buckets=DURATION_BUCKETS_S
         )
-        self.cache = Counter("flux2_embedding_cache_total", "Embeddings looked up", ["result"], registry=self.registry)
-        self.queue_depth = Gauge("flux2_queue_depth", "Work that waits or runs", registry=self.registry)
+        self.cache = Counter(
+            "flux2_embedding_cache_total", "Embedding cache lookups", ["result"], registry=self.registry
+        )
+        self.queue_depth = Gauge("flux2_queue_depth", "Waiting and running requests", registry=self.registry)
         self.psnr = Histogram(
             "flux2_quality_psnr_db",
-            "Sampled pictures against those without a cache",
+            "PSNR of sampled images against the same images without a cache",
             registry=self.registry,
             buckets=PSNR_BUCKETS_DB,
         )
         self.ssim = Histogram(
             "flux2_quality_ssim",
-            "Sampled pictures against those without a cache",
+            "SSIM of sampled images against the same images without a cache",
             registry=self.registry,
             buckets=SSIM_BUCKETS,
         )
         self.images = Histogram(
             "flux2_picture_seconds",
-            "Drawing and decoding of one picture",
+            "Denoising and decoding of one image",
             ["mode"],
             registry=self.registry,
             buckets=DURATION_BUCKETS_S,
         )
         self.device_memory = Gauge(
-            "flux2_device_memory_bytes", "Memory of the GPU, whoever uses it", ["kind"], registry=self.registry
+            "flux2_device_memory_bytes", "Memory of the GPU, of all processes", ["kind"], registry=self.registry
         )
         self.steps = Counter("flux2_steps_total", "Denoising steps", ["kind"], registry=self.registry)
 
     def watch_memory(self, device: torch.device) -> None:
-        """Tell at every scrape how full the GPU is; of a CPU there is nothing to tell."""
+        """Export the GPU's used and total memory at every scrape; does nothing for a CPU."""
         if device.type != "cuda":
             return
 

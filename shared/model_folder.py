@@ -1,7 +1,7 @@
-"""Where a model's files are, whether they may be loaded, and what its folder says of itself.
+"""Finds and checks a model's files, and reads its configuration. Does not load weights.
 
 A model is a diffusers pipeline folder: on disk, or on the hub at a revision. The demo model and FLUX.2 [dev] differ
-only in what their folders contain. Nothing here loads weights.
+only in the contents of their folders.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from shared.errors import ModelRefused
 
 UNSAFE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".py"}
-"""Weights that unpickle, and code."""
-WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-"""Of a part."""
-FILES_BESIDE_PARTS = ("model_index.json", "text_encoder/config.json", "chat_template.*", "processor/chat_template.*")
-"""Small ones that are wanted whatever the parts: what describes the pipeline, and where a chat template may be."""
+"""Pickled weights, and code."""
+SUBFOLDER_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+"""Files to download from each required subfolder."""
+COMMON_FILES = ("model_index.json", "text_encoder/config.json", "chat_template.*", "processor/chat_template.*")
+"""Small files to download for every service: the pipeline's description, and possible chat templates."""
 FINGERPRINT_BYTES = 2**20
-"""Files up to this size enter a folder's fingerprint whole, larger ones by name, size, and evenly spread blocks."""
+"""Files up to this size are hashed entirely, larger ones by name, size and ``NUM_BLOCKS`` evenly spaced blocks."""
 NUM_BLOCKS = 16
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, SafetensorError)
 """What the libraries raise for files that are missing or broken, or do not fit the configuration."""
@@ -31,20 +31,20 @@ LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, SafetensorError)
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked model on this machine's disk."""
+    """A checked model on disk."""
 
     name: str
-    """The hub id, or the folder's own name."""
+    """The hub id, or the folder's name."""
     revision: str
     """The hub commit, or ``local``."""
     path: Path
 
     def num_bytes(self, *parts: str) -> int:
-        """The size of the weights of ``parts`` on disk."""
+        """Return the size of the safetensors files in the subfolders ``parts``."""
         return sum(file.stat().st_size for part in parts for file in (self.path / part).glob("*.safetensors"))
 
     def fingerprint(self, part: str) -> str:
-        """A short hash of what ``part`` (``transformer``, ``text_encoder``, ...) consists of."""
+        """Return a short hash of the files in the subfolder ``part``, such as ``transformer``."""
         digest = hashlib.sha256()
         for file in sorted((self.path / part).rglob("*")):
             if file.is_file():
@@ -57,12 +57,12 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a model's prompts become embeddings. The defaults are FLUX.2 [dev]'s, constants of its pipeline."""
+    """How prompts are formatted and encoded. The defaults are those of FLUX.2 [dev], constants of its pipeline."""
 
     hidden_layers: tuple[int, ...] = (10, 20, 30)
-    """Hidden states that are joined, counted from 0 = the token embeddings."""
+    """Hidden states that are concatenated; 0 is the token embeddings."""
     max_sequence_length: int = 512
-    """Tokens of a prompt: longer ones are cut, shorter ones padded on the left."""
+    """Tokens of a prompt: longer prompts are truncated, shorter ones padded on the left."""
     system_message: str = (
         "You are an AI that reasons about image descriptions. You give structured responses focusing on object"
         " relationships, object\nattribution and actions without speculation."
@@ -70,24 +70,24 @@ class PromptFormat:
 
 
 def find_model(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:
-    """The folder ``name``, or the hub's model of that name with only ``parts`` of it fetched.
+    """Find a model: a local folder, or a model on the hub of which only the subfolders ``parts`` are downloaded.
 
     Raises:
-        ModelRefused: there is no such model, a part is missing, or a part holds pickles or code.
+        ModelRefused: the model cannot be found or downloaded, a subfolder is missing, or one holds pickles or code.
     """
     if Path(name).is_dir():
         folder = ModelFolder(Path(name).resolve().name, "local", Path(name).resolve())
     else:
-        folder = _fetch(name, revision, parts)
+        folder = _download(name, revision, parts)
     for part in parts:
         if not (folder.path / part).is_dir():
-            raise ModelRefused(f"{name} has no folder {part!r}: not a diffusers pipeline of FLUX.2")
+            raise ModelRefused(f"{name} has no folder {part!r}: it is not a diffusers pipeline of FLUX.2")
         refuse_unsafe_files(folder.path / part)
     return folder
 
 
 def _blocks(file: Path, size: int) -> Iterator[bytes]:
-    """The whole of a small file, and enough of a large one to tell fine-tuned weights apart quickly."""
+    """Yield all of a small file, and enough of a large one to distinguish fine-tuned weights quickly."""
     with file.open("rb") as opened:
         if size <= FINGERPRINT_BYTES:
             yield opened.read()
@@ -99,40 +99,45 @@ def _blocks(file: Path, size: int) -> Iterator[bytes]:
 
 
 def refuse_unsafe_files(folder: Path) -> None:
-    """Raise ``ModelRefused`` if anything below ``folder`` could run code when it is loaded."""
+    """Raise ``ModelRefused`` if a file below ``folder`` could run code when it is loaded."""
     unsafe = sorted(f.name for f in folder.rglob("*") if f.suffix.lower() in UNSAFE_SUFFIXES)
     if unsafe:
-        raise ModelRefused(f"{folder.name}/{unsafe[0]} is refused: only safetensors weights and no code are loaded")
+        raise ModelRefused(f"{folder.name}/{unsafe[0]} is refused: only safetensors weights are loaded, and no code")
 
 
 def read_prompt_format(folder: ModelFolder) -> PromptFormat:
-    """What ``text_encoder/config.json`` says under ``flux2_prompt_format``, else FLUX.2 [dev]'s."""
+    """Read ``flux2_prompt_format`` from ``text_encoder/config.json``; missing keys default to FLUX.2 [dev]'s values.
+
+    Raises:
+        ModelRefused: the file cannot be read, or has an unknown key.
+    """
     file = folder.path / "text_encoder" / "config.json"
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{file.name} of the text encoder cannot be read") from error
-    told = dict(config.get("flux2_prompt_format", {}))
-    if "hidden_layers" in told:
-        told["hidden_layers"] = tuple(told["hidden_layers"])
+    values = dict(config.get("flux2_prompt_format", {}))
+    if "hidden_layers" in values:
+        values["hidden_layers"] = tuple(values["hidden_layers"])
     try:
-        return PromptFormat(**told)
+        return PromptFormat(**values)
     except TypeError as error:
         raise ModelRefused("flux2_prompt_format of the text encoder has an unknown key") from error
 
 
-def wanted_patterns(parts: tuple[str, ...]) -> list[str]:
-    """Which files of a model on the hub are fetched for ``parts``."""
-    return [*FILES_BESIDE_PARTS, *(f"{part}/{wanted}" for part in parts for wanted in WANTED_FILES)]
+def download_patterns(parts: tuple[str, ...]) -> list[str]:
+    """Return the patterns of the files that are downloaded for the subfolders ``parts``."""
+    return [*COMMON_FILES, *(f"{part}/{pattern}" for part in parts for pattern in SUBFOLDER_FILES)]
 
 
-def _fetch(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:
+def _download(name: str, revision: str, parts: tuple[str, ...]) -> ModelFolder:
     try:
-        # One file after the other: files that are there in full are kept, so an interruption costs one at most.
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=wanted_patterns(parts), max_workers=1))
+        # One file at a time: complete files are kept, so an interruption loses at most one.
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=download_patterns(parts), max_workers=1))
     except RepositoryNotFoundError as error:
         raise ModelRefused(f"the hub has no model {name!r}, or its licence must be accepted with HF_TOKEN") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        told = f"{name!r} is no folder, not here, and not to be had from the hub now; flux2 weights fetches it ahead"
-        raise ModelRefused(told) from error
+        raise ModelRefused(
+            f"{name!r} is neither a local folder nor cached, and could not be downloaded; run flux2 weights first"
+        ) from error
     return ModelFolder(name, path.name, path)

@@ -1,10 +1,10 @@
-"""What hears how far a service is on its way to being ready."""
+"""Progress reports during the startup of a service."""
 
 from collections.abc import Callable
 
 Report = Callable[[str], None]
-"""Gets a few words about what the service does now; may be called from any thread."""
+"""Called with a short description of the current stage, from any thread."""
 
 
 def ignore(_stage: str) -> None:
-    """A ``Report`` that nobody reads."""
+    """A ``Report`` that does nothing."""

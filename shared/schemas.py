@@ -1,15 +1,15 @@
-"""The contract between the two services, and the body every error has."""
+"""The schemas that both services share: the text encoder's API, and the body of errors."""
 
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 
 Text = Annotated[StrictStr, Field(min_length=0)]
-"""Text that UTF-8 can write. JSON can hold half characters; only with some constraint does pydantic refuse them."""
+"""Text that can be encoded as UTF-8. Pydantic rejects JSON's lone surrogates only if the field has a constraint."""
 
 
 class Strict(BaseModel):
-    """Unknown fields and silent conversions are refused."""
+    """Base class that rejects unknown fields and implicit conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -24,7 +24,7 @@ class PredictRequest(Strict):
 
 
 class EncoderInfo(BaseModel):
-    """Body of the text encoder's ``GET /info``: what its embeddings are, for the generator to compare."""
+    """Body of the text encoder's ``GET /info``, which the generator compares with its own model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,15 +36,15 @@ class EncoderInfo(BaseModel):
     dtype: str
     version: str
     attention: str | None = None
-    """The attention kernels that are used; a service need not say it."""
+    """The attention kernels that are used; optional."""
 
     @property
     def embedding_shape(self) -> tuple[int, int]:
-        """Tokens and width of one prompt's embedding."""
+        """Shape of one prompt's embedding: tokens and width."""
         return self.max_sequence_length, len(self.hidden_layers) * self.hidden_size
 
     def mismatch(self, model: str, revision: str, embedding_shape: tuple[int, int] | None) -> str | None:
-        """Why these embeddings are not for a generator of this model, or None; a shape of None is not compared."""
+        """Return why the embeddings do not suit a generator of this model, or None. A shape of None is not compared."""
         if embedding_shape is not None and self.embedding_shape != embedding_shape:
             have, want = list(self.embedding_shape), list(embedding_shape)
             return f"the text encoder's embeddings have shape {have}, this model takes {want}"
@@ -54,7 +54,7 @@ class EncoderInfo(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """The part of an error that OpenAI's and Hugging Face's clients read."""
+    """The part of an error's body that OpenAI's and Hugging Face's clients read."""
 
     message: str
     type: str

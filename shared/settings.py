@@ -1,4 +1,4 @@
-"""Settings that both services have, read once from the environment (or a ``.env`` file) at start."""
+"""Settings of both services, read from the environment or a ``.env`` file at startup."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,20 +15,20 @@ FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
-    """The keys in ``file``: one on each line, but for empty lines and comments."""
+    """Read one key per line, skipping empty lines and comments."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
 class ServiceSettings(BaseSettings):
-    """Each service adds its prefix (``TEXT_ENCODER_``, ``GENERATOR_``) to the names that are its own."""
+    """Common settings. Names without an alias get the service's prefix (``TEXT_ENCODER_``, ``GENERATOR_``)."""
 
     model_config = SettingsConfigDict(
         frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", populate_by_name=True
     )
 
     model: str = Field(FLUX2_DEV, validation_alias="FLUX2_MODEL")
-    """A hub id, or the folder of a diffusers pipeline."""
+    """A hub id, or a folder with a diffusers pipeline."""
     revision: str = Field("main", validation_alias="FLUX2_REVISION")
     """The hub revision; pin it to a commit in production."""
     host: str = "127.0.0.1"
@@ -39,36 +39,36 @@ class ServiceSettings(BaseSettings):
     """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     max_body_bytes: int = Field(gt=0)
     max_waiting: int = Field(ge=1)
-    """Requests that may wait for the device; more are refused with 429."""
+    """Requests that may wait for the device; further ones are rejected with 429."""
     max_prompt_chars: int = Field(20_000, ge=1)
     embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
     token: SecretStr | None = None
-    """If set, requests must carry it as ``Authorization: Bearer``; health and metrics stay open."""
+    """If set, requests need it as ``Authorization: Bearer``; health and metrics stay open."""
     keys_file: FilePath | None = None
-    """A file with an API key on each line: each is as good as ``token``, and sees only its own jobs."""
+    """A file with one API key per line. Each is accepted like ``token``, and sees only its own jobs."""
     drain_s: int = Field(300, ge=1)
-    """How long running requests may take to end after SIGTERM; a container must be given longer than that."""
+    """Seconds for running requests to complete after SIGTERM. A container's grace period must be longer."""
     log_format: LogFormat = Field("text", validation_alias="LOG_FORMAT")
-    """``text`` for people, ``json`` for programs: one object on each line."""
+    """``text``, or ``json`` with one object per line."""
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="LOG_LEVEL")
 
     def tokens(self) -> tuple[str, ...]:
-        """Every bearer token that is accepted; none at all: everyone may pass."""
-        alone = [self.token.get_secret_value()] if self.token else []
-        return (*alone, *(read_keys(self.keys_file) if self.keys_file else ()))
+        """Return all accepted bearer tokens; if there are none, no authentication is required."""
+        single = [self.token.get_secret_value()] if self.token else []
+        return (*single, *(read_keys(self.keys_file) if self.keys_file else ()))
 
     def torch_device(self) -> "torch.device":
-        """The device to use, ``auto`` resolved; a GPU has an index.
+        """Resolve the device; a GPU has an index.
 
         Raises:
-            ModelRefused: there is no such device here.
+            ModelRefused: the device is not supported or not available.
         """
         from shared.device import resolve_device  # noqa: PLC0415 - settings can be read where torch cannot be imported
 
         return resolve_device(self.device, f"{self.model_config['env_prefix']}DEVICE")
 
     def torch_dtype(self) -> "torch.dtype":
-        """The dtype to load the model in, ``auto`` resolved."""
+        """Resolve the dtype of the model's weights."""
         import torch  # noqa: PLC0415 - as above
 
         if self.dtype == "auto":

@@ -1,4 +1,4 @@
-"""Threads for one kind of blocking work, so that one kind never delays another."""
+"""Thread pools for blocking work. Each kind of work has its own pool, so that one kind does not delay another."""
 
 import asyncio
 import contextvars
@@ -11,11 +11,11 @@ Result = TypeVar("Result")
 
 
 class ThreadPool:
-    """A few threads with a name. Enter it as a context; what runs at the end is waited for.
+    """A named thread pool. Leaving its context waits for running work.
 
     Args:
-        name: what the threads do.
-        size: how many there are.
+        name: prefix of the threads' names.
+        size: number of threads.
     """
 
     def __init__(self, name: str, size: int = 2) -> None:
@@ -28,6 +28,6 @@ class ThreadPool:
         await asyncio.to_thread(self._executor.shutdown)
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """The result of ``function(*args)``, computed on one of the threads; its log lines carry the request's id."""
+        """Run ``function(*args)`` on one of the threads, in the caller's context, and return its result."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(context.run, function, *args))

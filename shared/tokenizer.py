@@ -1,7 +1,7 @@
-"""The tokenizer of a model's prompts: the same for the text encoder service and for the command line.
+"""Loads a model's tokenizer, for the text encoder service and the command line.
 
-It is loaded from ``tokenizer/`` alone, also where ``model_index.json`` names a processor, as FLUX.2 [dev]'s does: what
-a processor has beside its tokenizer is for images, and needs torchvision.
+It is loaded from ``tokenizer/`` only, even if ``model_index.json`` names a processor, as in FLUX.2 [dev]: the rest of a
+processor is for images and needs torchvision.
 """
 
 import json
@@ -14,21 +14,21 @@ from shared.errors import ModelRefused
 from shared.model_folder import LOADING_ERRORS, ModelFolder
 
 CHAT_TEMPLATE_FOLDERS = ("tokenizer", "processor", "")
-"""Where in a repository a chat template is looked for, in this order; the last is its root."""
+"""Folders that are searched for a chat template, in this order; the last is the root."""
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-"""The first holds the template itself. The second, which older processors wrote and no tokenizer reads, holds it under
-``chat_template``."""
+"""The first is the template itself. The second, written by older processors and not read by tokenizers, has it under
+the key ``chat_template``."""
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:
-    """The tokenizer of ``folder``, with its chat template. It pads on the left.
+    """Load the tokenizer of ``folder`` with its chat template. It pads on the left.
 
     Raises:
-        ModelRefused: it cannot be loaded, or has no chat template.
+        ModelRefused: the tokenizer cannot be loaded, or has no chat template.
     """
     try:
-        # The side is part of FLUX.2's format (see PromptFormat). transformers 4 took it from the tokenizer's class
-        # where the files do not say it; transformers 5 then pads on the right.
+        # The padding side is part of FLUX.2's prompt format. If the files do not define it, transformers 4 takes it
+        # from the tokenizer's class, and transformers 5 pads on the right.
         tokenizer: Any = AutoTokenizer.from_pretrained(folder.path / "tokenizer", padding_side="left")
     except LOADING_ERRORS as error:
         raise ModelRefused(f"the tokenizer of {folder.name} cannot be loaded") from error
@@ -38,17 +38,17 @@ def load_tokenizer(folder: ModelFolder) -> Any:
 
 
 def find_chat_template(folder: ModelFolder) -> str:
-    """The chat template that a file of its own holds.
+    """Read the chat template from a separate file.
 
     Raises:
-        ModelRefused: there is no such file, or it holds no template.
+        ModelRefused: there is no such file, or it is invalid.
     """
-    names = [str(Path(place, name)) for place in CHAT_TEMPLATE_FOLDERS for name in CHAT_TEMPLATE_FILES]
+    names = [str(Path(subfolder, name)) for subfolder in CHAT_TEMPLATE_FOLDERS for name in CHAT_TEMPLATE_FILES]
     for name in names:
         if (folder.path / name).is_file():
             return _template_in(folder, name)
-    wanted = ", ".join(["tokenizer/tokenizer_config.json", *names])
-    raise ModelRefused(f"{folder.name} has no chat template, which FLUX.2 needs; looked for in {wanted}")
+    searched = ", ".join(["tokenizer/tokenizer_config.json", *names])
+    raise ModelRefused(f"{folder.name} has no chat template, which FLUX.2 needs; looked for in {searched}")
 
 
 def _template_in(folder: ModelFolder, name: str) -> str:

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces over both services, where the standard ``OTEL_`` variables ask for them; else nothing."""
+"""OpenTelemetry tracing of both services, enabled by the standard ``OTEL_`` environment variables."""
 
 import os
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from shared.errors import ModelRefused
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 UNTRACED = "health,metrics"
-"""Routes that are asked every few seconds and say nothing of a picture."""
+"""Routes that are polled and not related to a request, as a list of patterns."""
 
 
 class Tracing:
-    """The spans of one service.
+    """Creates the spans of one service.
 
     Args:
-        provider: an ``opentelemetry.sdk.trace.TracerProvider``; None traces nothing.
+        provider: an ``opentelemetry.sdk.trace.TracerProvider``; None disables tracing.
     """
 
     def __init__(self, provider: Any = None) -> None:
@@ -26,7 +26,7 @@ class Tracing:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """A part of the request that is being answered."""
+        """Trace the block as a part of the current request."""
         if self._provider is None:
             yield
         else:
@@ -34,7 +34,7 @@ class Tracing:
                 yield
 
     def trace_app(self, app: FastAPI) -> None:
-        """A span for each of the app's requests, within that of the client where it sends one."""
+        """Trace each request to the app, as a child of the client's span if it sends one."""
         if self._provider is not None:
             from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware  # noqa: PLC0415 - optional
 
@@ -46,7 +46,7 @@ class Tracing:
             )
 
     def trace_client(self, http: Any) -> None:
-        """A span for each request of an ``httpx`` client, which the other service's spans are within."""
+        """Trace each request of an ``httpx`` client, and propagate the span to the other service."""
         if self._provider is not None:
             from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor  # noqa: PLC0415 - optional
 
@@ -54,10 +54,10 @@ class Tracing:
 
 
 def tracing_of(service: str) -> Tracing:
-    """What the environment asks for; ``OTEL_SERVICE_NAME`` takes the place of ``service``.
+    """Set up tracing from the environment; ``OTEL_SERVICE_NAME`` overrides ``service``.
 
     Raises:
-        ModelRefused: traces are asked for and the extra ``otel`` is not installed.
+        ModelRefused: tracing is enabled, but the extra ``otel`` is not installed.
     """
     if not any(os.environ.get(name) for name in ENDPOINTS):
         return Tracing()

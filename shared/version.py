@@ -1,10 +1,10 @@
-"""The version of the product that runs."""
+"""The installed version of this package."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def product_version() -> str:
-    """As it was installed; ``unknown`` where it runs from a bare copy of its source."""
+    """Return the installed version, or ``unknown`` if the package runs from source without being installed."""
     try:
         return version("flux2-services")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The skeleton of both services: request ids, limits, keys, and errors as problem+json."""
+"""The common web layer of both services: request ids, limits, API keys, and errors as problem+json."""
 
 import asyncio
 import hashlib
@@ -33,9 +33,9 @@ logger = logging.getLogger("flux2")
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-"""What a client may call its request."""
+"""Valid values of a client's ``x-request-id``."""
 CLIENT_CLOSED_REQUEST = 499
-"""As nginx says it; nobody reads it but the metrics."""
+"""nginx's status for a client that disconnected; it appears only in logs and metrics."""
 DISCONNECT_POLL_S = 0.1
 Result = TypeVar("Result")
 
@@ -46,7 +46,7 @@ def make_app(
     settings: ServiceSettings,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
 ) -> FastAPI:
-    """An app with everything but its own routes. ``lifespan`` reports to ``app.state.health``."""
+    """Create an app with everything except the service's routes. ``lifespan`` reports to ``app.state.health``."""
     errors: dict[int | str, dict[str, Any]] = {
         "default": {"description": "Any error", "content": {PROBLEM_MEDIA_TYPE: {"schema": problem_schema()}}}
     }
@@ -65,17 +65,18 @@ def make_app(
 
 
 def problem_schema() -> dict[str, Any]:
-    """JSON schema of every error's body, in one piece."""
+    """Return the JSON schema of errors, without references."""
     schema = Problem.model_json_schema()
-    parts = schema.pop("$defs")
-    schema["properties"]["error"] = parts["ErrorDetail"]
+    definitions = schema.pop("$defs")
+    schema["properties"]["error"] = definitions["ErrorDetail"]
     return schema
 
 
 class RequestContext:
-    """Gives every request an id, or keeps the client's ``x-request-id``, counts it, and puts the id into the answer.
+    """Middleware that sets the request id, logs and counts requests, and handles unexpected exceptions.
 
-    What nobody expected ends here as a 500: the handler that starlette has for it would answer past this class.
+    A valid ``x-request-id`` of the client is kept. Unexpected exceptions become a 500 here, because the response of
+    starlette's own handler would bypass this middleware.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -83,7 +84,6 @@ class RequestContext:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -92,12 +92,12 @@ class RequestContext:
         logs.request_id.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
-        has_answered = False
+        has_started = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_answered
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                has_answered = True
+                has_started = True
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 route = getattr(scope.get("route"), "path", "unknown")
                 self._metrics.requests.labels(route, message["status"]).inc()
@@ -109,17 +109,17 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            if has_answered:
-                raise  # half an answer: the server ends the connection
+            if has_started:
+                raise  # the response is incomplete: the server closes the connection
             logger.exception("a request failed")
             response = problem_response(Request(scope), unknown_error(error))
             await response(scope, receive, send_with_id)
 
 
 class BodyLimit:
-    """Refuses bodies of more than ``max_bytes``: by their declared length before a byte is read, else while reading.
+    """Middleware that rejects bodies of more than ``max_bytes``, by their declared length or while they are read.
 
-    starlette's own middleware answers in plain text; here the error has the form of all others.
+    Unlike starlette's own middleware, it responds with problem+json.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -127,7 +127,6 @@ class BodyLimit:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         declared = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
         if declared.isdigit() and int(declared) > self._max_bytes:
             response = problem_response(Request(scope), self._too_large())
@@ -150,13 +149,13 @@ class BodyLimit:
 
 
 def require_token(tokens: Sequence[str]) -> Any:
-    """A dependency that refuses requests without one of the bearer ``tokens``; with none everyone may pass."""
+    """Create a dependency that requires one of the bearer ``tokens``, or nothing if there are none."""
 
     async def check(
         request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
     ) -> None:
         given = credentials.credentials.encode() if credentials else b""
-        # All are compared, so that the time tells nothing.
+        # All tokens are compared, in constant time, so that the response time reveals nothing.
         is_known = [secrets.compare_digest(given, token.encode()) for token in tokens]
         if tokens and not any(is_known):
             raise Unauthorized("a valid bearer token is required")
@@ -166,7 +165,7 @@ def require_token(tokens: Sequence[str]) -> Any:
 
 
 def owner_of(request: Request) -> str:
-    """Whose request it is: the same for every request with the same token, and for all where none is asked for."""
+    """Return the owner of a request: a hash of its token, or an empty string if no tokens are configured."""
     owner: str = request.state.owner
     return owner
 
@@ -175,7 +174,7 @@ _bearer = HTTPBearer(auto_error=False)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The result of ``work``, or None if the client left before: then ``work`` is cancelled."""
+    """Await ``work``; if the client disconnects first, cancel it and return None."""
     task = asyncio.create_task(work)
     try:
         while not (await asyncio.wait([task], timeout=DISCONNECT_POLL_S))[0]:
@@ -187,7 +186,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
 
 def problem_of(request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None) -> Problem:
-    """What every error's body says, readable as RFC 9457 and by OpenAI's and Hugging Face's clients."""
+    """Build the body of an error, in the formats of RFC 9457 and of OpenAI's and Hugging Face's clients."""
     status, code = status or error.status, code or error.code
     kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     return Problem(
@@ -203,7 +202,7 @@ def problem_of(request: Request, error: Flux2Error, *, status: int | None = None
 def problem_response(
     request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None
 ) -> JSONResponse:
-    """The answer to a request that failed."""
+    """Build the response to a failed request."""
     problem = problem_of(request, error, status=status, code=code)
     headers = {}
     if error.asks_to_retry or not error.is_worth_retrying:
@@ -227,15 +226,15 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return problem_response(request, MalformedBody("the body is not valid JSON"))
-    # A union reports each of its branches: the field is what lies before the branch's own name.
+    # A union reports an error for each branch, with the branch's name after the field's.
     fields = _fields(first)
     param = fields[0] if fields else None
-    told = "; ".join(dict.fromkeys(f"{'.'.join(_fields(e)) or 'body'}: {e['msg']}" for e in error.errors()))
-    return problem_response(request, InvalidRequest(told[:1000], param=param))
+    detail = "; ".join(dict.fromkeys(f"{'.'.join(_fields(e)) or 'body'}: {e['msg']}" for e in error.errors()))
+    return problem_response(request, InvalidRequest(detail[:1000], param=param))
 
 
 def _fields(error: Any) -> list[str]:
-    """Where in the body or query the error is. A part in angle brackets only tells the body's own dialects apart."""
+    """Return the path of the error in the body or query. Parts in angle brackets are names of dialects, not fields."""
     return [str(part) for part in error["loc"] if part not in ("body", "query") and not str(part).startswith("<")]
 
 
@@ -243,15 +242,15 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == PayloadTooLarge.status:
         return problem_response(request, PayloadTooLarge("the body is larger than this service accepts"))
-    if error.status_code == MalformedBody.status:  # bytes, or nesting, that FastAPI cannot read
+    if error.status_code == MalformedBody.status:  # invalid bytes or too deep nesting
         return problem_response(request, MalformedBody("the body is not valid JSON"))
     phrase = HTTPStatus(error.status_code).phrase
-    told = InvalidRequest(f"{phrase}: {request.method} {request.url.path}")
-    response = problem_response(request, told, status=error.status_code, code=phrase.lower().replace(" ", "_"))
-    response.headers.update(error.headers or {})  # Allow, of a 405
+    problem = InvalidRequest(f"{phrase}: {request.method} {request.url.path}")
+    response = problem_response(request, problem, status=error.status_code, code=phrase.lower().replace(" ", "_"))
+    response.headers.update(error.headers or {})  # such as Allow of a 405
     return response
 
 
 def unknown_error(_error: Exception) -> Flux2Error:
-    """What clients are told of an exception that nobody expected: nothing of it."""
+    """Return the error that clients see instead of an unexpected exception; it reveals no details."""
     return Flux2Error("an internal error; the request id tells the operator more")

@@ -1,8 +1,8 @@
-"""Tensors to bytes and back. The only module that deserialises tensors, and it trusts nothing.
+"""Serialization of tensors. The only module that deserializes them; all input is untrusted.
 
-``torch.load(weights_only=True)`` alone runs no code, but was seen to load bit-flipped data silently, to inflate 66 KB
-to 67 MB, and to accept shapes far larger than their storage. The checks here go from the cheapest and outermost in:
-size, container, members, checksums; then the restricted unpickler; then the tensor itself.
+``torch.load(weights_only=True)`` runs no code, but was observed to load bit-flipped data silently, to inflate 66 KB to
+67 MB, and to accept shapes far larger than their storage. The checks here go from the cheapest to the most expensive:
+size, container, members and checksums, then the restricted unpickler, then the tensor itself.
 """
 
 import io
@@ -21,37 +21,37 @@ SAFETENSORS_MEDIA_TYPE = "application/vnd.safetensors"
 TENSOR_NAME = "prompt_embeds"
 """The tensor's key in a safetensors body."""
 MAX_HEADER_BYTES = 4096
-"""What a serialised tensor may weigh beyond its data."""
+"""The most bytes of a serialized tensor besides its data."""
 MAX_MEMBERS = 16
 ZIP_MAGIC = b"PK\x03\x04"
 EMBEDDING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class WireError(ValueError):
-    """The bytes are not the tensor that was expected. The text names the check that failed, never the content."""
+    """The bytes are not the expected tensor. The message names the failed check, never the content."""
 
 
 def dump_torch(tensor: torch.Tensor) -> bytes:
-    """``torch.save`` of the tensor on the CPU: at most its bytes + 4 KiB, whatever it is a view of."""
+    """Serialize the tensor with ``torch.save``; at most its own bytes + 4 KiB, even for a view of a larger one."""
     buffer = io.BytesIO()
     torch.save(compact(tensor.detach().cpu()), buffer)
     return buffer.getvalue()
 
 
 def dump_safetensors(tensor: torch.Tensor) -> bytes:
-    """A safetensors body with the tensor under ``TENSOR_NAME``."""
+    """Serialize the tensor with safetensors, under ``TENSOR_NAME``."""
     return save_safetensors({TENSOR_NAME: compact(tensor.detach().cpu())})
 
 
 def parse_torch(data: bytes, shape: Sequence[int | None]) -> torch.Tensor:
-    """The tensor in a ``torch.save`` body.
+    """Deserialize a tensor that was saved by ``torch.save``.
 
     Args:
         data: untrusted bytes.
-        shape: what is expected, ``None`` where any size will do.
+        shape: the expected shape; ``None`` for a dimension of any size.
 
     Raises:
-        WireError: the bytes are anything but one plain, finite, contiguous tensor of that shape and of a dtype in
+        WireError: the data is not exactly one plain, finite, contiguous tensor of that shape and of a dtype in
             ``EMBEDDING_DTYPES``.
     """
     _check_size(data, shape)
@@ -64,7 +64,7 @@ def parse_torch(data: bytes, shape: Sequence[int | None]) -> torch.Tensor:
 
 
 def parse_safetensors(data: bytes, shape: Sequence[int | None]) -> torch.Tensor:
-    """As ``parse_torch``, for a safetensors body that holds one tensor of any name."""
+    """Like ``parse_torch``, for a safetensors file with one tensor of any name."""
     _check_size(data, shape)
     try:
         tensors = load_safetensors(data)
@@ -76,21 +76,21 @@ def parse_safetensors(data: bytes, shape: Sequence[int | None]) -> torch.Tensor:
 
 
 def _check_size(data: bytes, shape: Sequence[int | None]) -> None:
-    """Refuse early what is larger than the largest dtype could make it, where the shape is fully known."""
+    """Reject data that is too large for the largest dtype, if all dimensions of the shape are known."""
     largest = max(dtype.itemsize for dtype in EMBEDDING_DTYPES)
     for size in shape:
         if size is None:
             return
         largest *= size
     if len(data) > largest + MAX_HEADER_BYTES:
-        raise WireError(f"{len(data)} bytes are more than such a tensor can have")
+        raise WireError(f"{len(data)} bytes are more than a tensor of this shape can have")
 
 
 def _rebuilt_archive(data: bytes) -> io.BytesIO:
-    """The same archive written anew, if it has few, distinct, uncompressed members with right checksums.
+    """Check the archive's members and their checksums, and write a new archive from them.
 
-    torch and Python read a damaged archive differently: torch was seen to take its data from another place than the
-    one whose checksum was right. It therefore gets only what was read, and checked, here.
+    torch and Python read a damaged archive differently: torch was observed to read data from another location than the
+    one whose checksum was correct. It therefore gets only data that was read and verified here.
     """
     if not data.startswith(ZIP_MAGIC):
         raise WireError("not a torch.save archive")
@@ -99,7 +99,7 @@ def _rebuilt_archive(data: bytes) -> io.BytesIO:
         with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(rebuilt, "w") as copy:
             members = archive.infolist()
             if not 0 < len(members) <= MAX_MEMBERS or len({m.filename for m in members}) != len(members):
-                raise WireError("an archive of too many or repeated members")
+                raise WireError("an archive with too many or repeated members")
             if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > len(data) for m in members):
                 raise WireError("an archive with compressed or oversized members")
             for member in members:
@@ -123,7 +123,7 @@ def _checked(loaded: object, shape: Sequence[int | None]) -> torch.Tensor:
     if len(tensor.shape) != len(shape) or any(
         want not in (None, have) for have, want in zip(tensor.shape, shape, strict=True)
     ):
-        raise WireError(f"expected shape {_written(shape)}, found {_written(tensor.shape)}")
+        raise WireError(f"expected shape {_format(shape)}, found {_format(tensor.shape)}")
     if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.itemsize:
         raise WireError("expected a contiguous tensor that fills its storage")
     if tensor.numel() == 0 or not is_finite(tensor):
@@ -131,5 +131,5 @@ def _checked(loaded: object, shape: Sequence[int | None]) -> torch.Tensor:
     return tensor
 
 
-def _written(shape: Sequence[int | None]) -> str:
+def _format(shape: Sequence[int | None]) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"

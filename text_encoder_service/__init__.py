@@ -1,1 +1,1 @@
-"""The text encoder: prompts in, FLUX.2's prompt embeddings out. A drop-in for the public remote text encoder."""
+"""The text encoder service: encodes prompts for FLUX.2. Compatible with the public remote text encoder."""

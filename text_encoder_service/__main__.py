@@ -6,6 +6,6 @@ from text_encoder_service.settings import TextEncoderSettings
 
 if __name__ == "__main__":
     replace_unwritable_caches()
-    from text_encoder_service.app import create_app  # what it imports may import PyTorch's compiler
+    from text_encoder_service.app import create_app  # may import PyTorch's compiler
 
     serve(TextEncoderSettings, create_app)

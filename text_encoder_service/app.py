@@ -1,4 +1,4 @@
-"""Builds the text encoder's app; its lifespan owns the model, the queue and the cache."""
+"""The text encoder's app. Its lifespan owns the model, the queue and the cache."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -19,12 +19,12 @@ from text_encoder_service.encoder import Embedding, LanguageModelReader, Mistral
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
 
-PARTS = ("text_encoder", "tokenizer")
+SUBFOLDERS = ("text_encoder", "tokenizer")
 WARM_UP_PROMPT = "a red circle"
 
 
 def create_app(settings: TextEncoderSettings) -> FastAPI:
-    """The app; the model is loaded when it starts."""
+    """Create the app; its lifespan loads the model."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,7 +46,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
 async def running_encoder(
     settings: TextEncoderSettings, metrics: Metrics, thread: DeviceThread, report: Report
 ) -> AsyncIterator[EncoderState]:
-    """The model, warm, for as long as the block runs."""
+    """Run a loaded and warmed-up encoder within the block."""
     encoder, info = await thread.call(load_encoder, settings, report)
 
     def encode(prompts: Sequence[str]) -> Sequence[Embedding]:
@@ -63,7 +63,7 @@ async def running_encoder(
     metrics.queue_depth.set_function(lambda: queue.depth)
     metrics.watch_memory(settings.torch_device())
     async with queue:
-        with queue.place():
+        with queue.admit():
             await queue.submit(WARM_UP_PROMPT)
         yield EncoderState(settings, info, queue, ByteBoundedCache[Embedding](settings.embedding_cache_bytes), metrics)
 
@@ -71,16 +71,20 @@ async def running_encoder(
 def load_encoder(
     settings: TextEncoderSettings, report: Report = ignore, read: LanguageModelReader = load_language_model
 ) -> tuple[MistralEncoder, EncoderInfo]:
-    """Find, check, load and compile the model that ``settings`` name.
+    """Find, check, load and compile the model of ``settings``.
 
     Args:
-        settings: the service's.
-        report: hears how far it is.
-        read: where the weights come from; benchmarks make some up.
+        settings: the service's settings.
+        report: called with the progress.
+        read: loads the weights; benchmarks replace it to generate random ones.
+
+    Raises:
+        ModelRefused: the model or the device cannot be used.
+        OutOfMemory: the device has too little memory for the largest batch.
     """
     report("loading the model")
-    device, dtype = settings.torch_device(), settings.torch_dtype()  # refused before anything is downloaded
-    folder = find_model(settings.model, settings.revision, PARTS)
+    device, dtype = settings.torch_device(), settings.torch_dtype()  # may be invalid: before the download
+    folder = find_model(settings.model, settings.revision, SUBFOLDERS)
     prompt_format = read_prompt_format(folder)
     encoder = MistralEncoder(folder, prompt_format, device, dtype, settings.weights, read)
     if settings.profile() == "fast":
@@ -100,5 +104,5 @@ def load_encoder(
 
 
 async def is_ready() -> str | None:
-    """Once the lifespan has started the service, nothing holds it back."""
+    """Return None: a started text encoder is always ready."""
     return None

@@ -1,7 +1,7 @@
-"""FLUX.2's prompt encoder: a Mistral 3 language model, cut off after the last layer whose output is wanted.
+"""FLUX.2's prompt encoder: a Mistral 3 language model, truncated after the last layer whose output is used.
 
-FLUX.2 joins the hidden states of some layers (10, 20 and 30 of 40 for [dev]), taken before the final norm. What comes
-after the last of them, the norm, the head and the vision tower are never loaded. Knows nothing of HTTP or caches.
+FLUX.2 concatenates the hidden states of some layers (10, 20 and 30 of 40 for [dev]), taken before the final norm. Later
+layers, the norm, the head and the vision tower are never loaded. Independent of HTTP and caching.
 """
 
 import logging
@@ -32,47 +32,48 @@ from text_encoder_service.settings import Weights
 from text_encoder_service.shapes import ShapeBuckets
 
 LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
-"""A Mistral 3 checkpoint's names for its language model, old and new, to that model's own names."""
+"""Maps the old and the new prefix of the language model in Mistral 3 checkpoints to its own parameter names."""
 SHORT_PROMPT = "a red circle"
-"""Nearly all of its row is padding."""
+"""A prompt whose row is mostly padding."""
 logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """One prompt's embedding, ``[1, L, layers * hidden]`` on the CPU, and whether the prompt had to be cut."""
+    """The embedding of one prompt."""
 
     tensor: torch.Tensor
+    """``[1, L, layers * hidden]`` on the CPU."""
     is_truncated: bool
+    """Whether the prompt was longer than the model's maximum."""
 
     @property
     def nbytes(self) -> int:
-        """The tensor's size in bytes."""
         return self.tensor.nbytes
 
 
 LanguageModelReader = Callable[[Path, int, torch.dtype], MistralModel]
-"""The first layers of a text encoder: its folder, how many, their dtype. ``load_language_model`` reads their files."""
+"""Loads the first layers of a text encoder, given its folder, the number of layers and the dtype."""
 
 
 class _FirstLayers(MistralModel):
-    """A language model that finds more in its checkpoint than it wants, and says nothing of it."""
+    """A language model that silently ignores the checkpoint's other weights."""
 
     _keys_to_ignore_on_load_unexpected = [r"^layers\.", r"lm_head", r"vision_tower", r"multi_modal_projector"]  # noqa: RUF012
 
 
 class MistralEncoder:
-    """Encodes batches of prompts as ``Flux2Pipeline.encode_prompt`` does with the whole text encoder.
+    """Encodes batches of prompts like ``Flux2Pipeline.encode_prompt`` with the full text encoder.
 
-    Bit for bit; after ``compile`` up to rounding, with quantised ``weights`` nearly.
+    Embeddings are bit-exact; after ``compile`` they are equal up to rounding, with quantized weights approximately.
 
     Args:
         folder: a checked model.
-        prompt_format: the model's.
-        device: where it computes.
-        dtype: of the weights, and of embeddings.
-        weights: how the layers' weights are stored.
-        read: where the weights come from, if not from the files of ``folder``; benchmarks make some up.
+        prompt_format: the model's prompt format.
+        device: the device that the model runs on.
+        dtype: the dtype of weights and embeddings.
+        weights: how the weights of the decoder layers are stored.
+        read: loads the weights; by default from the files of ``folder``.
 
     Raises:
         ModelRefused: the text encoder or its tokenizer cannot be used.
@@ -103,61 +104,64 @@ class MistralEncoder:
         self._exact: Forward = partial(run_library, self._model, prompt_format.hidden_layers)
         self._forward: Forward = self._exact
         self.attention: Attention = "any"
-        """The kernels that PyTorch may choose from."""
+        """The attention kernels that PyTorch may choose from."""
         self._check_attention()
 
     @torch.inference_mode()
     def _check_attention(self) -> None:
-        """Rule out attention kernels that give NaN for padding; ``NonFiniteStates`` if all do."""
+        """Disable attention kernels that give NaN for padding; raise ``NonFiniteStates`` if all do."""
         tokens = self._tokenize([SHORT_PROMPT])
         _, self.attention = run_finite(lambda: check_finite(self._exact(tokens)), self.attention)
 
     @property
     def language_model(self) -> MistralModel:
-        """The layers that run, without the final norm."""
+        """The truncated language model, without the final norm."""
         return cast("MistralModel", self._model)
 
     @torch.inference_mode()
     def compile(self, max_batch: int, backend: CompilerBackend = "inductor", report: Report = ignore) -> None:
         """Trim prompts, and compile for batches of up to ``max_batch``. Takes minutes; see ``fast_forward``.
 
-        Attention kernels that give NaN for padding here, but did not before, are ruled out.
+        Attention kernels that give NaN in the compiled model only are disabled as well.
 
         Args:
-            max_batch: the most prompts that share a forward pass.
-            backend: as ``torch.compile``'s.
-            report: gets the progress.
+            max_batch: the most prompts in one forward pass.
+            backend: as for ``torch.compile``.
+            report: called with the progress.
 
         Raises:
             OutOfMemory: the device has too little memory for such batches.
         """
-        wanted, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
+        hidden_layers, length = self.prompt_format.hidden_layers, self.prompt_format.max_sequence_length
         prompts = ["circle " * (length * share // 8) for share in (0, 1, 3, 5, 8)]
         check_inputs = [self._tokenize(batch) for batch in (*([prompt] for prompt in prompts), prompts[:max_batch])]
         shapes = ShapeBuckets.up_to(max_batch, length)
         use_device(self._device)
 
-        def fast() -> Forward:
+        def build() -> Forward:
             return run_within_memory(
-                lambda: fast_forward(self._model, wanted, shapes, self._exact, check_inputs, backend, report),
+                lambda: fast_forward(self._model, hidden_layers, shapes, self._exact, check_inputs, backend, report),
                 f"batches of {max_batch} prompts do not fit into the device's memory: lower TEXT_ENCODER_MAX_BATCH",
             )
 
         try:
-            self._forward, self.attention = run_finite(fast, self.attention)
+            self._forward, self.attention = run_finite(build, self.attention)
         except NonFiniteStates:
-            logger.warning("the text encoder gives NaN where it is trimmed or compiled: performance is exact")
+            logger.warning("the trimmed or compiled text encoder gives NaN; falling back to performance=exact")
             self.attention = "math"
             self._check_attention()
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Embedding]:
-        """One embedding for each prompt, in order. Rows of a batch do not depend on each other.
+        """Encode prompts. The rows of a batch do not depend on each other.
 
-        A batch that does not fit into memory is divided; a single prompt is tried once more.
+        A batch that does not fit into memory is split; a single prompt is retried once.
+
+        Returns:
+            One embedding for each prompt, in order.
 
         Raises:
-            OutOfMemory: the device has too little memory for one of them.
+            OutOfMemory: the device has too little memory for one of the prompts.
         """
         use_device(self._device)
         tokens = self._tokenize(prompts)
@@ -167,7 +171,7 @@ class MistralEncoder:
         ]
 
     def _rows(self, tokens: Tokens) -> list[torch.Tensor]:
-        """``[1, L, layers * H]`` of each prompt, on the CPU."""
+        """Run the model: ``[1, L, layers * H]`` for each prompt, on the CPU."""
         num_prompts = len(tokens.ids)
         what = "a prompt" if num_prompts == 1 else f"a batch of {num_prompts} prompts"
         refusal = f"{what} does not fit into the device's memory now"
@@ -181,7 +185,7 @@ class MistralEncoder:
         return [row for half in tokens.halves() for row in self._rows(half)]
 
     def _tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """The prompts in their template, cut or padded to the model's length."""
+        """Apply the chat template and tokenize, truncated or padded to the maximum length."""
         batch: Any = self._tokenizer.apply_chat_template(
             [self._conversation(prompt) for prompt in prompts],
             add_generation_prompt=False,
@@ -195,15 +199,15 @@ class MistralEncoder:
         return Tokens(batch["input_ids"], batch["attention_mask"])
 
     def _conversation(self, prompt: str) -> list[dict[str, object]]:
-        """The chat that FLUX.2 makes of a prompt."""
-        content = prompt.replace("[IMG]", "")  # the mark of an image, of which there is none
+        """Format a prompt as FLUX.2's conversation."""
+        content = prompt.replace("[IMG]", "")  # the placeholder of an image, which prompts do not have
         return [
             {"role": "system", "content": [{"type": "text", "text": self.prompt_format.system_message}]},
             {"role": "user", "content": [{"type": "text", "text": content}]},
         ]
 
     def _is_truncated(self, prompt: str, attention_mask: torch.Tensor) -> bool:
-        """A prompt that fills its row may have been cut; only then is it tokenised again to find out."""
+        """Return whether a prompt was truncated. Only prompts that fill their row are tokenized again to find out."""
         if not bool(attention_mask.all()):
             return False
         whole: Any = self._tokenizer.apply_chat_template(self._conversation(prompt), tokenize=True, return_dict=True)
@@ -211,18 +215,18 @@ class MistralEncoder:
 
 
 def run_library(model: Any, hidden_layers: Sequence[int], tokens: Tokens) -> torch.Tensor:
-    """The library's forward pass, whose hidden states are taken before its final norm; a ``Forward``."""
-    # Not by output_hidden_states: the hooks that it leaves on the layers could not be compiled later.
+    """Run the library's forward pass and stack the wanted hidden states; a ``Forward``."""
+    # output_hidden_states is not used, because it leaves hooks on the layers that cannot be compiled later.
     with recorded([model.embed_tokens, *model.layers]) as states:
         model(input_ids=tokens.ids.to(model.device), attention_mask=tokens.mask.to(model.device), use_cache=False)
     return torch.stack([states[number] for number in hidden_layers], dim=2)
 
 
 def to_pinned(batch: torch.Tensor) -> list[torch.Tensor]:
-    """Each row of ``batch`` ``[B, L, D]`` as ``[1, L, D]`` in memory of its own.
+    """Copy each row of ``batch`` ``[B, L, D]`` to the CPU as a separate tensor ``[1, L, D]``.
 
-    Pinned memory lets a GPU copy at the speed of its bus. All rows are under way before the one wait; making the next
-    batch start meanwhile would gain less than a millisecond of the tens that a forward pass takes.
+    Rows on a GPU are copied to pinned memory, at full bus speed, with one synchronization for all of them. Overlapping
+    the copies with the next batch would save less than a millisecond of the tens that a forward pass takes.
     """
     if batch.device.type != "cuda":
         return [row.clone() for row in batch.cpu().split(1)]
@@ -235,7 +239,7 @@ def to_pinned(batch: torch.Tensor) -> list[torch.Tensor]:
 
 @contextmanager
 def recorded(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """What ``modules`` put out within the block, in the order in which they ran."""
+    """Record the outputs of ``modules`` within the block, in the order in which they run."""
     outputs: list[torch.Tensor] = []
 
     def record(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
@@ -250,7 +254,7 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
 
 
 def load_language_model(folder: Path, num_layers: int, dtype: torch.dtype) -> MistralModel:
-    """The first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without its final norm.
+    """Load the first ``num_layers`` layers of the Mistral 3 checkpoint in ``folder``, without the final norm.
 
     Raises:
         ModelRefused: it is not one, or tensors are missing.

@@ -1,12 +1,12 @@
-"""The decoder layers as the profile ``fast`` runs them: compiled, and without most of the padding.
+"""The decoder layers of the ``fast`` profile: compiled, and without most of the padding.
 
-FLUX.2 pads prompts on the left to 512 tokens. Nothing attends to padding, and padding attends to nothing: attention
-(PyTorch's SDPA; not so transformers' eager one) gives 0 for it, so its hidden states depend on its own embedding alone
-and are the same in every place of every prompt. Computing the prompt's tokens, at the positions that they have in the
-padded prompt, and copying the hidden states of one padding token into the rest is the same as computing it all.
+FLUX.2 pads prompts on the left to 512 tokens. No token attends to padding, and padding attends to no token: PyTorch's
+SDPA (unlike transformers' eager attention) gives 0 for it. Its hidden states therefore depend on its own embedding
+only, and are the same at every position of every prompt. It is equivalent to compute only the prompt's tokens, at their
+positions in the padded prompt, and to fill the rest with the hidden states of one padding token.
 
-What comes out equals the library's forward pass up to rounding; ``fast_forward`` sees to it on the checkpoint that is
-served, before it is served. Knows nothing of prompts.
+The result equals the library's forward pass up to rounding, which ``fast_forward`` verifies on the served checkpoint at
+startup.
 """
 
 import logging
@@ -23,8 +23,8 @@ from shared.compilation import (
     CompilerBackend,
     compile_parts,
     compiling,
-    compiling_nothing_new,
-    log_failure,
+    describe_failure,
+    eager_on_recompile,
     restore_parts,
 )
 from shared.compile_cache import warn_if_caches_unwritable
@@ -34,45 +34,46 @@ from text_encoder_service.shapes import ShapeBuckets
 logger = logging.getLogger("flux2")
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.15}
-"""How far hidden states may lie from the library's and still be called rounding (see ``difference``).
+"""The largest ``difference`` from the library's hidden states that counts as rounding.
 
-30 layers of random weights, compiled and not, differed by 6e-6 in float32 and 0.08 in bfloat16; another token in the
-prompt's place made a difference of 0.24 at least, as any mistake in mask or positions would.
+With 30 layers of random weights, compiled and eager results differed by 6e-6 in float32 and 0.08 in bfloat16. Replacing
+one token, comparable to a mistake in the mask or the positions, gave at least 0.24.
 """
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised prompts, padded on the left to the full length."""
+    """Tokenized prompts, padded on the left to the full length."""
 
     ids: torch.Tensor
     """``[B, L]``, on the CPU."""
     mask: torch.Tensor
-    """``[B, L]``, on the CPU: 1 where a token is the prompt's, 0 where it is padding."""
+    """``[B, L]``, on the CPU: 1 for tokens of the prompt, 0 for padding."""
 
     @property
     def longest(self) -> int:
-        """How many tokens the longest prompt has, without padding."""
+        """The number of tokens of the longest prompt, without padding."""
         return int(self.mask.sum(dim=1).max())
 
     def halves(self) -> tuple["Tokens", "Tokens"]:
-        """The first half of the prompts, which is the smaller one, and the others."""
+        """Split the batch in two; the second half gets the odd prompt."""
         middle = len(self.ids) // 2
         return Tokens(self.ids[:middle], self.mask[:middle]), Tokens(self.ids[middle:], self.mask[middle:])
 
 
 Forward = Callable[[Tokens], torch.Tensor]
-"""Tokens to the wanted hidden states, ``[B, L, layers, H]`` on the model's device."""
+"""Maps tokens to the wanted hidden states, ``[B, L, layers, H]`` on the model's device."""
 
 
 class FastLayers:
-    """A ``Forward`` through batches of few sizes, all of them as long as the longest prompt needs.
+    """A ``Forward`` that pads batches to shape buckets instead of the full length.
 
     Args:
-        model: the language model whose layers run.
-        hidden_layers: the hidden states that are wanted, counted from 0 = the token embeddings.
-        shapes: with what shapes they run; the longest of their lengths is L.
-        padding: the hidden states of any padding token ``[1, 1, layers, H]``, or None: those that come out are kept.
+        model: the language model.
+        hidden_layers: the wanted hidden states; 0 is the token embeddings.
+        shapes: the shape buckets; the longest length is L.
+        padding: the hidden states of a padding token ``[1, 1, layers, H]``, which replace those of all padding. None:
+            prompts are not trimmed.
     """
 
     def __init__(
@@ -84,11 +85,11 @@ class FastLayers:
         self._padding = padding
 
     def __call__(self, tokens: Tokens) -> torch.Tensor:
-        """Run one batch; what was not compiled runs uncompiled."""
+        """Run one batch; shapes that were not compiled run eagerly."""
         num_prompts = len(tokens.ids)
         batch, length = self.shapes.bucket_for(num_prompts, tokens.longest)
         ids, mask = (_grown(rows[:, -length:], batch) for rows in (tokens.ids, tokens.mask))
-        with compiling_nothing_new():
+        with eager_on_recompile():
             states = self._run(ids, mask)[:num_prompts]
         return states if self._padding is None else self._padded(states, tokens.mask[:, -length:])
 
@@ -96,7 +97,7 @@ class FastLayers:
         """Compile the layers, in place, for all shapes; ``report`` gets the progress.
 
         Raises:
-            CompilationFailed: it does not work here; the layers are as they were.
+            CompilationFailed: compilation failed; the layers are restored.
         """
         try:
             with compiling():
@@ -110,16 +111,16 @@ class FastLayers:
             raise
 
     def restore(self) -> None:
-        """The layers as they were before ``compile``."""
+        """Undo ``compile``."""
         restore_parts(list(self._model.layers))
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``[B, T]`` to ``[B, T, layers, H]``. The model's own loop would record states by hooks in compiled code."""
+        """Run the layers, ``[B, T]`` to ``[B, T, layers, H]``, without the hooks that the library would need."""
         device = self._model.device
         hidden = self._model.embed_tokens(ids.to(device))
         length, whole = ids.shape[1], self.shapes.lengths[-1]
         rotary = self._model.rotary_emb(hidden, position_ids=torch.arange(whole - length, whole, device=device)[None])
-        # Always a mask, also where nothing is padded: without one the layers would be compiled once more.
+        # The mask is always passed, even without padding: otherwise the layers would be compiled once more.
         is_earlier = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         is_seen = is_earlier & mask.to(device).bool()[:, None, None, :]  # [B, 1, T, T]
         states = [hidden]
@@ -128,7 +129,7 @@ class FastLayers:
         return torch.stack([states[number] for number in self._hidden_layers], dim=2)
 
     def _padded(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """``[B, T, layers, H]`` to ``[B, L, layers, H]``, with the same states in all places of padding."""
+        """Extend ``[B, T, layers, H]`` to ``[B, L, layers, H]``, with the padding's states at all padding positions."""
         assert self._padding is not None
         num_prompts, length = mask.shape
         is_prompt = mask.to(states.device).bool()[:, :, None, None]
@@ -145,26 +146,26 @@ def fast_forward(
     backend: CompilerBackend = "inductor",
     report: Report = ignore,
 ) -> Forward:
-    """Fast layers that give what ``exact`` gives: trimmed and compiled, else compiled, else ``exact`` itself.
+    """Create the fastest forward pass that agrees with ``exact``: trimmed and compiled, compiled, or ``exact`` itself.
 
     Args:
-        model: as ``FastLayers``' are the next two.
-        hidden_layers: see there.
-        shapes: see there.
+        model: as for ``FastLayers``.
+        hidden_layers: as for ``FastLayers``.
+        shapes: as for ``FastLayers``.
         exact: the library's forward pass.
-        check_inputs: prompts to compare by; the first has padding.
-        backend: as ``torch.compile``'s.
-        report: gets the progress.
+        check_inputs: batches to compare the results on; the first has padding.
+        backend: as for ``torch.compile``.
+        report: called with the progress.
 
     Raises:
-        NonFiniteStates: one of them gives values that are not finite numbers; the layers are as they were.
+        NonFiniteStates: a forward pass gives infinite or NaN values; the layers are restored.
     """
     expected = [check_finite(exact(tokens)) for tokens in check_inputs]
     tolerance = TOLERANCES[expected[0].dtype]
     layers = FastLayers(model, hidden_layers, shapes, padding=expected[0][:1, :1])
     worst = worst_difference(layers, check_inputs, expected)
     if not worst <= tolerance:  # also NaN
-        logger.warning("the text encoder trimmed is off by %.2g, more than rounding: prompts are padded", worst)
+        logger.warning("the trimmed text encoder differs by %.2g, more than rounding; prompts are padded", worst)
         layers = FastLayers(model, hidden_layers, shapes)
     warn_if_caches_unwritable()
     if not _is_compiled(layers, backend, report):
@@ -176,7 +177,7 @@ def fast_forward(
         raise
     if not worst <= tolerance:
         layers.restore()
-        logger.warning("the compiled text encoder is off by %.2g, more than rounding: performance is exact", worst)
+        logger.warning("the compiled text encoder differs by %.2g, more than rounding; using performance=exact", worst)
         return exact
     return layers
 
@@ -187,24 +188,24 @@ def _is_compiled(layers: FastLayers, backend: CompilerBackend, report: Report) -
     try:
         layers.compile(backend, report)
     except CompilationFailed as error:
-        logger.warning("%s: performance is exact", log_failure("the text encoder", error))
+        logger.warning("%s; using performance=exact", describe_failure("the text encoder", error))
         return False
     logger.info("the text encoder is compiled for %d shapes, in %.0f s", len(layers.shapes), time.monotonic() - began)
     return True
 
 
 def worst_difference(forward: Forward, check_inputs: Sequence[Tokens], expected: Sequence[torch.Tensor]) -> float:
-    """The largest ``difference`` over ``check_inputs``.
+    """Return the largest ``difference`` over ``check_inputs``.
 
     Raises:
-        NonFiniteStates: a value that ``forward`` gives is not a finite number.
+        NonFiniteStates: ``forward`` gives infinite or NaN values.
     """
     pairs = zip(check_inputs, expected, strict=True)
     return float(torch.stack([difference(check_finite(forward(tokens)), states) for tokens, states in pairs]).max())
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """How far a token's hidden state lies from where it should, as a share of its norm; the largest of all."""
+    """Return the largest relative error of a token's hidden state, as a share of its norm."""
     ours, theirs = ours.float(), theirs.float()
     lengths = theirs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # a padding token's may be 0
     shares: torch.Tensor = (ours - theirs).norm(dim=-1) / lengths
@@ -212,5 +213,5 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def _grown(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """``rows``, the last one repeated until there are ``num_rows``."""
+    """Repeat the last of ``rows`` until there are ``num_rows``."""
     return torch.cat([rows, rows[-1:].expand(num_rows - len(rows), -1)])

@@ -1,7 +1,7 @@
-"""The decoder layers' linear weights in 8 or 4 bits, by torchao: less memory, and embeddings that are a little off.
+"""Weight-only quantization of the decoder layers to 8 or 4 bits by torchao: less memory, less accurate embeddings.
 
-Only the weights are stored so; activations and arithmetic keep the model's dtype. torchao is imported when it is asked
-for: it is an optional extra, and its import prints what it finds no kernels for.
+Activations and arithmetic keep the model's dtype. torchao is imported lazily, because it is an optional dependency and
+prints warnings about missing kernels when it is imported.
 """
 
 from typing import Any
@@ -14,15 +14,17 @@ from text_encoder_service.settings import Weights
 
 
 def quantize(layers: nn.ModuleList, weights: Weights, device: torch.device) -> None:
-    """Quantise the linear weights of ``layers`` in place, one layer after the other on ``device``.
+    """Quantize the linear weights of ``layers`` in place, moving one layer at a time to ``device``.
+
+    At most one layer of unquantized weights is on ``device`` at a time.
 
     Args:
-        layers: anywhere; on ``device`` afterwards.
-        weights: ``int8`` has a scale for each output channel, ``int4`` a scale and a zero for each 128 weights.
-        device: where the model will run; it never has more than one layer of full weights.
+        layers: layers on any device; on ``device`` afterwards.
+        weights: ``int8`` has one scale per output channel, ``int4`` a scale and a zero point per 128 weights.
+        device: the device that the model will run on.
 
     Raises:
-        ModelRefused: torchao is not installed, or has no ``weights`` for this device or dtype.
+        ModelRefused: torchao is not installed, or does not support ``weights`` on this device or in this dtype.
     """
     dtype = next(layers.parameters()).dtype
     if weights == "int4" and (device.type, dtype) != ("cuda", torch.bfloat16):
@@ -30,9 +32,10 @@ def quantize(layers: nn.ModuleList, weights: Weights, device: torch.device) -> N
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_  # noqa: PLC0415
     except ImportError as error:
-        told = f"TEXT_ENCODER_WEIGHTS={weights} needs torchao: install flux2-services[quantization]"
-        raise ModelRefused(told) from error
-    # set_inductor_config would change the compiler's settings of the whole process.
+        raise ModelRefused(
+            f"TEXT_ENCODER_WEIGHTS={weights} needs torchao: install flux2-services[quantization]"
+        ) from error
+    # set_inductor_config=True would change the compiler's settings for the whole process.
     config: Any = (
         Int8WeightOnlyConfig(set_inductor_config=False)
         if weights == "int8"

@@ -23,7 +23,7 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class EncoderState:
-    """What the lifespan of the app owns."""
+    """The resources that the app's lifespan owns."""
 
     settings: TextEncoderSettings
     info: EncoderInfo
@@ -33,7 +33,7 @@ class EncoderState:
 
 
 async def encoder_state(request: Request) -> EncoderState:
-    """The state that the lifespan made; raises ``Starting`` while there is none."""
+    """Return the app's state; raise ``Starting`` until the model is loaded."""
     request.app.state.health.refuse_while_starting()
     state: EncoderState = request.app.state.encoder
     return state
@@ -44,7 +44,7 @@ State = Annotated[EncoderState, Depends(encoder_state)]
 
 @router.get("/info")
 async def info(state: State) -> EncoderInfo:
-    """What this service's embeddings are."""
+    """Describe the model and its embeddings."""
     return state.info
 
 
@@ -56,8 +56,8 @@ async def info(state: State) -> EncoderInfo:
 async def predict(
     body: PredictRequest, request: Request, state: State, accept: Annotated[str, Header()] = ""
 ) -> Response:
-    """Prompt embeddings ``[prompts, tokens, width]``, saved by ``torch.save``, or as safetensors if asked for."""
-    prompts = checked_prompts(body, state.settings)
+    """Encode prompts: embeddings ``[prompts, tokens, width]`` by ``torch.save``, or safetensors if accepted."""
+    prompts = validate_prompts(body, state.settings)
     embeddings = await while_connected(request, embed_all(prompts, state))
     if embeddings is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -71,20 +71,24 @@ async def predict(
     )
 
 
-def checked_prompts(body: PredictRequest, settings: TextEncoderSettings) -> list[str]:
-    """The body's prompts as a list, within the service's limits."""
+def validate_prompts(body: PredictRequest, settings: TextEncoderSettings) -> list[str]:
+    """Return the body's prompts as a list.
+
+    Raises:
+        InvalidRequest: there are no or too many prompts, or one is too long.
+    """
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not 0 < len(prompts) <= settings.max_prompts:
         raise InvalidRequest(f"prompt: give 1 to {settings.max_prompts} prompts, not {len(prompts)}", param="prompt")
     longest = max(map(len, prompts))
     if longest > settings.max_prompt_chars:
-        told = f"prompt: at most {settings.max_prompt_chars} characters each, not {longest}"
-        raise InvalidRequest(told, param="prompt")
+        limit = f"prompt: at most {settings.max_prompt_chars} characters each, not {longest}"
+        raise InvalidRequest(limit, param="prompt")
     return prompts
 
 
 async def embed_all(prompts: Sequence[str], state: EncoderState) -> list[Embedding]:
-    """Every prompt's embedding, or the first error: then the others are given up."""
+    """Encode all prompts concurrently; the first error cancels the others."""
     tasks = [asyncio.create_task(embed(prompt, state)) for prompt in prompts]
     try:
         return await asyncio.gather(*tasks)
@@ -94,13 +98,13 @@ async def embed_all(prompts: Sequence[str], state: EncoderState) -> list[Embeddi
 
 
 async def embed(prompt: str, state: EncoderState) -> Embedding:
-    """One prompt's embedding, from the cache or the device."""
+    """Return the embedding of one prompt, from the cache or the model."""
     cached = state.cache.get(prompt)
     state.metrics.cache.labels("miss" if cached is None else "hit").inc()
     if cached is not None:
         return cached
-    with state.queue.place():
-        answer = await state.queue.submit(prompt)
-    state.metrics.seconds.labels("queue").observe(answer.queue_s)
-    state.cache.put(prompt, answer.value)
-    return answer.value
+    with state.queue.admit():
+        completed = await state.queue.submit(prompt)
+    state.metrics.seconds.labels("queue").observe(completed.queue_s)
+    state.cache.put(prompt, completed.value)
+    return completed.value

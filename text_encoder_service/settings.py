@@ -10,11 +10,11 @@ from shared.settings import ServiceSettings
 Profile = Literal["exact", "fast"]
 Weights = Literal["full", "int8", "int4"]
 AMPERE = (8, 0)
-"""The compute capability from which on compiled layers pay."""
+"""The minimum compute capability for which ``auto`` compiles."""
 
 
 class TextEncoderSettings(ServiceSettings):
-    """What can be set, and what holds if nothing is."""
+    """The text encoder's settings and their defaults."""
 
     model_config = SettingsConfigDict(env_prefix="TEXT_ENCODER_")
 
@@ -22,25 +22,25 @@ class TextEncoderSettings(ServiceSettings):
     max_body_bytes: int = Field(2**20, gt=0)
     max_waiting: int = Field(256, ge=1)
     max_prompts: int = Field(32, ge=1)
-    """Prompts in one request."""
+    """The most prompts in one request."""
     max_batch: int = Field(8, ge=1)
-    """Prompts that share one forward pass."""
+    """The most prompts in one forward pass."""
     max_wait_ms: float = Field(3.0, ge=0)
     """How long a prompt waits for others to share a forward pass with."""
     performance: Literal["auto", "exact", "fast"] = "auto"
-    """``exact`` is bit-equal to diffusers, ``fast`` trimmed and compiled; ``auto`` is fast on GPUs from Ampere on."""
+    """``exact`` is bit-exact with diffusers, ``fast`` trimmed and compiled; ``auto`` is ``fast`` from Ampere on."""
     weights: Weights = "full"
     """How the decoder layers' weights are stored; ``int8`` and ``int4`` need the extra ``quantization``."""
 
     def profile(self) -> Profile:
-        """The performance profile, ``auto`` resolved."""
+        """Resolve the performance profile for this machine."""
         import torch  # noqa: PLC0415 - settings can be read and checked where torch cannot be imported
 
         device = self.torch_device()
         return self.profile_on(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 
     def profile_on(self, capability: tuple[int, int] | None) -> Profile:
-        """The performance profile on a GPU of this compute capability, or on the CPU (None)."""
+        """Resolve the performance profile for a GPU of this compute capability, or for the CPU (None)."""
         if self.performance != "auto":
             return self.performance
         return "fast" if capability is not None and capability >= AMPERE else "exact"

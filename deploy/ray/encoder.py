@@ -54,7 +54,7 @@ class EncoderReplica:
         if stored is not None:
             return stored
         try:
-            with self._state.queue.place():
+            with self._state.queue.admit():
                 answer = await self._state.queue.submit(prompt)
         except Flux2Error as error:
             return error

@@ -1,1 +1,1 @@
-"""``flux2 doctor``: what this host has and lacks for the services, without loading a model."""
+"""``flux2 doctor``: checks whether the services can run on this host, without loading a model."""

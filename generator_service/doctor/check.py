@@ -1,4 +1,4 @@
-"""What one check of ``flux2 doctor`` found, and how checks are kept from ending each other."""
+"""The result of a check, and the isolation of checks from each other's errors."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,77 +7,73 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 MAX_CHARS = 500
-"""The longest detail: messages of other programs can be long."""
+"""The maximum length of a detail, since messages of other programs can be long."""
 
 
 class Status(StrEnum):
-    """How a check ended."""
+    """The status of a check."""
 
     OK = "ok"
     WARNING = "warning"
-    """The services start, but something is slower, missing or not known."""
+    """The services start, but something is slow, missing or unknown."""
     FAILED = "failed"
     """A service would not start, or would never become ready."""
     SKIPPED = "skipped"
-    """It does not apply here, or what it needs has failed."""
+    """The check does not apply, or a check that it depends on has failed."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """The result of one check: a line of the report."""
 
     name: str
     status: Status
     detail: str
     fix: str = ""
-    """What to do, if anything is wrong."""
+    """How to fix the problem, if there is one."""
 
 
 def ok(name: str, detail: str) -> Check:
-    """A check that passed."""
     return Check(name, Status.OK, detail)
 
 
 def warning(name: str, detail: str, fix: str = "") -> Check:
-    """A check that found something which does not keep the services from starting."""
     return Check(name, Status.WARNING, detail, fix)
 
 
 def failed(name: str, detail: str, fix: str) -> Check:
-    """A service would not start, or would never become ready."""
     return Check(name, Status.FAILED, detail, fix)
 
 
 def skipped(name: str, detail: str) -> Check:
-    """A check that does not apply."""
     return Check(name, Status.SKIPPED, detail)
 
 
 def isolated(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
-    """What ``check`` finds. An exception that it did not expect becomes a warning, and other checks go on."""
-    found: list[Check] = []
+    """Run checks; an unexpected exception becomes a warning, so that other checks continue."""
+    checks: list[Check] = []
     try:
-        found.extend(check())
-    except Exception as error:  # noqa: BLE001 - a broken host breaks in ways that nobody has thought of
-        found.append(warning(name, f"could not be checked ({describe(error)})"))
-    return found
+        checks.extend(check())
+    except Exception as error:  # noqa: BLE001 - a broken host fails in unforeseen ways
+        checks.append(warning(name, f"could not be checked ({describe(error)})"))
+    return checks
 
 
-def attempt(name: str, read: Callable[[], Value], otherwise: Value) -> tuple[Value, list[Check]]:
-    """What ``read`` finds out for other checks, else ``otherwise`` and a warning."""
+def attempt(name: str, read: Callable[[], Value], default: Value) -> tuple[Value, list[Check]]:
+    """Read a value for other checks; after an unexpected exception return ``default`` and a warning."""
     try:
         return read(), []
     except Exception as error:  # noqa: BLE001 - as above
-        return otherwise, [warning(name, f"could not be found out ({describe(error)})")]
+        return default, [warning(name, f"could not be determined ({describe(error)})")]
 
 
 def describe(error: BaseException) -> str:
-    """An exception's type and message, in one line."""
+    """Return the type and message of an exception in one line."""
     return one_line(f"{type(error).__name__}: {error}") if str(error) else type(error).__name__
 
 
 def one_line(text: str) -> str:
-    """``text`` without line breaks and control characters, and not too long."""
+    """Replace line breaks and control characters with spaces, and truncate long text."""
     printable = "".join(character if character.isprintable() else " " for character in text)
     words = " ".join(printable.split())
     return words if len(words) <= MAX_CHARS else f"{words[: MAX_CHARS - 3]}..."

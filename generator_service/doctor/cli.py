@@ -12,18 +12,18 @@ err = Console(stderr=True)
 
 
 def doctor(
-    is_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    is_json: Annotated[bool, typer.Option("--json", help="Print the report as a JSON object.")] = False,
     service: Annotated[
         Service | None,
-        typer.Option("--for", help="Only what this service needs; else both, if TEXT_ENCODER_URL is this host."),
+        typer.Option("--for", help="Check for this service only. Default: both, if TEXT_ENCODER_URL is this host."),
     ] = None,
 ) -> None:
-    """Say what this host has and lacks for the services; status 1 if they would not start. Loads no model."""
+    """Check whether the services can run on this host; exit status 1 if not. Does not load the model."""
     from generator_service.doctor.examination import examine  # noqa: PLC0415 - --help needs none of it
     from generator_service.doctor.host import Host  # noqa: PLC0415
     from generator_service.doctor.report import as_json, is_ok, print_report  # noqa: PLC0415
 
-    with err.status("looking at this host"):
+    with err.status("checking this host"):
         checks = examine(Host(), service)
     if is_json:
         typer.echo(as_json(checks))

@@ -1,7 +1,7 @@
-"""The machine that is checked, as far as the checks ask the operating system for it.
+"""The checked machine: its environment variables, files and programs.
 
-Everything comes through one object, so that a test can describe another machine: other variables, another file tree
-for ``/proc`` and ``/sys``, other programs on ``PATH``.
+All access to the operating system goes through ``Host``, so that tests can simulate another machine with other
+variables, another file tree for ``/proc`` and ``/sys``, and other programs on ``PATH``.
 """
 
 import os
@@ -26,13 +26,13 @@ class Memory:
     """Host memory, in bytes."""
 
     total: int
-    """The machine's memory, or the container's limit if that is less."""
+    """The machine's memory, or the container's limit if it is lower."""
     available: int
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a program printed, and how it ended."""
+    """The output and exit status of a program."""
 
     status: int | None
     """None if it exceeded its timeout and was killed."""
@@ -42,13 +42,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Host:
-    """A machine that is checked.
+    """A machine to check.
 
     Args:
-        environ: the environment's variables.
-        root: where ``/proc`` and ``/sys`` lie.
-        program_timeout_s: for a program such as nvidia-smi.
-        import_timeout_s: for a Python process that imports torch and diffusers, from a slow disk perhaps.
+        environ: environment variables.
+        root: the folder that contains ``proc`` and ``sys``.
+        program_timeout_s: timeout of a program such as nvidia-smi.
+        import_timeout_s: timeout of a Python process that imports torch and diffusers, possibly from a slow disk.
     """
 
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -57,16 +57,16 @@ class Host:
     import_timeout_s: float = 180.0
 
     def which(self, program: str) -> str | None:
-        """The program's path, if it is on ``PATH``."""
+        """Return the program's path, or None if it is not on ``PATH``."""
         return shutil.which(program, path=self.environ.get("PATH", os.defpath))
 
     def run(self, *command: str, timeout_s: float | None = None) -> Output:
-        """Run a program to its end, or kill it. One that hangs in the driver and cannot be killed is left behind.
+        """Run a program and kill it after the timeout. A process that hangs in the driver is left behind.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: the program cannot be started.
         """
-        # Not subprocess.run, which waits without limit for the process that it kills. Files keep what was printed.
+        # subprocess.run would wait indefinitely for the killed process. With files, partial output is kept.
         with TemporaryFile() as stdout, TemporaryFile() as stderr:
             process = subprocess.Popen(  # noqa: S603 - fixed programs, no shell
                 command,
@@ -88,14 +88,14 @@ class Host:
             return Output(status, *(file.read().decode(errors="replace") for file in (stdout, stderr)))
 
     def read(self, path: str) -> str:
-        """A file below ``root``, or nothing if it cannot be read."""
+        """Read a file below ``root``; return an empty string if it cannot be read."""
         try:
             return (self.root / path).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
 
     def variable(self, name: str) -> str:
-        """A variable of the environment or, as docker compose reads it, of the file ``.env``; empty if unset."""
+        """Return a variable of the environment or, like docker compose, of ``.env``; an empty string if unset."""
         if name in self.environ:
             return self.environ[name]
         try:
@@ -104,26 +104,25 @@ class Host:
             return ""
 
     def home(self) -> Path:
-        """The user's home folder."""
         return Path(self.environ.get("HOME") or Path.home())
 
     @property
     def is_container(self) -> bool:
-        """Whether this is a container, as far as that can be seen."""
+        """Whether this is known to be a container."""
         return "KUBERNETES_SERVICE_HOST" in self.environ or any((self.root / mark).exists() for mark in CONTAINER_MARKS)
 
     @property
     def is_our_image(self) -> bool:
-        """Whether this is a container of the images that the Dockerfile makes."""
+        """Whether this is a container of an image that was built by this project's Dockerfile."""
         return self.is_container and self.environ.get("HF_HOME") == "/weights"
 
     @property
     def has_gpu_files(self) -> bool:
-        """Whether the operating system shows an NVIDIA GPU."""
+        """Whether the operating system has files of an NVIDIA driver."""
         return (self.root / "dev/nvidiactl").exists() or (self.root / "proc/driver/nvidia/version").exists()
 
     def memory(self) -> Memory | None:
-        """Host memory, or None if ``/proc/meminfo`` cannot be read."""
+        """Return the host memory, or None if ``/proc/meminfo`` cannot be read."""
         lines = (line.split() for line in self.read("proc/meminfo").splitlines())
         kilobytes = {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
         if "MemTotal" not in kilobytes:
@@ -134,7 +133,6 @@ class Host:
         return Memory(total, min(total, available))
 
     def describe(self) -> str:
-        """Operating system, processors and memory."""
         memory = self.memory()
         parts = [f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} processors"]
         parts += [f"{memory.total / 1e9:.0f} GB of memory"] if memory else []
@@ -143,6 +141,6 @@ class Host:
 
 
 def existing_folder(path: Path) -> Path:
-    """``path``, or the nearest folder above it that exists."""
+    """Return ``path`` or its nearest parent that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

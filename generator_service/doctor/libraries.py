@@ -1,4 +1,4 @@
-"""Python, installed packages, and facts that the libraries report in a process of their own."""
+"""Checks of Python, the installed packages, and the libraries, which are imported in a separate process."""
 
 import json
 import platform
@@ -19,12 +19,12 @@ PROJECT = "flux2-services"
 INSTALL = "pip install -c constraints.txt '.[text-encoder,generator]'"
 EXTRAS: Mapping[Service, str] = {Service.GENERATOR: "generator", Service.TEXT_ENCODER: "text-encoder"}
 PROBE = "import sys; sys.path.append(sys.argv[1]); from generator_service.doctor.probe import main; main(sys.argv[2])"
-"""The program of the process in which the libraries are imported; its first argument is where this project lies."""
+"""The program of the process that imports the libraries; its first argument is the folder of this project."""
 IMPORTS = {"torch": "both services", "transformers": "both services", "diffusers": "the generator"}
 
 
 class Gpu(BaseModel):
-    """A GPU, as torch sees it."""
+    """A GPU as reported by torch."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,16 +35,16 @@ class Gpu(BaseModel):
     free_bytes: int = 0
     uuid: str = ""
     error: str = ""
-    """Why CUDA cannot be used on it."""
+    """Why CUDA cannot be initialized on it."""
 
     @property
     def capability_text(self) -> str:
-        """The compute capability as NVIDIA writes it."""
+        """The compute capability in NVIDIA's notation."""
         return ".".join(map(str, self.capability))
 
 
 class Libraries(BaseModel):
-    """What ``probe`` printed."""
+    """The facts that ``probe`` prints."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -52,56 +52,55 @@ class Libraries(BaseModel):
     errors: dict[str, str] = Field(default_factory=dict)
     """Why a library cannot be imported."""
     cuda: str | None = None
-    """The CUDA version that torch was built for; None for the CPU alone."""
+    """The CUDA version that torch was built for; None for a CPU build."""
     architectures: tuple[str, ...] = ()
     """Architectures that torch has kernels for, such as ``sm_90``."""
     gpus: tuple[Gpu, ...] = ()
     gpu_error: str = ""
     attention: str = ""
-    """The kernel that was chosen, if it was asked for."""
+    """The chosen attention kernel, if it was measured."""
     attention_lines: tuple[str, ...] = ()
     running: str = ""
-    """The step at which the process ended early."""
+    """The step at which the process exited prematurely."""
 
     @property
     def has_torch(self) -> bool:
-        """Whether torch can be imported."""
         return "torch" in self.versions
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention that a kernel is chosen for, on one GPU."""
+    """The shape for which an attention kernel is chosen, and the GPU."""
 
     gpu: int
     heads: int = 48
     head_dim: int = 128
     num_tokens: int = 4096 + 512
-    """The defaults are FLUX.2 [dev]'s, at 1024x1024."""
+    """The defaults are those of FLUX.2 [dev] at 1024x1024."""
     dtype: str = "bfloat16"
 
 
 def read_libraries(host: Host, attention: Attention | None = None) -> Libraries:
-    """Run ``probe`` and read what it printed, however it ended."""
+    """Run ``probe`` and parse its output, even if it crashed or timed out."""
     question = json.dumps(None if attention is None else vars(attention))
     packages = str(Path(__file__).parents[2])
     output = host.run(sys.executable, "-c", PROBE, packages, question, timeout_s=host.import_timeout_s)
-    found = _last_facts(output.stdout)
-    if output.status == 0 and not found.running:
-        return found
-    reason = _how_it_ended(output, host)
-    errors = found.errors
-    if found.running in IMPORTS:
-        errors = errors | {found.running: f"importing it {reason}"}
-    elif not found.versions:
+    facts = _last_facts(output.stdout)
+    if output.status == 0 and not facts.running:
+        return facts
+    reason = _describe_exit(output, host)
+    errors = facts.errors
+    if facts.running in IMPORTS:
+        errors = errors | {facts.running: f"importing it {reason}"}
+    elif not facts.versions:
         errors = errors | {"torch": f"the process that imports it {reason}"}
-    gpu_error = found.gpu_error or (f"asking torch for them {reason}" if found.running == "the GPUs" else "")
-    lines = (*found.attention_lines, *([f"the measurement {reason}"] if found.running.startswith("the att") else []))
-    return found.model_copy(update={"errors": errors, "gpu_error": gpu_error, "attention_lines": lines})
+    gpu_error = facts.gpu_error or (f"listing them {reason}" if facts.running == "the GPUs" else "")
+    lines = (*facts.attention_lines, *([f"the measurement {reason}"] if facts.running.startswith("the att") else []))
+    return facts.model_copy(update={"errors": errors, "gpu_error": gpu_error, "attention_lines": lines})
 
 
 def _last_facts(printed: str) -> Libraries:
-    """The facts in the last complete line; libraries may have printed other lines."""
+    """Parse the last complete line of facts; libraries may have printed other lines."""
     for line in reversed(printed.splitlines()):
         if line.startswith('{"versions"'):
             try:
@@ -111,7 +110,7 @@ def _last_facts(printed: str) -> Libraries:
     return Libraries()
 
 
-def _how_it_ended(output: Output, host: Host) -> str:
+def _describe_exit(output: Output, host: Host) -> str:
     if output.status is None:
         return f"took longer than {host.import_timeout_s:g} s"
     last = one_line((output.stderr.strip().splitlines() or [""])[-1])
@@ -120,26 +119,25 @@ def _how_it_ended(output: Output, host: Host) -> str:
 
 
 def check_python() -> Iterator[Check]:
-    """The interpreter."""
     yield ok("python", f"{platform.python_version()} ({platform.python_implementation()})")
 
 
 def check_packages(services: tuple[Service, ...]) -> Iterator[Check]:
-    """Whether everything that the services' extras name is installed."""
+    """Check whether this package and the requirements of the services' extras are installed."""
     try:
-        wanted = _requirements(requires(PROJECT) or [], {EXTRAS[service] for service in services})
+        required = _requirements(requires(PROJECT) or [], {EXTRAS[service] for service in services})
     except PackageNotFoundError:
-        yield failed("packages", f"{PROJECT} is not installed: the services ask for its version", INSTALL)
+        yield failed("packages", f"{PROJECT} is not installed, and the services need its version", INSTALL)
         return
-    missing = sorted(name for name in wanted if not _is_installed(name))
+    missing = sorted(name for name in required if not _is_installed(name))
     if missing:
         yield failed("packages", f"not installed: {', '.join(missing)}", INSTALL)
     else:
-        yield ok("packages", f"{PROJECT} {version(PROJECT)} and the {len(wanted)} packages that it names")
+        yield ok("packages", f"{PROJECT} {version(PROJECT)} and its {len(required)} required packages")
 
 
 def _requirements(lines: list[str], extras: set[str]) -> set[str]:
-    """The names of the packages that are always required, or by one of ``extras``."""
+    """Return the names of the packages that are required in any case or by one of ``extras``."""
     names = set()
     for line in lines:
         requirement, _, marker = line.partition(";")
@@ -159,7 +157,7 @@ def _is_installed(name: str) -> bool:
 
 
 def check_libraries(libraries: Libraries, services: tuple[Service, ...]) -> Iterator[Check]:
-    """Whether torch, transformers and diffusers can be imported."""
+    """Check whether torch, transformers and diffusers can be imported."""
     for name, user in IMPORTS.items():
         if name == "diffusers" and Service.GENERATOR not in services:
             continue
@@ -167,10 +165,10 @@ def check_libraries(libraries: Libraries, services: tuple[Service, ...]) -> Iter
             yield ok(name, f"{libraries.versions[name]}{_built_for(libraries) if name == 'torch' else ''}")
         elif name in libraries.errors:
             reason = one_line(libraries.errors[name])
-            yield failed(name, f"{user} cannot import it: {reason}", f"install it again: {INSTALL}")
+            yield failed(name, f"{user} cannot import it: {reason}", f"reinstall it: {INSTALL}")
         else:
-            yield skipped(name, "it was not imported: torch comes first")
+            yield skipped(name, "not imported, since torch cannot be imported")
 
 
 def _built_for(libraries: Libraries) -> str:
-    return f", built for CUDA {libraries.cuda}" if libraries.cuda else ", built for the CPU alone"
+    return f", built for CUDA {libraries.cuda}" if libraries.cuda else ", built for the CPU only"

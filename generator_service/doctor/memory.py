@@ -1,6 +1,6 @@
-"""Memory that the model needs, by the headers of its files, against what the GPUs and the host have.
+"""Compares the memory that a model needs, according to the headers of its files, with that of the GPUs and the host.
 
-All of it is counted, not measured: weights in the dtype that they get, and an allowance for activations.
+All needs are estimates: the weights in their dtype, and an allowance for activations.
 """
 
 import re
@@ -23,28 +23,28 @@ LANGUAGE_MODEL = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")
 LAYER = re.compile(r"layers\.(\d+)\.")
 BYTES = {"bfloat16": 2, "float32": 4}
 LINEAR_BYTES = {"int8": 1.0, "int4": 0.5 + 4 / 128}
-"""Bytes per weight of a linear layer; int4 has a scale and a zero for each 128 weights."""
+"""Bytes per weight of a linear layer; int4 has a scale and a zero point per 128 weights."""
 CUDA_BYTES = 10**9
-"""CUDA itself, the compiled code and what the allocator keeps."""
+"""GPU memory of the CUDA context, compiled code and the allocator's cache."""
 HOST_BYTES = 10**9
-"""A process that has imported torch."""
+"""Host memory of a process that has imported torch."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters of a model's parts."""
+    """Parameter counts of a model."""
 
     blocks: tuple[int, ...] = ()
-    """Parameters of each block of the transformer."""
+    """Parameters of each transformer block."""
     outside_blocks: int = 0
     vae: int = 0
     encoder_linear: int = 0
-    """Parameters of linear layers, which can be stored in fewer bits."""
+    """Parameters of the text encoder's linear layers, which can be quantized."""
     encoder_rest: int = 0
     per_token: int = 0
-    """Activations of the text encoder for one token."""
+    """Activations of the text encoder per token."""
     file_bytes: Mapping[Service, int] | None = None
-    """Sizes of the weight files that a service reads."""
+    """Total size of the weight files that each service reads."""
 
 
 FLUX2_DEV_SIZES = Sizes(
@@ -61,21 +61,21 @@ FLUX2_DEV_SIZES = Sizes(
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one service takes."""
+    """The memory that a service needs, in bytes."""
 
     service: Service
     gpu: int
     """GPU memory; 0 on a CPU."""
     host: int
-    """Host memory, at its peak while loading."""
+    """Peak host memory while loading."""
     how: str
-    """The weights that are counted, for people."""
+    """A description of the weights, for the report."""
     smaller: tuple[tuple[str, int], ...] = ()
-    """Settings that need less GPU memory, and how much they need."""
+    """Settings that need less GPU memory, with the memory that they need."""
 
 
 def sizes_of(model: Model) -> Sizes | None:
-    """The sizes in the files' headers, those known of FLUX.2 [dev] if it is absent, or None."""
+    """Read the sizes from the files' headers. If the model is absent: known sizes for FLUX.2 [dev], else None."""
     if model.path is None:
         return FLUX2_DEV_SIZES if model.name == FLUX2_DEV else None
     counts = {
@@ -105,16 +105,16 @@ def sizes_of(model: Model) -> Sizes | None:
 
 
 def _encoder_counts(model: Model) -> tuple[int, int]:
-    """Parameters that are loaded: in linear layers, and others. Later layers, head and vision tower are not."""
+    """Count the parameters that the text encoder loads: in linear layers, and others."""
     linear = rest = 0
     weights = model.weights.get("text_encoder")
     num_layers = max(model.prompt_format.hidden_layers)
     for name, shape in weights.shapes.items() if weights else ():
-        own = LANGUAGE_MODEL.sub("", name)
-        layer = LAYER.match(own)
+        parameter = LANGUAGE_MODEL.sub("", name)
+        layer = LAYER.match(parameter)
         if layer and int(layer[1]) < num_layers:
             linear, rest = (linear + prod(shape), rest) if len(shape) == 2 else (linear, rest + prod(shape))
-        elif own.startswith("embed_tokens"):
+        elif parameter.startswith("embed_tokens"):
             rest += prod(shape)
     return linear, rest
 
@@ -124,7 +124,7 @@ def _file_bytes(model: Model, parts: Iterable[str]) -> int:
 
 
 def generator_need(sizes: Sizes, gpu: Gpu | None, dtype: str, *, is_offloaded: bool, largest_file: int = 0) -> Need:
-    """Memory that the generator needs; weights are read to a GPU file by file."""
+    """Estimate the generator's memory; weights are loaded to a GPU file by file."""
     size = BYTES[dtype]
     weights = (sum(sizes.blocks) + sizes.outside_blocks + sizes.vae) * size
     how = f"{weights / 1e9:.1f} GB of {dtype} weights"
@@ -132,14 +132,14 @@ def generator_need(sizes: Sizes, gpu: Gpu | None, dtype: str, *, is_offloaded: b
         return Need(Service.GENERATOR, 0, weights + HOST_BYTES, how)
     resident = (sizes.outside_blocks + sizes.vae + 2 * max(sizes.blocks, default=0)) * size + WORKING_BYTES
     if is_offloaded:
-        pinned = sum(1 << (count * size - 1).bit_length() for count in sizes.blocks)  # in powers of two
+        pinned = sum(1 << (count * size - 1).bit_length() for count in sizes.blocks)  # rounded up to powers of two
         return Need(Service.GENERATOR, resident, pinned + HOST_BYTES, f"{how}, blocks in host memory")
     smaller = ((f"GENERATOR_PERFORMANCE=offload ({resident / 1e9:.0f} GB, slower)", resident),)
     return Need(Service.GENERATOR, weights + WORKING_BYTES, largest_file + HOST_BYTES, how, smaller)
 
 
 def encoder_need(sizes: Sizes, gpu: Gpu | None, dtype: str, weights: str, num_tokens: int) -> Need:
-    """Memory that the text encoder needs for batches of ``num_tokens``; its weights pass through host memory."""
+    """Estimate the text encoder's memory for batches of ``num_tokens``; weights are loaded through host memory."""
     size = BYTES[dtype]
     whole = (sizes.encoder_linear + sizes.encoder_rest) * size
     working = num_tokens * sizes.per_token * size + (CUDA_BYTES if gpu else 0)
@@ -158,7 +158,7 @@ def encoder_need(sizes: Sizes, gpu: Gpu | None, dtype: str, weights: str, num_to
 def check_gpu_memory(
     needs: Iterable[Need], placements: Mapping[Service, Placement], gpus: tuple[Gpu, ...], running: Iterable[Service]
 ) -> Iterator[Check]:
-    """Whether what runs on each GPU fits into it, as a whole and now."""
+    """Check whether the services of each GPU fit into its total and its free memory."""
     on_gpus: dict[Gpu, list[Need]] = {}
     for need in needs:
         placement = placements.get(need.service)
@@ -166,8 +166,8 @@ def check_gpu_memory(
             on_gpus.setdefault(placement.gpu, []).append(need)
     if not on_gpus:
         yield skipped("gpu memory", "no service uses a GPU")
-    for gpu, theirs in on_gpus.items():
-        yield _check_one(gpu, theirs, gpus, set(running))
+    for gpu, gpu_needs in on_gpus.items():
+        yield _check_one(gpu, gpu_needs, gpus, set(running))
 
 
 def _check_one(gpu: Gpu, needs: list[Need], gpus: tuple[Gpu, ...], running: set[Service]) -> Check:
@@ -182,14 +182,14 @@ def _check_one(gpu: Gpu, needs: list[Need], gpus: tuple[Gpu, ...], running: set[
         return ok(name, detail)
     if running & {need.service for need in needs}:
         return ok(name, f"{detail}, with our own services running")
-    fix = "end what uses it (nvidia-smi); if it is a running service of ours, all is well: run flux2 doctor beside it"
+    fix = "stop the processes that use it (nvidia-smi); ignore this if it is a running service of this project"
     return failed(name, detail, fix)
 
 
 def _remedies(needs: list[Need], gpu: Gpu, gpus: tuple[Gpu, ...]) -> Iterator[str]:
-    """Settings that would fit: the fewest changes, and of these the one that saves least."""
+    """Suggest settings that would fit: those with the fewest changes, and of these the one that saves least."""
     if len(needs) > 1 and len(gpus) > 1:
-        yield "give each service a GPU of its own: TEXT_ENCODER_DEVICE=cuda:0 and GENERATOR_DEVICE=cuda:1"
+        yield "use a separate GPU for each service: TEXT_ENCODER_DEVICE=cuda:0 and GENERATOR_DEVICE=cuda:1"
     options = [[("", need.gpu), *need.smaller] for need in needs]
     choices = sorted(product(*options), key=lambda chosen: (_num_changes(chosen), -_total(chosen)))
     for chosen in choices:
@@ -208,7 +208,7 @@ def _total(chosen: Sequence[tuple[str, int]]) -> int:
 
 
 def check_host_memory(needs: Iterable[Need], memory: Memory | None, running: Iterable[Service]) -> Iterator[Check]:
-    """Whether the host can hold what the services keep there, or load through it."""
+    """Check whether the host memory is sufficient to load the services."""
     needs = [need for need in needs if need.service not in set(running)]
     name = "host memory"
     if memory is None or not needs:

@@ -1,4 +1,4 @@
-"""The model folder: where it is, whether it is whole, and what its files say of it. The network is never asked."""
+"""Checks of the model folder: its location, completeness and configuration. Does not use the network."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,13 @@ from generator_service.doctor.host import Host
 from generator_service.doctor.weights_files import BrokenFile, Weights, read_json, read_weights
 from generator_service.weights import Service
 from shared.errors import ModelRefused
-from shared.model_folder import ModelFolder, PromptFormat, read_prompt_format, refuse_unsafe_files, wanted_patterns
+from shared.model_folder import ModelFolder, PromptFormat, download_patterns, read_prompt_format, refuse_unsafe_files
 
-PARTS: Mapping[Service, tuple[str, ...]] = {
+SUBFOLDERS: Mapping[Service, tuple[str, ...]] = {
     Service.GENERATOR: ("scheduler", "transformer", "vae"),
     Service.TEXT_ENCODER: ("text_encoder", "tokenizer"),
 }
-"""As the services load them; their own lists cannot be imported where torch cannot."""
+"""The subfolders that each service loads. The services' own constants cannot be imported without torch."""
 WEIGHT_STEMS = {
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -43,33 +43,33 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Model:
-    """What was found of a model. A part that is absent or broken is in neither mapping."""
+    """A model and the contents of its files. Missing and broken parts are in neither mapping."""
 
     name: str
     revision: str
     path: Path | None = None
-    """None: it is not on this machine."""
+    """None if the model is not on this machine."""
     is_incomplete: bool = False
-    """The hub's list of files names some that were not fetched."""
+    """Whether some of the files on the hub were not downloaded."""
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weights: Mapping[str, Weights] = field(default_factory=dict)
     prompt_format: PromptFormat = field(default_factory=PromptFormat)
 
     @property
     def embedding_shape(self) -> tuple[int, int] | None:
-        """Tokens and width of the embeddings that the transformer takes."""
+        """Shape of the prompt embeddings that the transformer takes: tokens and width."""
         width = self.configs.get("transformer", {}).get("joint_attention_dim")
         return (self.prompt_format.max_sequence_length, width) if isinstance(width, int) else None
 
     @property
     def pixels_per_token(self) -> int:
-        """How many pixels of a side one token of the transformer stands for; as ``Flux2Pipeline`` counts it."""
+        """The side of the image patch of one token, in pixels, computed as in ``Flux2Pipeline``."""
         channels = self.configs.get("vae", {}).get("block_out_channels")
         return 2 ** len(channels) if isinstance(channels, list) else 16
 
 
 def hub_cache(host: Host) -> Path:
-    """Where huggingface_hub keeps models."""
+    """Return the folder in which huggingface_hub caches models."""
     environ = host.environ
     if environ.get("HF_HUB_CACHE"):
         return Path(environ["HF_HUB_CACHE"]).expanduser()
@@ -77,16 +77,16 @@ def hub_cache(host: Host) -> Path:
 
 
 def hub_home(host: Host) -> Path:
-    """Where huggingface_hub keeps everything, the token too."""
+    """Return huggingface_hub's home folder, which also contains the token."""
     cache = Path(host.environ.get("XDG_CACHE_HOME") or host.home() / ".cache")
     return Path(host.environ.get("HF_HOME") or cache / "huggingface").expanduser()
 
 
 def find(name: str, revision: str, parts: tuple[str, ...], host: Host) -> Model:
-    """The folder ``name``, or the model of that name in the hub's cache; as ``shared.model_folder.find_model``.
+    """Find a model like ``shared.model_folder.find_model``, but without downloading anything.
 
     Raises:
-        BrokenFile: the name can be neither, or the cache cannot be read.
+        BrokenFile: the name is invalid, or the cache cannot be read.
     """
     if Path(name).is_dir():
         return Model(Path(name).resolve().name, "local", Path(name).resolve())
@@ -95,7 +95,7 @@ def find(name: str, revision: str, parts: tuple[str, ...], host: Host) -> Model:
             name,
             revision=revision,
             cache_dir=hub_cache(host),
-            allow_patterns=wanted_patterns(parts),
+            allow_patterns=download_patterns(parts),
             local_files_only=True,
         )
     except IncompleteSnapshotError as error:
@@ -109,7 +109,7 @@ def find(name: str, revision: str, parts: tuple[str, ...], host: Host) -> Model:
 
 
 def inspect(model: Model, parts: tuple[str, ...]) -> tuple[Model, dict[str, str]]:
-    """The model with what its files say, and what is wrong with each broken part."""
+    """Read the model's files; return the model with their contents, and the problem of each broken part."""
     configs: dict[str, Mapping[str, Any]] = {}
     weights: dict[str, Weights] = {}
     problems: dict[str, str] = {}
@@ -124,46 +124,51 @@ def inspect(model: Model, parts: tuple[str, ...]) -> tuple[Model, dict[str, str]
         except OSError as error:
             problems[part] = describe(error)
     prompt_format = _prompt_format(model, problems)
-    found = replace(model, configs=configs, weights=weights, prompt_format=prompt_format)
-    return found, _mismatch(found) | problems
+    inspected = replace(model, configs=configs, weights=weights, prompt_format=prompt_format)
+    return inspected, _mismatch(inspected) | problems
 
 
 def check_parts(model: Model, problems: Mapping[str, str], parts: tuple[str, ...], fix: str) -> Iterator[Check]:
-    """One check for each part of a model that is here, and for what else is wrong."""
+    """Report each part of a present model, and all problems."""
     for part in dict.fromkeys((*parts, *problems)):
         if part in problems:
             yield failed(part, problems[part], fix)
         elif part in model.weights:
             weights = model.weights[part]
             files = "1 file" if weights.num_files == 1 else f"{weights.num_files} files"
-            yield ok(part, f"{files}, {weights.num_bytes / 1e9:.2f} GB, every size as its header says")
+            yield ok(part, f"{files}, {weights.num_bytes / 1e9:.2f} GB, sizes match the headers")
         else:
             yield ok(part, "complete")
 
 
 def check_leftovers(model: Model, host: Host) -> Iterator[Check]:
-    """Files of downloads that were interrupted."""
+    """Look for the files of interrupted downloads."""
     assert model.path is not None
     folder = model.path.parents[1] / "blobs" if model.revision != "local" else model.path
     sizes = [file.stat().st_size for file in folder.rglob("*.incomplete")]
     if sizes:
         command = f"find {folder} -name '*.incomplete' -delete"
         where = "docker compose run --rm weights " if host.is_our_image else ""
-        detail = f"{len(sizes)} interrupted downloads lie in {folder}, {sum(sizes) / 1e9:.1f} GB"
+        detail = f"{len(sizes)} interrupted downloads in {folder}, {sum(sizes) / 1e9:.1f} GB"
         yield warning("downloads", detail, f"once the model is complete: {where}{command}")
 
 
 def _read_part(folder: Path) -> Mapping[str, Any]:
-    """The configuration of a part, whose other small files are there too."""
+    """Read the configuration of a part, and check its other small files.
+
+    Raises:
+        BrokenFile: a file is missing or broken, or the part is not FLUX.2's.
+        ModelRefused: the folder holds pickles or code.
+    """
     if not folder.is_dir():
         raise BrokenFile(f"the folder {folder.name} is missing")
     if not os.access(folder, os.R_OK | os.X_OK):
-        raise BrokenFile(f"the folder {folder.name} may not be read")
+        raise BrokenFile(f"the folder {folder.name} is not readable")
     refuse_unsafe_files(folder)
     config = read_json(folder / CONFIGS[folder.name])
     key, kind = KINDS.get(folder.name, ("", None))
     if config.get(key) != kind:
-        raise BrokenFile(f"{CONFIGS[folder.name]} says {key} {config.get(key)!r}, FLUX.2 has {kind!r}")
+        raise BrokenFile(f"{CONFIGS[folder.name]} has {key} {config.get(key)!r}, FLUX.2 has {kind!r}")
     if folder.name == "tokenizer":
         _check_tokenizer(folder, config)
     return config
@@ -184,7 +189,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _prompt_format(model: Model, problems: dict[str, str]) -> PromptFormat:
-    """How prompts become embeddings. The generator alone needs this file, too."""
+    """Read the prompt format, which the generator needs even without the text encoder."""
     assert model.path is not None
     try:
         return read_prompt_format(ModelFolder(model.name, model.revision, model.path))
@@ -194,12 +199,12 @@ def _prompt_format(model: Model, problems: dict[str, str]) -> PromptFormat:
 
 
 def _mismatch(model: Model) -> dict[str, str]:
-    """What is wrong between parts that are right by themselves."""
+    """Find inconsistencies between parts that are valid by themselves."""
     text = model.configs.get("text_encoder", {}).get("text_config", {})
     width, layers = text.get("hidden_size"), model.prompt_format.hidden_layers
     num_layers = text.get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers < max(layers):
-        return {"text_encoder": f"it has {num_layers} layers, and the output of layer {max(layers)} is needed"}
+        return {"text_encoder": f"it has {num_layers} layers, but the output of layer {max(layers)} is needed"}
     shape = model.embedding_shape
     if shape is not None and isinstance(width, int) and shape[1] != width * len(layers):
         return {"text_encoder": f"its embeddings have {width * len(layers)} numbers, the transformer takes {shape[1]}"}

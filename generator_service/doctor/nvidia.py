@@ -1,4 +1,4 @@
-"""The NVIDIA driver and what it says of the GPUs, by ``nvidia-smi`` or from ``/proc``; torch is not needed."""
+"""The NVIDIA driver and its GPUs, as reported by ``nvidia-smi`` and ``/proc``; does not need torch."""
 
 import re
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Board:
-    """A GPU, as the driver sees it."""
+    """A GPU as reported by the driver."""
 
     uuid: str
     name: str
@@ -39,27 +39,26 @@ class Board:
 
 @dataclass(frozen=True)
 class Driver:
-    """The driver's version and GPUs, as far as they are known."""
+    """The driver's version and GPUs, as far as known."""
 
     version: str = ""
     boards: tuple[Board, ...] = ()
     problem: str = ""
-    """Why nvidia-smi says nothing."""
+    """Why nvidia-smi does not work."""
 
     @property
     def major(self) -> int | None:
-        """The major version."""
         first = self.version.split(".")[0]
         return int(first) if first.isdigit() else None
 
     def board(self, uuid: str) -> Board | None:
-        """The GPU with this UUID; torch writes it without the prefix ``GPU-``."""
+        """Return the GPU with this UUID, with or without the prefix ``GPU-``, which torch omits."""
         wanted = uuid.removeprefix("GPU-")
         return next((board for board in self.boards if wanted and board.uuid.removeprefix("GPU-") == wanted), None)
 
 
 def read_driver(host: Host) -> Driver:
-    """Ask ``nvidia-smi``, and ``/proc`` for what it does not say."""
+    """Run ``nvidia-smi``; if it does not work, read the version from ``/proc``."""
     version = _kernel_module_version(host)
     program = host.which("nvidia-smi")
     if program is None:
@@ -71,7 +70,7 @@ def read_driver(host: Host) -> Driver:
     problem = _problem(output, host)
     rows = _rows(output.stdout, len(FIELDS))
     if problem or not rows:
-        return Driver(version, problem=problem or f"nvidia-smi printed something else: {one_line(output.stdout)[:200]}")
+        return Driver(version, problem=problem or f"unexpected output of nvidia-smi: {one_line(output.stdout)[:200]}")
     processes = _processes(host, program)
     boards = tuple(
         Board(uuid, name, _bytes(total), _bytes(used), mode, persistence == "Enabled", tuple(processes.get(uuid, [])))
@@ -82,24 +81,24 @@ def read_driver(host: Host) -> Driver:
 
 def _problem(output: Output, host: Host) -> str:
     if output.status is None:
-        return f"nvidia-smi did not end within {host.program_timeout_s:g} s: the driver hangs"
+        return f"nvidia-smi did not finish within {host.program_timeout_s:g} s: the driver hangs"
     if output.status != 0:
-        said = one_line(output.stdout or output.stderr)
-        return f"nvidia-smi ended with status {output.status}: {said}"
+        message = one_line(output.stdout or output.stderr)
+        return f"nvidia-smi ended with status {output.status}: {message}"
     return ""
 
 
 def _processes(host: Host, program: str) -> dict[str, list[Process]]:
-    """Processes by the GPU's UUID; a container cannot see any."""
+    """List processes by the UUID of their GPU. Inside a container none are visible."""
     output = host.run(program, f"--query-compute-apps={','.join(PROCESS_FIELDS)}", "--format=csv,noheader,nounits")
-    found: dict[str, list[Process]] = {}
+    processes: dict[str, list[Process]] = {}
     for uuid, pid, used in _rows(output.stdout, len(PROCESS_FIELDS)):
-        found.setdefault(uuid, []).append(Process(pid, _bytes(used)))
-    return found
+        processes.setdefault(uuid, []).append(Process(pid, _bytes(used)))
+    return processes
 
 
 def _rows(printed: str, num_fields: int) -> list[list[str]]:
-    """The lines with as many fields as requested whose first field is a GPU's UUID."""
+    """Parse the lines with ``num_fields`` fields of which the first is a GPU's UUID."""
     rows = [[cell.strip() for cell in line.split(",")] for line in printed.splitlines()]
     return [row for row in rows if len(row) == num_fields and row[0].startswith(("GPU-", "MIG-"))]
 
@@ -109,25 +108,25 @@ def _bytes(mebibytes: str) -> int | None:
 
 
 def _kernel_module_version(host: Host) -> str:
-    """The version that the loaded kernel module has, or nothing."""
+    """Return the version of the loaded kernel module, or an empty string."""
     match = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", host.read("proc/driver/nvidia/version"))
     return match[1] if match else host.read("sys/module/nvidia/version").strip()
 
 
 def check_driver(driver: Driver, libraries: Libraries, host: Host, *, needs_gpu: bool) -> Iterator[Check]:
-    """Whether the driver is there, answers, and is new enough for torch."""
+    """Check whether the driver is loaded, works, and is new enough for torch."""
     name = "nvidia driver"
     if driver.problem and (driver.version or host.has_gpu_files):
-        fix = "if nvidia-smi fails by hand, too: load the driver again or reboot; in a container: restart it"
+        fix = "if nvidia-smi also fails by hand, reload the driver or reboot; restart a container"
         yield warning("nvidia-smi", driver.problem, fix)
     if not driver.version:
-        reason = "the host gives this container no GPU" if host.is_container else "there is no NVIDIA driver"
+        reason = "this container has no access to a GPU" if host.is_container else "there is no NVIDIA driver"
         yield skipped(name, f"{reason}: {driver.problem}")
         return
     needed = OLDEST_DRIVERS.get(int(libraries.cuda.split(".")[0])) if libraries.cuda else None
     if needed is None or driver.major is None:
         why = f"torch's CUDA {libraries.cuda}" if libraries.cuda else "a torch without CUDA"
-        yield ok(name, f"{driver.version}; what {why} needs is not known here")
+        yield ok(name, f"{driver.version}; the version that {why} needs is not known")
     elif driver.major >= needed:
         yield ok(name, f"{driver.version}; torch's CUDA {libraries.cuda} needs {needed} or newer")
     elif libraries.gpus:

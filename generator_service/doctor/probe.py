@@ -1,7 +1,7 @@
-"""Imports the libraries and asks the GPUs, in a process of its own: either can crash or hang.
+"""Imports the libraries and queries the GPUs in a separate process, since both can crash or hang.
 
-Everything found so far is printed as one JSON object on a line, again and again, so that of a process that ends early
-the last line shows how far it got.
+After each step all facts so far are printed as a JSON object on one line. If the process exits prematurely, the last
+line shows which step it had reached.
 """
 
 import json
@@ -14,31 +14,29 @@ NEED_TORCH = {
     "transformers": ("AutoTokenizer", "MistralModel"),
     "diffusers": ("AutoencoderKLFlux2", "Flux2Pipeline", "Flux2Transformer2DModel"),
 }
-"""What is imported from each: these libraries import nothing until then."""
+"""Names to import from each library, because these libraries import their modules lazily."""
 
 
 class Facts:
-    """What is known; printed whenever there is more."""
+    """The facts so far, which are printed after each change."""
 
     def __init__(self) -> None:
         self._facts: dict[str, Any] = {"versions": {}, "errors": {}}
 
     def begin(self, name: str) -> None:
-        """If nothing more is printed, this is where the process ended."""
+        """Begin a step; if the process exits during it, this was the last one."""
         self._facts["running"] = name
         self._print()
 
     def add(self, **facts: Any) -> None:
-        """Print more."""
         self._facts |= facts
         self._print()
 
     def has(self, library: str) -> bool:
-        """Whether a library could be imported."""
         return library in self._facts["versions"]
 
     def import_library(self, name: str, wanted: tuple[str, ...]) -> None:
-        """Import it, and note its version or why that failed."""
+        """Import a library; record its version or the error."""
         self.begin(name)
         try:
             module = import_module(name)
@@ -54,15 +52,15 @@ class Facts:
 
 
 def ask_torch(facts: Facts) -> int:
-    """What torch was built for, and the GPUs that it sees; how many these are."""
-    import torch  # noqa: PLC0415 - it may be broken, which the caller has found out
+    """Record torch's build and the GPUs that it sees; return the number of GPUs."""
+    import torch  # noqa: PLC0415 - it may be broken, which the caller has checked
 
     facts.add(cuda=torch.version.cuda)
     facts.begin("the GPUs")
     try:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if torch.version.cuda is not None and count == 0:
-            torch.cuda.init()  # type: ignore[no-untyped-call] # raises, and says why
+            torch.cuda.init()  # type: ignore[no-untyped-call] # raises an error with the reason
         facts.add(architectures=torch.cuda.get_arch_list(), gpus=[gpu(torch, index) for index in range(count)])
     except Exception as error:  # noqa: BLE001 - the driver's errors
         facts.add(gpu_error=f"{type(error).__name__}: {error}")
@@ -71,7 +69,7 @@ def ask_torch(facts: Facts) -> int:
 
 
 def gpu(torch: Any, index: int) -> dict[str, Any]:
-    """One of them. Asking for the free memory starts CUDA on it, which can fail where it is in use."""
+    """Describe a GPU. Querying its free memory initializes CUDA on it, which can fail if it is in use."""
     properties = torch.cuda.get_device_properties(index)
     found = {
         "index": index,
@@ -88,19 +86,18 @@ def gpu(torch: Any, index: int) -> dict[str, Any]:
 
 
 class Lines(logging.Handler):
-    """Keeps the messages of a log."""
+    """A log handler that stores messages."""
 
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
         self.messages.append(record.getMessage())
 
 
 def choose_attention(facts: Facts, question: dict[str, Any]) -> None:
-    """The kernel that the generator's profile ``fast`` would choose, by its own measurement."""
+    """Measure which attention kernel the generator's profile ``fast`` would choose."""
     facts.begin("the attention kernels")
     lines = Lines()
     logger = logging.getLogger("flux2")
@@ -120,10 +117,10 @@ def choose_attention(facts: Facts, question: dict[str, Any]) -> None:
 
 
 def main(question: str) -> None:
-    """Find out everything.
+    """Record all facts.
 
     Args:
-        question: the attention to choose a kernel for on a GPU, as JSON, or ``null``.
+        question: an ``Attention`` to choose a kernel for, as JSON, or ``null``.
     """
     facts = Facts()
     facts.import_library("torch", ())

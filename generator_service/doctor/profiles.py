@@ -1,4 +1,4 @@
-"""The performance profiles that would be chosen, and what compiling them needs."""
+"""Checks of the performance profiles that would be chosen, and of the requirements for compiling."""
 
 import getpass
 import os
@@ -20,28 +20,28 @@ from text_encoder_service.settings import TextEncoderSettings
 
 C_COMPILERS = ("cc", "gcc", "clang")
 CXX_COMPILERS = ("c++", "g++", "clang++")
-INSTALL_COMPILER = "install one: apt install gcc g++ libc6-dev; the images have what they need"
+INSTALL_COMPILER = "install one: apt install gcc g++ libc6-dev; the Docker images have it"
 INSTALL_TORCHAO = "pip install -c constraints.txt '.[quantization]'"
 RUNS_UNCOMPILED = "the services would run uncompiled"
 TEXT_TOKENS = 512
-"""Text tokens that attention is measured with, as in ``pipelines.flux2``."""
+"""Text tokens when attention is measured, as in ``pipelines.flux2``."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def machine_of(gpu: Gpu | None) -> Machine:
-    """The ``Machine`` of a GPU, or of the CPU (None)."""
+    """Return the ``Machine`` for a GPU, or for the CPU (None)."""
     if gpu is None:
         return Machine("cpu")
     return Machine("cuda", gpu.capability, find_spec("torchao") is not None, gpu.total_bytes)
 
 
 def dtype_of(settings: ServiceSettings, gpu: Gpu | None) -> str:
-    """The dtype of a service's weights, ``auto`` resolved."""
+    """Resolve the dtype of a service's weights."""
     return settings.dtype if settings.dtype != "auto" else "bfloat16" if gpu else "float32"
 
 
 def choose_generator_profile(settings: GeneratorSettings, gpu: Gpu | None, weight_bytes: int) -> Performance:
-    """What the generator would choose when it loads the model."""
+    """Choose the profile as the generator does when it loads the model."""
     return choose(
         settings.performance,
         machine_of(gpu),
@@ -52,7 +52,7 @@ def choose_generator_profile(settings: GeneratorSettings, gpu: Gpu | None, weigh
 
 
 def check_generator_profile(settings: GeneratorSettings, gpu: Gpu | None, performance: Performance) -> Iterator[Check]:
-    """The generator's profile and the reason for it."""
+    """Report the generator's profile and why it is chosen."""
     name = "generator profile"
     detail = f"GENERATOR_PERFORMANCE={settings.performance}: {performance}"
     if settings.performance == "auto":
@@ -61,7 +61,7 @@ def check_generator_profile(settings: GeneratorSettings, gpu: Gpu | None, perfor
         fix = "unset GENERATOR_LORA_DIR, or choose another GENERATOR_PERFORMANCE"
         yield failed(name, f"{detail}; LoRA adapters cannot be applied to offloaded blocks", fix)
     elif settings.performance not in {"auto", performance.profile}:
-        fix = INSTALL_TORCHAO if "torchao" in str(performance) else "see what is left out"
+        fix = INSTALL_TORCHAO if "torchao" in str(performance) else "see which optimizations are left out"
         yield warning(name, detail, fix)
     else:
         yield ok(name, detail)
@@ -71,13 +71,13 @@ def _why(profile: str, gpu: Gpu | None) -> str:
     if gpu is None:
         return "chosen because the CPU is used"
     if profile == "offload":
-        return f"chosen because {gpu.total_bytes / 1e9:.0f} GB cannot hold the weights and what a large image needs"
+        return f"chosen because {gpu.total_bytes / 1e9:.0f} GB cannot hold the weights and a large image's activations"
     has = f"chosen because the GPU has compute capability {gpu.capability_text}"
     return f"{has} and holds the weights" if profile == "fast" else f"{has}, and bfloat16 needs 8.0"
 
 
 def attention_to_measure(settings: GeneratorSettings, model: Model) -> Attention | None:
-    """The attention that the generator would choose a kernel for, if it runs on a GPU; None: it would choose none."""
+    """Return the attention that the generator would measure on a GPU, or None if its profile does not measure."""
     if settings.device == "cpu" or settings.performance in {"exact", "offload"}:
         return None
     index = settings.device.removeprefix("cuda:")
@@ -92,11 +92,11 @@ def attention_to_measure(settings: GeneratorSettings, model: Model) -> Attention
 
 
 def check_attention(performance: Performance, gpu: Gpu | None, libraries: Libraries) -> Iterator[Check]:
-    """The attention kernels that run here, and the one that would be used."""
+    """Report the attention kernels that run here, and the one that would be chosen."""
     name = "attention"
     lines = "; ".join(one_line(line) for line in libraries.attention_lines)
     if "attention" not in performance.optimisations:
-        yield ok(name, f"native, PyTorch's own choice: the profile {performance.profile} measures no others")
+        yield ok(name, f"native, PyTorch's default: the profile {performance.profile} does not measure others")
     elif gpu is None:
         yield ok(name, "native, the only one for a CPU")
     elif libraries.attention:
@@ -107,7 +107,7 @@ def check_attention(performance: Performance, gpu: Gpu | None, libraries: Librar
 
 
 def check_encoder_profile(settings: TextEncoderSettings, gpu: Gpu | None) -> Iterator[Check]:
-    """How the text encoder runs, and whether its weights can be stored as they are asked for."""
+    """Report the text encoder's profile, and check whether its weights can be quantized as configured."""
     name = "text encoder profile"
     profile = settings.profile_on(gpu.capability if gpu else None)
     where = f"compute capability {gpu.capability_text}" if gpu else "the CPU"
@@ -121,7 +121,7 @@ def check_encoder_profile(settings: TextEncoderSettings, gpu: Gpu | None) -> Ite
 
 
 def check_compiler(host: Host, libraries: Libraries, *, is_compiled: bool, has_gpu: bool) -> Iterator[Check]:
-    """A C compiler and Python's headers, with which Triton builds its launcher; for a CPU, a C++ compiler."""
+    """Check for a C compiler and Python's headers, which Triton needs; on a CPU for a C++ compiler."""
     name = "compiler"
     if not is_compiled:
         yield skipped(name, "nothing is compiled with these profiles")
@@ -140,13 +140,13 @@ def check_compiler(host: Host, libraries: Libraries, *, is_compiled: bool, has_g
         yield ok(name, found)
     if has_gpu and sys.platform == "linux" and libraries.cuda:
         if find_spec("triton") is None:
-            yield warning("triton", f"it is not installed: {RUNS_UNCOMPILED}", "install torch again from PyPI")
+            yield warning("triton", f"not installed: {RUNS_UNCOMPILED}", "reinstall torch from PyPI")
         else:
             yield ok("triton", "installed")
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
-    """Where compiled code is kept, as PyTorch and Triton find it."""
+    """Return the folders of compiled code, determined like PyTorch and Triton do."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -157,7 +157,7 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
 
 
 def check_caches(host: Host, *, is_compiled: bool) -> Iterator[Check]:
-    """Whether compiled code can be kept over a restart."""
+    """Check whether compiled code can be cached over a restart."""
     name = "compile cache"
     if not is_compiled:
         yield skipped(name, "nothing is compiled with these profiles")
@@ -165,15 +165,15 @@ def check_caches(host: Host, *, is_compiled: bool) -> Iterator[Check]:
     for variable, folder in cache_folders(host.environ).items():
         existing = existing_folder(folder)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            fix = f"set {variable} to a folder that this user may write to: every start compiles for minutes otherwise"
+            fix = f"set {variable} to a writable folder; otherwise every start compiles for minutes"
             yield warning(name, f"{variable}: {folder} cannot be written to", fix)
             continue
-        kept = "" if host.environ.get(variable) else ", which may be emptied when the machine starts"
+        kept = "" if host.environ.get(variable) else ", but may be emptied when the machine restarts"
         yield ok(name, f"{variable}: {folder} can be written to{kept}")
 
 
 def check_allocator(host: Host, *, has_gpu: bool) -> Iterator[Check]:
-    """PyTorch's allocator: without expandable segments a nearly full GPU runs out of memory earlier."""
+    """Check PyTorch's allocator: without expandable segments, fragmentation can exhaust a nearly full GPU."""
     name = "allocator"
     given = {variable: host.environ[variable] for variable in ALLOCATOR if host.environ.get(variable)}
     detail = ", ".join(f"{variable}={value}" for variable, value in given.items()) or f"{ALLOCATOR[0]} is not set"
@@ -183,6 +183,6 @@ def check_allocator(host: Host, *, has_gpu: bool) -> Iterator[Check]:
     elif len(set(given.values())) > 1:
         yield warning(name, f"{detail}: they differ", f"{fix} and unset {ALLOCATOR[1]}")
     elif "expandable_segments:true" not in detail.lower():
-        yield warning(name, f"{detail}: image sizes that change leave gaps in the GPU's memory", fix)
+        yield warning(name, f"{detail}: varying image sizes fragment the GPU's memory", fix)
     else:
         yield ok(name, detail)

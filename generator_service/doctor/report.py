@@ -1,4 +1,4 @@
-"""What ``flux2 doctor`` prints: a table for people, lines for a file or a pipe, JSON for programs."""
+"""The report of ``flux2 doctor``: a table on a terminal, lines for a file or a pipe, or JSON."""
 
 import json
 from collections import Counter
@@ -15,17 +15,16 @@ STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red
 
 
 def is_ok(checks: Sequence[Check]) -> bool:
-    """Whether the services would start."""
+    """Return whether the services would start."""
     return all(check.status is not Status.FAILED for check in checks)
 
 
 def as_json(checks: Sequence[Check]) -> str:
-    """One object."""
     return json.dumps({"ok": is_ok(checks), "checks": [asdict(check) for check in checks]}, indent=1)
 
 
 def print_report(checks: Sequence[Check], console: Console) -> None:
-    """A table on a terminal; elsewhere lines of any length, which can be searched."""
+    """Print a table on a terminal, else lines of any length, which can be searched."""
     if console.is_terminal:
         console.print(_table(checks))
     else:
@@ -37,16 +36,16 @@ def print_report(checks: Sequence[Check], console: Console) -> None:
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """The last line."""
+    """Return the last line of the report."""
     counts = Counter(check.status for check in checks)
     if counts[Status.FAILED]:
-        return f"{_times(counts[Status.FAILED], 'check')} failed: the services would not start here as they are set."
-    warnings = f", with {_times(counts[Status.WARNING], 'warning')}" if counts[Status.WARNING] else ""
+        return f"{_count(counts[Status.FAILED], 'check')} failed: the services would not start here as configured."
+    warnings = f", with {_count(counts[Status.WARNING], 'warning')}" if counts[Status.WARNING] else ""
     return f"The services would start here{warnings}."
 
 
 def _table(checks: Sequence[Check]) -> Table:
-    table = Table("status", "check", "what was found, and what to do", box=None, pad_edge=False)
+    table = Table("status", "check", "result and fix", box=None, pad_edge=False)
     for check in checks:
         style = STYLES[check.status]
         detail = Text(check.detail, style="dim" if check.status is Status.SKIPPED else "")
@@ -56,5 +55,5 @@ def _table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def _times(count: int, noun: str) -> str:
+def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

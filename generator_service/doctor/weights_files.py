@@ -1,4 +1,4 @@
-"""Headers of safetensors files: which tensors a file holds, and whether it is complete. No weights are loaded."""
+"""Reads the headers of safetensors files and checks that the files are complete, without loading weights."""
 
 import json
 from collections.abc import Mapping
@@ -7,33 +7,33 @@ from pathlib import Path
 from typing import Any
 
 MAX_HEADER_BYTES = 100 * 10**6
-"""The format's own limit."""
+"""The limit of the safetensors format."""
 LFS_POINTER = b"version https://git-lfs"
 INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class BrokenFile(Exception):
-    """A file is not what it must be; the text names it and says why."""
+    """A file is missing or invalid; the message names it and says why."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one part of a model."""
+    """The weight files of one part of a model."""
 
     num_bytes: int
-    """Of its files."""
+    """Total size of the files."""
     num_files: int
     largest_bytes: int
-    """Of one of its files."""
+    """Size of the largest file."""
     shapes: Mapping[str, tuple[int, ...]]
-    """By the tensors' names."""
+    """Shapes of the tensors by name."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file with one JSON object.
+    """Read a file with one JSON object.
 
     Raises:
-        BrokenFile: it is absent, unreadable, or something else.
+        BrokenFile: the file is missing, unreadable, or not a JSON object.
     """
     if not file.exists():
         raise BrokenFile(f"{file.name} is missing")
@@ -49,32 +49,32 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, stem: str) -> Weights:
-    """The weights ``STEM.safetensors``, or the shards that ``STEM.safetensors.index.json`` names.
+    """Read the headers of ``STEM.safetensors``, or of the shards in ``STEM.safetensors.index.json``.
 
     Raises:
-        BrokenFile: a file is absent, cut off or of another kind, or lacks tensors that the index places in it.
+        BrokenFile: a file is missing, truncated or invalid, or lacks tensors that the index assigns to it.
     """
     index = folder / f"{stem}{INDEX_SUFFIX}"
     if not index.exists():
-        return _joined({folder / f"{stem}.safetensors": None})
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        return _join({folder / f"{stem}.safetensors": None})
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise BrokenFile(f"{index.name} has no weight_map")
     shards: dict[Path, set[str] | None] = {
-        folder / name: {tensor for tensor, shard in places.items() if shard == name}
-        for name in sorted(set(places.values()))
+        folder / name: {tensor for tensor, shard in weight_map.items() if shard == name}
+        for name in sorted(set(weight_map.values()))
     }
     missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
         raise BrokenFile(f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
-    return _joined(shards)
+    return _join(shards)
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a safetensors file, by name.
+    """Read the shapes of the tensors in a safetensors file, by name.
 
     Raises:
-        BrokenFile: it is absent, or its size is not the one that its header says.
+        BrokenFile: the file is missing or invalid, or its size does not match its header.
     """
     try:
         size = file.stat().st_size
@@ -94,32 +94,32 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     shapes, data_bytes = _parse(file, header, is_whole=len(header) == length)
     expected = 8 + length + data_bytes
     if size != expected:
-        what = "cut off" if size < expected else "too long"
-        raise BrokenFile(f"{file.name} is {what}: it has {size} bytes, its header says {expected}")
+        state = "truncated" if size < expected else "too long"
+        raise BrokenFile(f"{file.name} is {state}: it has {size} bytes, its header says {expected}")
     return shapes
 
 
 def _parse(file: Path, header: bytes, *, is_whole: bool) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Shapes, and the number of bytes that follow the header."""
+    """Parse the shapes, and the number of bytes that follow the header."""
     if not is_whole:
-        raise BrokenFile(f"{file.name} is cut off within its header")
+        raise BrokenFile(f"{file.name} is truncated within its header")
     try:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
         ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise BrokenFile(f"{file.name} has a header that is not of the safetensors format") from error
+        raise BrokenFile(f"{file.name} does not have a valid safetensors header") from error
     return shapes, max(ends, default=0)
 
 
-def _joined(files: Mapping[Path, set[str] | None]) -> Weights:
-    """All ``files`` as one; beside each are the tensors that must be in it, if that is known."""
+def _join(files: Mapping[Path, set[str] | None]) -> Weights:
+    """Read all ``files``. The values are the tensors that a file must contain, if known."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file, expected in files.items():
-        found = read_shapes(file)
-        lacking = sorted(expected - found.keys()) if expected else []
-        if lacking:
-            raise BrokenFile(f"{file.name} lacks {len(lacking)} tensors that the index places in it: {lacking[0]}, ...")
-        shapes |= found
+        file_shapes = read_shapes(file)
+        missing = sorted(expected - file_shapes.keys()) if expected else []
+        if missing:
+            raise BrokenFile(f"{file.name} lacks {len(missing)} tensors of the index: {missing[0]}, ...")
+        shapes |= file_shapes
     sizes = [file.stat().st_size for file in files]
     return Weights(sum(sizes), len(sizes), max(sizes), shapes)

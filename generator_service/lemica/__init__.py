@@ -1,8 +1,7 @@
-"""LeMiCa (arXiv 2511.00090) for FLUX.2: which denoising steps are computed, and what the others do instead.
+"""LeMiCa (arXiv 2511.00090) for FLUX.2: which denoising steps run the transformer, and how the others are predicted.
 
-Knows nothing of services, requests or pictures. ``cached_transformer`` and ``calibration`` work with any object that
-has the parts of diffusers' ``Flux2Transformer2DModel``; everything else needs no torch, which is imported only when
-one of these two is used.
+Independent of services, requests and image files. ``cached_transformer`` and ``calibration`` work with any object that
+has the submodules of diffusers' ``Flux2Transformer2DModel``. Only these two need torch, and they are imported lazily.
 """
 
 from importlib import import_module
@@ -96,7 +95,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is asked for."""
+    """Import the names in ``NEED_TORCH`` on first access."""
     if name not in NEED_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{NEED_TORCH[name]}"), name)

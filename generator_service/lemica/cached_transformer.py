@@ -1,11 +1,13 @@
-"""A transformer for one generation, which runs at the computed steps and reuses its residual at the others.
+"""A wrapper that runs the transformer at computed steps and reuses its residual at the others.
 
-At a computed step the whole transformer runs, untouched, and two hooks note what its stack of blocks did to the noisy
-image tokens: ``R = h_out - h_in``, with ``h_in`` the output of ``x_embedder`` and ``h_out`` the input of ``norm_out``.
-A reused step is ``proj_out(norm_out(x_embedder(latents) + R, temb))``: no block runs, the timestep embedding is fresh
-(LeMiCa, arXiv 2511.00090, and its authors' FLUX.2 script). Which ``R`` is the schedule's predictor's to say.
+At a computed step the unmodified transformer runs, and two hooks record the residual of its blocks on the noisy image
+tokens: ``R = h_out - h_in``, with ``h_in`` the output of ``x_embedder`` and ``h_out`` the input of ``norm_out``. A
+reused step is ``proj_out(norm_out(x_embedder(latents) + R, temb))``: no block runs, and the timestep embedding is
+computed for the current step (LeMiCa, arXiv 2511.00090, and its authors' FLUX.2 script). The schedule's predictor
+estimates ``R`` from the residuals of earlier steps.
 
-Only four parts of diffusers' transformer are relied upon (``PARTS``); its ``forward`` and its blocks are not copied.
+This depends on four submodules of diffusers' transformer (``REQUIRED_MODULES``) and copies neither its ``forward`` nor
+its blocks.
 """
 
 from collections import deque
@@ -21,50 +23,53 @@ from generator_service.lemica.predictor import CachedFeature
 from generator_service.lemica.schedule import Schedule
 from generator_service.lemica.signature import Signature
 
-PARTS = ("time_guidance_embed", "x_embedder", "norm_out", "proj_out")
-StepListener = Callable[[int, bool], None]
+REQUIRED_MODULES = ("time_guidance_embed", "x_embedder", "norm_out", "proj_out")
+StepCallback = Callable[[int, bool], None]
 
 
 @dataclass(frozen=True)
 class TimeEmbeddings:
-    """Embeddings of noise levels, which a reused step needs anew and which every run of the same length needs again."""
+    """Memoized timestep embeddings of reused steps; runs of the same length need the same ones."""
 
     guidance_scale: float
-    """Of the run: it is embedded with them."""
-    known: MutableMapping[tuple[float, float, int], Tensor]
-    """By sigma, guidance scale and rows; of one transformer without adapters."""
+    """The run's guidance scale, which is part of the embedding."""
+    cache: MutableMapping[tuple[float, float, int], Tensor]
+    """Embeddings by sigma, guidance scale and rows; valid for one transformer without adapters."""
 
-    def of(self, sigma: float, rows: int, compute: Callable[[], Tensor]) -> Tensor:
-        """The one that is known, else what ``compute`` gives: ``[rows, inner]``."""
+    def get(self, sigma: float, rows: int, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the embedding ``[rows, inner]``; call ``compute`` if it is not cached."""
         key = (sigma, self.guidance_scale, rows)
-        found = self.known.get(key)
-        if found is None:
-            found = self.known[key] = compute()
-        return found
+        embedding = self.cache.get(key)
+        if embedding is None:
+            embedding = self.cache[key] = compute()
+        return embedding
 
 
 @dataclass
 class Run:
-    """The state of one generation: how far it is, and what the last computed steps left, oldest first."""
+    """The state of one generation."""
 
     past: deque[CachedFeature]
+    """Features of the last computed steps, oldest first."""
     step: int = 0
     sigmas: list[float] = field(default_factory=list)
 
 
 class CachedTransformer:
-    """Stands in for the transformer in ``Flux2Pipeline`` during one generation.
+    """Replaces the transformer in ``Flux2Pipeline`` during one generation.
 
-    Make a fresh one for every generation: all state lives here, none on the transformer or on a class.
+    Create a new instance for every generation: all state is kept here, none on the transformer or on a class.
 
     Args:
-        transformer: diffusers' ``Flux2Transformer2DModel``, or anything with its ``PARTS``, ``config`` and ``dtype``.
+        transformer: diffusers' ``Flux2Transformer2DModel``, or any object with its ``REQUIRED_MODULES``, ``config`` and
+            ``dtype``.
         schedule: which steps are computed, and how the others are predicted.
-        num_image_tokens: the noisy tokens, which come first in ``hidden_states``; the rest are reference images.
-            None: counted from ``img_ids``, where FLUX.2 gives noisy tokens time 0.
-        on_step: called with the step's number and whether it was computed, before the step runs.
-        scheduler: the run's, whose ``sigmas`` are exact. None: the timesteps, which are coarse in bfloat16.
-        embeddings: of noise levels, kept over runs. None: each is computed when it is needed.
+        num_image_tokens: the number of noisy tokens, which come first in ``hidden_states``; tokens of reference images
+            follow. None: counted from ``img_ids``, where FLUX.2 gives noisy tokens time 0.
+        on_step: called before each step with its number and whether it is computed.
+        scheduler: the run's scheduler, whose ``sigmas`` are exact. None: read sigma from the timesteps, which are
+            coarse in bfloat16.
+        embeddings: timestep embeddings shared between runs. None: they are computed at each reused step.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class CachedTransformer:
         transformer: Any,
         schedule: Schedule,
         num_image_tokens: int | None = None,
-        on_step: StepListener | None = None,
+        on_step: StepCallback | None = None,
         scheduler: Any = None,
         embeddings: TimeEmbeddings | None = None,
     ) -> None:
@@ -88,15 +93,18 @@ class CachedTransformer:
         self.dtype: torch.dtype = transformer.dtype  # once: diffusers looks through all modules each time
 
     def __call__(self, *, hidden_states: Tensor, timestep: Tensor, **rest: Any) -> tuple[Tensor]:
-        """One denoising step.
+        """Run one denoising step.
 
         Args:
             hidden_states: ``[B, noisy + reference tokens, C]``.
             timestep: sigma, ``[B]``.
-            rest: what else the transformer takes; a computed step passes it on as it is.
+            rest: the transformer's other arguments; a computed step passes them on unchanged.
 
         Returns:
-            The velocity in a tuple: ``[B, all tokens, C]`` at a computed step, ``[B, noisy tokens, C]`` at another.
+            The velocity in a tuple: ``[B, all tokens, C]`` at a computed step, else ``[B, noisy tokens, C]``.
+
+        Raises:
+            ScheduleMismatch: the run is longer than the schedule.
         """
         step = self._run.step
         if step >= self._schedule.num_steps:
@@ -137,25 +145,25 @@ class CachedTransformer:
             return time_embedding(self._transformer, arguments)
 
         rows = arguments["hidden_states"].shape[0]
-        return embed() if self._embeddings is None else self._embeddings.of(sigma, rows, embed)
+        return embed() if self._embeddings is None else self._embeddings.get(sigma, rows, embed)
 
 
 def count_noisy_tokens(image_ids: Tensor) -> int:
-    """How many of the tokens with these position ids ``[..., tokens, 4]`` are not of reference images."""
+    """Count the tokens that do not belong to reference images, from position ids ``[..., tokens, 4]``."""
     ids = image_ids.reshape(-1, *image_ids.shape[-2:])[0]
     return int((ids[:, 0] == 0).sum())
 
 
 def compute(transformer: Any, num_image_tokens: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run the transformer and note what its blocks did.
+    """Run the transformer and record the residual of its blocks.
 
     Args:
         transformer: as for ``CachedTransformer``.
-        num_image_tokens: the noisy tokens.
+        num_image_tokens: the number of noisy tokens.
         arguments: the transformer's keyword arguments.
 
     Returns:
-        The velocity ``[B, all tokens, C]`` and the residual of the noisy tokens ``[B, noisy tokens, inner]``.
+        The velocity ``[B, all tokens, C]`` and the residual on the noisy tokens ``[B, noisy tokens, inner]``.
     """
     captured: dict[str, Tensor] = {}
     hooks = [
@@ -174,7 +182,7 @@ def compute(transformer: Any, num_image_tokens: int, arguments: dict[str, Any]) 
 
 
 def time_embedding(transformer: Any, arguments: dict[str, Any]) -> Tensor:
-    """What the transformer makes of noise level and guidance, ``[B, inner]``."""
+    """Embed the timestep and the guidance scale as the transformer does: ``[B, inner]``."""
     timestep, guidance = arguments["timestep"], arguments["guidance"]
     dtype = arguments["hidden_states"].dtype
     scaled_guidance = None if guidance is None else guidance.to(dtype) * 1000
@@ -183,9 +191,16 @@ def time_embedding(transformer: Any, arguments: dict[str, Any]) -> Tensor:
 
 
 def project(transformer: Any, residual: Tensor, arguments: dict[str, Any], temb: Tensor | None = None) -> Tensor:
-    """The cheap step: embed the noisy tokens, add ``residual`` ``[B, noisy tokens, inner]``, project to a velocity.
+    """Compute the velocity of a reused step without running any block.
 
-    ``temb`` is the ``time_embedding`` of ``arguments``; None: it is computed.
+    Args:
+        transformer: as for ``CachedTransformer``.
+        residual: the blocks' estimated residual, ``[B, noisy tokens, inner]``.
+        arguments: the transformer's keyword arguments.
+        temb: the ``time_embedding`` of ``arguments``; None: it is computed here.
+
+    Returns:
+        The velocity ``[B, noisy tokens, C]``.
     """
     embedded = time_embedding(transformer, arguments) if temb is None else temb
     h_in = transformer.x_embedder(arguments["hidden_states"][:, : residual.shape[1]])
@@ -195,21 +210,23 @@ def project(transformer: Any, residual: Tensor, arguments: dict[str, Any], temb:
 
 @torch.no_grad()
 def check_transformer(transformer: Any, example: dict[str, Any]) -> None:
-    """Fail loudly, at start, if reuse would not mean on this transformer what it must.
+    """Check at startup that residual reuse is valid for this transformer.
 
-    A computed step followed by a reused one at the same input must give the same velocity up to rounding: the residual
-    then is exact.
+    At the same input the residual is exact, so a computed step followed by a reused one must give the same velocity up
+    to rounding.
 
     Args:
         transformer: the transformer to check.
-        example: keyword arguments of one small forward pass of it, with no reference tokens.
+        example: keyword arguments of one small forward pass without reference tokens.
 
     Raises:
-        TransformerMismatch: a part is missing, or the two velocities differ.
+        TransformerMismatch: a required module is missing, or the two velocities differ.
     """
-    missing = [name for name in PARTS if not hasattr(transformer, name)]
+    missing = [name for name in REQUIRED_MODULES if not hasattr(transformer, name)]
     if missing:
-        raise TransformerMismatch(f"the transformer has no {', '.join(missing)}: this diffusers cannot be used")
+        raise TransformerMismatch(
+            f"the transformer has no {', '.join(missing)}: this version of diffusers is not supported"
+        )
     schedule = Schedule("check", 2, (0,), "check", Signature("any", 2))
     try:
         cached = CachedTransformer(transformer, schedule, example["hidden_states"].shape[1])

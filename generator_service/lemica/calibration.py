@@ -1,11 +1,12 @@
 """Measures the error of every edge of a run on sample trajectories (LeMiCa, section 3.2).
 
-Edge (i, j) starts from the full run's latents after step i, predicts steps i + 1 .. j - 1, computes the rest, and
-compares the final latents. All edges that end in j continue together, as one batch, since they share noise levels.
-A predictor that looks further back than i is given steps as far apart as the skip is long, as a schedule would.
+Edge (i, j) starts from the full run's latents after step i, predicts steps i + 1 .. j - 1, computes the remaining
+steps, and compares the final latents. All edges that end in j share noise levels, so they continue as one batch. A
+predictor that uses features older than step i gets them from steps spaced by the length of the skip, as they would be
+in a schedule.
 
-The approximate way compares the latents at step j instead of the final ones: what is left to compute would only carry
-their difference on. It needs no transformer step beyond the full runs themselves.
+The approximate mode compares the latents at step j instead of the final ones, on the assumption that the remaining
+steps only propagate the difference. It needs no transformer steps beyond the full runs.
 """
 
 import tempfile
@@ -29,8 +30,8 @@ from generator_service.lemica.signature import Signature
 SAMPLE_ARGUMENTS = ("encoder_hidden_states", "guidance")
 """The transformer's arguments that differ between samples; position ids do not."""
 GRAM_COLUMNS = 2**20
-"""Of a step's feature, at a time: in float64 those of 50 steps of 1024x1024 would take 10 GB."""
-ProgressListener = Callable[[int, int], None]
+"""Columns of the features converted to float64 at a time: all of 50 steps at 1024x1024 would take 10 GB."""
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,26 +43,26 @@ class Trajectory:
     latents: Tensor
     """The noisy tokens before each step and after the last, ``[T + 1, tokens, C]``."""
     features: Tensor
-    """What a predictor predicts, at each step, ``[T, tokens, width]``."""
+    """The feature that is cached at each step, ``[T, tokens, width]``."""
     references: Tensor
-    """Tokens of reference images, ``[tokens, C]``; they do not change."""
+    """Tokens of reference images, ``[tokens, C]``; they are constant over the run."""
     arguments: Mapping[str, Any]
     """The transformer's other arguments, for a batch of one."""
 
     @property
     def num_steps(self) -> int:
-        """How many steps the run has."""
         return len(self.features)
 
 
 class TrajectoryRecorder:
-    """Stands in for the transformer during one full run, and keeps what happened.
+    """Replaces the transformer during one full run and records its trajectory.
 
     Args:
         transformer: as for ``CachedTransformer``.
-        feature: what to keep of each step.
-        storage: where it is stored: the run's device is fastest, the CPU spares its memory, and files in a folder spare
-            that too. Files are gone from the folder at once, and their space is free when the process ends.
+        feature: which feature of each step to record.
+        storage: where to store the trajectory. The run's own device is fastest, the CPU saves device memory, and a
+            folder saves host memory too. Files in the folder are unlinked at once; their space is freed when the
+            process exits.
     """
 
     def __init__(self, transformer: Any, feature: FeatureKind, storage: torch.device | Path) -> None:
@@ -76,17 +77,15 @@ class TrajectoryRecorder:
 
     @property
     def config(self) -> Any:
-        """The transformer's configuration."""
         return self._transformer.config
 
     @property
     def dtype(self) -> torch.dtype:
-        """The transformer's dtype."""
         dtype: torch.dtype = self._transformer.dtype
         return dtype
 
     def __call__(self, *, hidden_states: Tensor, timestep: Tensor, **rest: Any) -> tuple[Tensor]:
-        """One step of the run, computed."""
+        """Run the transformer and record the step."""
         noisy = count_noisy_tokens(rest["img_ids"])
         arguments = {**rest, "hidden_states": hidden_states, "timestep": timestep}
         output, residual = compute(self._transformer, noisy, arguments)
@@ -97,27 +96,27 @@ class TrajectoryRecorder:
         return (output,)
 
     def trajectory(self, final_latents: Tensor, sigmas: Tensor) -> Trajectory:
-        """The run with noise levels ``sigmas`` that ended with ``final_latents``, ``[1, tokens, C]``."""
-        latents = self._stacked([*self._latents, final_latents[0].to(self._device)])
-        return Trajectory(sigmas.tolist(), latents, self._stacked(self._features), self._references, self._arguments)
+        """Return the recorded run with noise levels ``sigmas`` and final latents ``[1, tokens, C]``."""
+        latents = self._stack([*self._latents, final_latents[0].to(self._device)])
+        return Trajectory(sigmas.tolist(), latents, self._stack(self._features), self._references, self._arguments)
 
-    def _stacked(self, parts: Sequence[Tensor]) -> Tensor:
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
         if self._folder is None:
-            return torch.stack(list(parts))
-        size = len(parts) * parts[0].numel()
-        with tempfile.NamedTemporaryFile(dir=self._folder) as file:  # the mapping outlives its name
-            mapped = torch.from_file(file.name, shared=True, size=size, dtype=parts[0].dtype)
-        mapped = mapped.view(len(parts), *parts[0].shape)
-        return torch.stack(list(parts), out=mapped)
+            return torch.stack(list(tensors))
+        size = len(tensors) * tensors[0].numel()
+        with tempfile.NamedTemporaryFile(dir=self._folder) as file:  # the mapping outlives the file's name
+            mapped = torch.from_file(file.name, shared=True, size=size, dtype=tensors[0].dtype)
+        mapped = mapped.view(len(tensors), *tensors[0].shape)
+        return torch.stack(list(tensors), out=mapped)
 
 
 def edges_of(num_steps: int, max_skip: int) -> list[tuple[int, list[Edge]]]:
-    """Every edge that skips something and at most ``max_skip`` - 1 steps, grouped by its end."""
+    """List every edge that skips between 1 and ``max_skip`` - 1 steps, grouped by its end."""
     return [(j, [(i, j) for i in range(max(0, j - max_skip), j - 1)]) for j in range(2, num_steps + 1)]
 
 
 def num_forwards(num_steps: int, max_skip: int) -> int:
-    """How many transformer steps the calibration takes for one sample, the full run included."""
+    """Count the transformer steps that a calibration takes for one sample, including the full run."""
     return num_steps + sum(len(edges) * (num_steps - j) for j, edges in edges_of(num_steps, max_skip))
 
 
@@ -127,11 +126,11 @@ class Calibration:
     Args:
         transformer: the transformer that the trajectories were recorded with.
         trajectories: full runs with the same noise levels and number of tokens.
-        predictor: what predicts the steps of an edge; ``Fitted`` ones get weights for each edge from the samples.
-        batch_size: how many latents go through the transformer together.
+        predictor: the predictor of skipped steps; a ``Fitted`` one gets weights for each edge from the samples.
+        batch_size: the number of latents in one forward pass.
 
     Raises:
-        CalibrationMismatch: the trajectories differ in more than their samples.
+        CalibrationMismatch: the trajectories have different sizes or noise levels.
     """
 
     def __init__(
@@ -160,19 +159,19 @@ class Calibration:
         signature: Signature,
         max_skip: int,
         checkpoint: Path | None = None,
-        on_progress: ProgressListener | None = None,
+        on_progress: ProgressCallback | None = None,
         *,
         is_exact: bool = True,
     ) -> ErrorGraph:
-        """The graph of all edges that skip less than ``max_skip`` steps.
+        """Measure all edges that skip fewer than ``max_skip`` steps.
 
         Args:
-            signature: what the samples are.
-            max_skip: the most steps from one computed step to the next.
-            checkpoint: a file that is replaced whenever all edges to one step are done. If it exists the calibration
-                goes on from it, and gives the same graph as one that was never interrupted.
-            on_progress: called with the number of edges done and of all.
-            is_exact: whether the run is computed to its end behind each edge, as the paper has it.
+            signature: the kind of run that the samples are.
+            max_skip: the largest distance between two computed steps.
+            checkpoint: a file that is rewritten after each group of edges. If it exists, the calibration resumes from
+                it and gives the same graph as an uninterrupted one.
+            on_progress: called with the number of finished edges and of all edges.
+            is_exact: whether to compute the run to its end after each edge, as in the paper.
 
         Raises:
             CalibrationMismatch: ``checkpoint`` belongs to another calibration.
@@ -191,7 +190,7 @@ class Calibration:
 
     @torch.no_grad()
     def errors_of_schedule(self, schedule: Schedule) -> list[float]:
-        """What a whole schedule costs each sample: the mean absolute difference of its final latents."""
+        """Run a whole schedule on each sample; return the mean absolute differences of the final latents."""
         errors: list[float] = []
         for samples in _chunks(range(len(self._trajectories)), self._batch_size):
             latents = self._latents_at(0, samples)
@@ -210,7 +209,9 @@ class Calibration:
         num_samples = len(self._trajectories)
         is_same = graph.signature == signature and graph.is_exact == is_exact
         if not is_same or any(len(errors) != num_samples for errors in graph.samples.values()):
-            raise CalibrationMismatch(f"{checkpoint.name} is of another calibration: remove it or choose another file")
+            raise CalibrationMismatch(
+                f"{checkpoint.name} belongs to another calibration: remove it or choose another file"
+            )
         return dict(graph.samples)
 
     def _graph(self, samples: Mapping[Edge, tuple[float, ...]], signature: Signature, *, is_exact: bool) -> ErrorGraph:
@@ -219,7 +220,7 @@ class Calibration:
         return ErrorGraph(self.num_steps, means, signature, samples, gram, is_exact)
 
     def _errors_of(self, j: int, edges: Sequence[Edge], *, is_exact: bool) -> list[tuple[float, ...]]:
-        """The errors of ``edges``, all of which end in ``j``, for each sample."""
+        """Measure ``edges``, all of which end in ``j``: for each edge its error on each sample."""
         samples = range(len(self._trajectories))
         starts = [(self._skip(edge, sample), sample) for edge in edges for sample in samples]
         errors: list[float] = []
@@ -230,7 +231,7 @@ class Calibration:
         return [tuple(errors[k : k + len(samples)]) for k in range(0, len(errors), len(samples))]
 
     def _skip(self, edge: Edge, sample: int) -> Tensor:
-        """The latents ``[1, tokens, C]`` before step j, after computing step i and predicting those between."""
+        """Compute step i, predict the steps up to j, and return the latents ``[1, tokens, C]`` before step j."""
         i, j = edge
         trajectory = self._trajectories[sample]
         steps = past_steps(edge, self._predictor.num_past)
@@ -247,7 +248,7 @@ class Calibration:
         return latents
 
     def _finish(self, latents: Tensor, step: int, samples: Sequence[int]) -> list[float]:
-        """Compute all steps from ``step`` on and return each latent's error."""
+        """Compute all steps from ``step`` on and return the error of each row."""
         for later in range(step, self.num_steps):
             arguments = self._arguments(latents, later, samples)
             velocity = self._transformer(**arguments, return_dict=False)[0]
@@ -255,41 +256,41 @@ class Calibration:
         return self._differences(latents, self.num_steps, samples)
 
     def _differences(self, latents: Tensor, step: int, samples: Sequence[int]) -> list[float]:
-        """How far latents before ``step`` are from those of the full run, for each sample."""
+        """Compare the latents before ``step`` with those of the full run: the mean absolute difference of each row."""
         full = self._latents_at(step, samples)
-        found: list[float] = (latents - full).float().abs().mean(dim=(1, 2)).tolist()
-        return found
+        differences: list[float] = (latents - full).float().abs().mean(dim=(1, 2)).tolist()
+        return differences
 
     def _latents_at(self, step: int, samples: Sequence[int]) -> Tensor:
         return torch.stack([self._trajectories[s].latents[step] for s in samples]).to(self._device)
 
     def _advance(self, latents: Tensor, step: int, velocity: Tensor) -> Tensor:
-        """Euler's step along the noisy tokens' velocity, in float32."""
+        """Take an Euler step along the velocity of the noisy tokens, in float32."""
         length = self._sigmas[step + 1] - self._sigmas[step]
         return (latents.float() + length * velocity[:, : latents.shape[1]]).to(latents.dtype)
 
     def _arguments(self, latents: Tensor, step: int, samples: Sequence[int]) -> dict[str, Any]:
-        """The transformer's arguments for a batch of these samples' latents."""
+        """Build the transformer's arguments for a batch of latents, one row for each of ``samples``."""
         chosen = [self._trajectories[s] for s in samples]
         arguments = {k: v for k, v in chosen[0].arguments.items() if k != "return_dict"}
         for name in SAMPLE_ARGUMENTS:
             if arguments[name] is not None:
                 arguments[name] = torch.cat([t.arguments[name] for t in chosen])
         references = torch.stack([t.references for t in chosen])
-        # As the pipeline does it: the rounding of bfloat16 comes before the division.
+        # As in the pipeline: the timestep is rounded to bfloat16 before the division.
         timestep = torch.full([len(samples)], 1000 * self._sigmas[step], device=self._device).to(latents.dtype) / 1000
         return {**arguments, "hidden_states": torch.cat([latents, references], dim=1), "timestep": timestep}
 
 
 def past_steps(edge: Edge, num_past: int) -> tuple[int, ...]:
-    """The computed steps that an edge's predictions look back on, oldest first: i, and as far apart as the skip is."""
+    """Return the computed steps that an edge predicts from, oldest first: i, and earlier ones spaced by j - i."""
     i, j = edge
     steps = {max(0, i - k * (j - i)) for k in range(num_past)}
     return tuple(sorted(steps))
 
 
 def gram_matrix(features: Sequence[Tensor]) -> Tensor:
-    """Inner products of the features at every two steps, summed over the samples: float64 ``[T, T]``."""
+    """Inner products between the features of all pairs of steps, summed over the samples: float64 ``[T, T]``."""
     total = torch.zeros(len(features[0]), len(features[0]), dtype=torch.float64)
     for feature in features:
         for columns in torch.split(feature.flatten(1), GRAM_COLUMNS, dim=1):

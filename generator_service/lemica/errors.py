@@ -1,20 +1,20 @@
-"""The errors of LeMiCa. Their texts are for people.
+"""The errors of LeMiCa. Their messages are safe to show to users.
 
 LemicaError
-├── ScheduleMismatch      a schedule cannot be made, or was made for something else
-├── BadGraph              a file or its errors form no graph
-├── NoSuchPath            no path meets what was asked for
-├── CalibrationMismatch   samples or a checkpoint do not belong together
-└── TransformerMismatch   the transformer is not built as reuse needs it
+├── ScheduleMismatch      a schedule is invalid, or was made for another kind of run
+├── BadGraph              a file or its errors do not form an error graph
+├── NoSuchPath            no path meets the request
+├── CalibrationMismatch   samples, graphs or a checkpoint do not belong together
+└── TransformerMismatch   the transformer does not support residual reuse
 """
 
 
 class LemicaError(ValueError):
-    """What all of them are."""
+    """Base class of LeMiCa's errors."""
 
 
 class ScheduleMismatch(LemicaError):
-    """A schedule cannot be made, or was made for a run of another kind."""
+    """A schedule is invalid, or was made for another kind of run."""
 
 
 class BadGraph(LemicaError):
@@ -22,12 +22,12 @@ class BadGraph(LemicaError):
 
 
 class NoSuchPath(LemicaError):
-    """No path meets what was asked for; the text says what would."""
+    """No path meets the request; the message says what is possible."""
 
 
 class CalibrationMismatch(LemicaError):
-    """The samples cannot be calibrated together, or an interrupted calibration was of something else."""
+    """Samples cannot be calibrated together, or a checkpoint or graph belongs to another calibration."""
 
 
 class TransformerMismatch(LemicaError):
-    """The transformer is not built as reuse needs it: the library has changed, or this is another model."""
+    """The transformer does not support residual reuse: the library has changed, or this is another model."""

@@ -1,4 +1,4 @@
-"""Least-squares weights of a ``Fitted`` predictor, from inner products of features alone: no model is needed."""
+"""Least-squares weights for the ``Fitted`` predictor, from inner products of features; no model is needed."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,16 +12,19 @@ from generator_service.lemica.predictor import Fitted
 from generator_service.lemica.schedule import Schedule
 
 RIDGE = 1e-9
-"""Against the mean square of a trace: steps next to each other leave almost the same one."""
+"""Regularization relative to the features' mean square: features of adjacent steps are almost collinear."""
 
 
 def fit_weights(gram: Any, past: Sequence[int], step: int) -> tuple[float, ...]:
-    """The weights, newest first, with which the features of ``past`` (oldest first) come nearest to that of ``step``.
+    """Fit the feature of ``step`` as a linear combination of the features of ``past``.
 
     Args:
-        gram: inner products of the features at every two steps, ``[T, T]``, summed over the samples.
-        past: computed steps.
-        step: the step that is predicted.
+        gram: inner products between the features of all pairs of steps, ``[T, T]``, summed over samples.
+        past: computed steps, oldest first.
+        step: the predicted step.
+
+    Returns:
+        One weight for each step of ``past``, newest first.
     """
     products = np.asarray(gram, dtype=np.float64)
     newest_first = list(reversed(past))
@@ -31,13 +34,13 @@ def fit_weights(gram: Any, past: Sequence[int], step: int) -> tuple[float, ...]:
 
 
 def with_fitted_predictor(schedule: Schedule, graph: ErrorGraph) -> Schedule:
-    """``schedule`` with weights for each of its predicted steps.
+    """Return ``schedule`` with a ``Fitted`` predictor that has weights for each skipped step.
 
     Raises:
-        BadGraph: the graph was saved without inner products.
+        BadGraph: the graph has no inner products.
     """
     if not graph.gram:
-        raise BadGraph("this graph holds no inner products to fit a predictor with")
+        raise BadGraph("this graph has no inner products, which fitting a predictor needs")
     weights: dict[int, tuple[float, ...]] = {}
     past: list[int] = []
     for step in range(schedule.num_steps):

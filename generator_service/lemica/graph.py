@@ -1,8 +1,9 @@
-"""What skipping costs: the measured error of every edge, and the file it is kept in. No torch here.
+"""The error graph: the measured error of every edge, and its file format. Does not import torch.
 
-Edge ``(i, j)``: steps i and j are computed, those between are predicted from what i and earlier left, every other step
-of the run is computed; its error is the mean absolute difference of the final latents from the full run's (LeMiCa,
-section 3.2). Node ``num_steps`` is the end of the run, so an edge to it is a tail that is never computed again.
+Edge ``(i, j)``: steps i and j are computed, the steps between them are predicted from features cached at step i and
+earlier, and every other step of the run is computed. Its error is the mean absolute difference of the final latents
+from those of the full run (LeMiCa, section 3.2). Node ``num_steps`` is the end of the run: on an edge to it, all
+remaining steps are predicted.
 """
 
 import json
@@ -22,19 +23,17 @@ Edge = tuple[int, int]
 
 @dataclass(frozen=True)
 class ErrorGraph:
-    """Errors of edges. ``(i, i + 1)`` skips nothing and costs 0 where not given; other absent edges may not be used.
-
-    ``samples`` keeps what ``errors`` was made of: one error for each calibration sample.
-    """
+    """Errors of edges. ``(i, i + 1)`` skips nothing and defaults to 0; other missing edges may not be used."""
 
     num_steps: int
     errors: Mapping[Edge, float]
     signature: Signature | None = None
     samples: Mapping[Edge, tuple[float, ...]] = field(default_factory=dict)
+    """The error of each edge on each calibration sample; ``errors`` is a summary of them."""
     gram: tuple[tuple[float, ...], ...] = ()
-    """Inner products of the features at every two steps, for ``Fitted`` predictors; may be empty."""
+    """Inner products between the features of all pairs of steps, for ``Fitted`` predictors; may be empty."""
     is_exact: bool = True
-    """Whether the errors are those of the final latents; else of the latents where the skip ends."""
+    """Whether errors compare the final latents; otherwise they compare the latents where the skip ends."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -44,35 +43,39 @@ class ErrorGraph:
                 raise BadGraph(f"edge ({i}, {j}) with error {error} does not belong to a run of {self.num_steps} steps")
 
     def error(self, edge: Edge) -> float | None:
-        """The error of ``edge``, or None if it may not be used."""
+        """Return the error of ``edge``, or None if it may not be used."""
         return self.errors.get(edge, 0.0 if edge[1] == edge[0] + 1 else None)
 
     def planned_for(self, statistic: str) -> "ErrorGraph":
-        """The same graph with another summary of its samples as errors: ``mean``, ``p90`` or ``worst``."""
+        """Return the graph with another summary of its samples as errors: ``mean``, ``p90`` or ``worst``.
+
+        Raises:
+            BadGraph: the statistic is unknown, or the graph has no samples.
+        """
         if statistic not in STATISTICS:
-            raise BadGraph(f"plan for one of {', '.join(STATISTICS)}, not {statistic}")
+            raise BadGraph(f"the statistic must be one of {', '.join(STATISTICS)}, not {statistic}")
         if not self.samples:
-            raise BadGraph("this graph holds no errors of single samples to plan for")
+            raise BadGraph("this graph has no errors of individual samples, which the statistic needs")
         summary = STATISTICS[statistic]
         errors = {edge: summary(sorted(values)) for edge, values in self.samples.items()}
         return replace(self, errors=errors)
 
     def save(self, path: Path | str) -> None:
-        """Write the graph as JSON, all or nothing."""
+        """Write the graph as JSON, atomically."""
         edges = [
             {"from": i, "to": j, "error": error, "samples": list(self.samples.get((i, j), ()))}
             for (i, j), error in sorted(self.errors.items())
         ]
         signature = self.signature.to_json() if self.signature else None
-        told = {"format": FORMAT, "num_steps": self.num_steps, "signature": signature, "exact": self.is_exact}
-        write_json(Path(path), told | {"edges": edges, "gram": [list(row) for row in self.gram]})
+        header = {"format": FORMAT, "num_steps": self.num_steps, "signature": signature, "exact": self.is_exact}
+        write_json(Path(path), header | {"edges": edges, "gram": [list(row) for row in self.gram]})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what ``save`` wrote.
+        """Read a graph from a file that ``save`` wrote.
 
         Raises:
-            BadGraph: it is something else.
+            BadGraph: the file is not an error graph.
         """
         try:
             data: dict[str, Any] = json.loads(Path(path).read_text())
@@ -89,7 +92,7 @@ class ErrorGraph:
 
 
 def _p90(ordered: list[float]) -> float:
-    """The smallest sample that at least nine tenths do not exceed."""
+    """Return the smallest value that at least 90 % of the values do not exceed."""
     return ordered[-(len(ordered) // 10) - 1]
 
 

@@ -1,4 +1,4 @@
-"""JSON files that are replaced whole."""
+"""Atomic writing of JSON files."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Replace ``path`` by ``data`` in one step: a reader, or a kill, never meets half a file."""
+    """Replace ``path`` with ``data`` atomically, so that readers never see a partial file."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         json.dump(data, file, indent=1)

@@ -1,7 +1,7 @@
-"""The best schedule through an error graph, exactly. No torch here.
+"""Optimal paths through an error graph. Does not import torch.
 
-Among all paths with a given number of computed steps, LeMiCa takes the one whose errors, sorted from the largest, are
-lexicographically smallest (section 3.3). That order is kept when the same error is added to both sides, so dynamic
+Among all paths with a given number of computed steps, LeMiCa takes the one whose errors, sorted in descending order,
+are lexicographically smallest (section 3.3). Adding the same error to two paths preserves this order, so dynamic
 programming over (computed steps so far, last computed step) is exact.
 """
 
@@ -22,20 +22,19 @@ Add = Callable[[Cost, float], Cost]
 
 @dataclass(frozen=True)
 class Path:
-    """Computed steps, and the errors of the edges between them in the order that compares them.
-
-    Paths compare by cost, then by their steps: ties go to the earlier ones.
-    """
+    """A path through an error graph. Paths are ordered by cost; ties go to the path with the earlier steps."""
 
     cost: Cost
+    """What paths are compared by: the edges' errors in descending order, or their sum."""
     steps: tuple[int, ...]
+    """The computed steps."""
 
     def __lt__(self, other: "Path") -> bool:
         return (self.cost, self.steps) < (other.cost, other.steps)
 
 
 def lexicographic_minimax_path(graph: ErrorGraph, budget: int) -> Schedule:
-    """The path of exactly ``budget`` computed steps whose largest error is smallest, then the next largest, and so on.
+    """Find the path with exactly ``budget`` computed steps that minimizes the largest error, then the next largest, ...
 
     Raises:
         NoSuchPath: no path has that many computed steps.
@@ -44,7 +43,7 @@ def lexicographic_minimax_path(graph: ErrorGraph, budget: int) -> Schedule:
 
 
 def minimum_total_error_path(graph: ErrorGraph, budget: int) -> Schedule:
-    """The path of exactly ``budget`` computed steps whose errors have the smallest sum: for comparison.
+    """Find the path with exactly ``budget`` computed steps whose errors have the smallest sum, for comparison.
 
     Raises:
         NoSuchPath: no path has that many computed steps.
@@ -53,7 +52,7 @@ def minimum_total_error_path(graph: ErrorGraph, budget: int) -> Schedule:
 
 
 def cheapest_within(graph: ErrorGraph, max_error: float) -> Schedule:
-    """The path with the fewest computed steps, none of whose errors exceeds ``max_error``.
+    """Find the path with the fewest computed steps and no error above ``max_error``.
 
     Raises:
         NoSuchPath: ``max_error`` is negative or not a number.
@@ -62,16 +61,16 @@ def cheapest_within(graph: ErrorGraph, max_error: float) -> Schedule:
     for budget in sorted(paths):
         if paths[budget].cost[0] <= max_error:
             return schedule_of(graph, paths[budget])
-    raise NoSuchPath(f"max_error: no schedule stays within {max_error}: give 0 or more")
+    raise NoSuchPath(f"max_error: no schedule stays within {max_error}; it must be 0 or more")
 
 
 def lexicographic_minimax_paths(graph: ErrorGraph) -> dict[int, Path]:
-    """The lexicographic minimax path of every budget that has one; its ``cost`` starts with its largest error."""
+    """Find the lexicographic minimax path of every feasible budget; ``cost[0]`` is its largest error."""
     return _best_paths(graph, _insert_descending)
 
 
 def schedule_of(graph: ErrorGraph, path: Path) -> Schedule:
-    """The schedule that computes the steps of ``path``, with the predictor that the graph was measured with."""
+    """Make the schedule that computes the steps of ``path``, with the predictor of the graph."""
     signature = graph.signature or Signature("unknown", graph.num_steps)
     schedule = Schedule(f"{len(path.steps)} computed", graph.num_steps, path.steps, "calibrated", signature)
     schedule = replace(schedule, max_error=max(path.cost))
@@ -83,15 +82,15 @@ def schedule_of(graph: ErrorGraph, path: Path) -> Schedule:
 
 
 def _insert_descending(cost: Cost, error: float) -> Cost:
-    place = bisect.bisect_left(cost, -error, key=lambda value: -value)
-    return (*cost[:place], error, *cost[place:])
+    index = bisect.bisect_left(cost, -error, key=lambda value: -value)
+    return (*cost[:index], error, *cost[index:])
 
 
 def _best_paths(graph: ErrorGraph, add: Add) -> dict[int, Path]:
-    """The best path of every budget; ``add`` must keep the order of costs."""
+    """Find the best path of every feasible budget; ``add`` must preserve the order of costs."""
     end = graph.num_steps
     incoming = {j: _edges_into(graph, j) for j in range(1, end + 1)}
-    found: dict[int, Path] = {}
+    best: dict[int, Path] = {}
     ending_at = {0: Path((), (0,))}
     for budget in range(1, end + 1):
         extended: dict[int, Path] = {}
@@ -103,9 +102,9 @@ def _best_paths(graph: ErrorGraph, add: Add) -> dict[int, Path]:
                 extended[j] = min(candidates)
         finished = extended.pop(end, None)
         if finished is not None:
-            found[budget] = Path(finished.cost, finished.steps[:-1])
+            best[budget] = Path(finished.cost, finished.steps[:-1])
         ending_at = extended
-    return found
+    return best
 
 
 def _edges_into(graph: ErrorGraph, j: int) -> list[tuple[int, float]]:

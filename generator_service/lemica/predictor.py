@@ -1,8 +1,8 @@
-"""What stands in for the transformer at a reused step: predictions from what it left at computed ones.
+"""Predictors: estimate the transformer's output at a skipped step from features cached at computed steps.
 
-A predictor combines the *features* of the last computed steps linearly. A feature is either the residual of the blocks
-(then the step still embeds its latents and projects, LeMiCa's reuse) or the velocity itself (then the step calls no
-part of the transformer). The weights are functions of the noise levels alone, or were fitted at calibration.
+A predictor combines the features of the last computed steps linearly. The feature is either the residual of the blocks
+(then the step still embeds its latents and projects the sum, as in LeMiCa) or the velocity itself (then the step runs
+no part of the transformer). The weights depend on the noise levels alone, or were fitted during calibration.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,50 +17,58 @@ FeatureKind = Literal["residual", "velocity"]
 
 @dataclass(frozen=True)
 class CachedFeature:
-    """What one computed step left."""
+    """The feature of one computed step."""
 
     sigma: float
-    """Its noise level."""
+    """The step's noise level."""
     value: "Tensor"
-    """The feature, ``[B, noisy tokens, width]``."""
+    """``[B, noisy tokens, width]``."""
 
 
 class Predictor(Protocol):
-    """Predicts a trace."""
+    """Predicts the feature of a skipped step."""
 
     @property
     def name(self) -> str:
-        """As requests, schedules and the command line call it."""
+        """The predictor's name in requests, schedules and on the command line."""
 
     @property
     def feature(self) -> FeatureKind:
-        """What is predicted."""
+        """The feature that is cached and predicted."""
 
     @property
     def num_past(self) -> int:
-        """How many cached features it can use; it must do with fewer at the start of a run."""
+        """The most cached features it uses; at the start of a run it must accept fewer."""
 
     def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
-        """The feature at ``step``, whose noise level is ``sigma``; ``past`` are the cached features, oldest first."""
+        """Predict the feature of a skipped step.
+
+        Args:
+            past: features of the last computed steps, oldest first; at least one.
+            step: the skipped step.
+            sigma: its noise level.
+
+        Returns:
+            ``[B, noisy tokens, width]``.
+        """
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """The last feature as it is (LeMiCa)."""
+    """Reuses the last feature unchanged (LeMiCa)."""
 
     name: str = "reuse"
     feature: FeatureKind = "residual"
     num_past: int = 1
 
     def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
-        """The last feature."""
         del step, sigma
         return past[-1].value
 
 
 @dataclass(frozen=True)
 class Linear:
-    """The line through the last two features, over sigma; ``damping`` 1 follows it wholly, 0 is plain reuse."""
+    """Extrapolates the last two features linearly over sigma; ``damping`` scales the slope, 0 is plain reuse."""
 
     name: str = "linear"
     feature: FeatureKind = "residual"
@@ -68,7 +76,6 @@ class Linear:
     num_past: int = 2
 
     def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
-        """The line's value at ``sigma``, or the last feature while there is only one."""
         del step
         if len(past) == 1:
             return past[-1].value
@@ -79,16 +86,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fitted:
-    """For every reused step its own weights of the last features, by least squares over the calibration samples."""
+    """A weighted sum of the last features, with weights fitted for each skipped step by least squares."""
 
     weights: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    """Step to weights, newest feature first."""
+    """Weights by step, the newest feature's first."""
     name: str = "fitted"
     feature: FeatureKind = "residual"
     num_past: int = 3
 
     def predict(self, past: Sequence[CachedFeature], step: int, sigma: float) -> "Tensor":
-        """The weighted sum."""
         del sigma
         newest_first = list(reversed(past))
         weights = self.weights[step]
@@ -108,21 +114,20 @@ PREDICTORS: Mapping[str, Predictor] = {
         Fitted(),
     )
 }
-"""By name. ``fitted`` has no weights yet: a schedule brings them."""
+"""Predictors by name. ``fitted`` has no weights here; they are part of a schedule."""
 
 
 def predictor_to_json(predictor: Predictor) -> dict[str, Any]:
-    """What ``predictor_from_json`` needs."""
     if isinstance(predictor, Fitted):
         return {"name": predictor.name, "weights": {str(step): list(w) for step, w in predictor.weights.items()}}
     return {"name": predictor.name}
 
 
 def predictor_from_json(data: Mapping[str, Any]) -> Predictor:
-    """The predictor that was saved.
+    """Restore what ``predictor_to_json`` returned.
 
     Raises:
-        KeyError: there is none of that name.
+        KeyError: the name is unknown, or the weights are missing.
     """
     if data["name"] == "fitted":
         return Fitted({int(step): tuple(map(float, weights)) for step, weights in data["weights"].items()})

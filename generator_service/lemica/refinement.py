@@ -1,9 +1,9 @@
-"""Makes a planned schedule better by measuring whole runs. No torch here.
+"""Improves a planned schedule by measuring whole runs. Does not import torch.
 
-A path adds up errors that were measured one skip at a time. In a run with many skips they meet, and the predictor looks
-back on steps that lie as the schedule has them, not as they were assumed for the edge. So a planned schedule is a good
-start and not the end: its computed steps are moved, one at a time, as long as the run as a whole gets better. This is
-ours, not the paper's.
+The errors of a path were measured one skip at a time. In a run with many skips they interact, and the predictor uses
+features of the schedule's computed steps instead of those that were assumed for the edge. A planned schedule is
+therefore only a starting point: its computed steps are moved one at a time while the error of the whole run decreases.
+This refinement is not part of the paper.
 """
 
 import math
@@ -16,14 +16,14 @@ from generator_service.lemica.path import Path, schedule_of
 from generator_service.lemica.schedule import Schedule
 
 Measure = Callable[[Schedule], Sequence[float]]
-"""The error of a whole run with a schedule, for each sample."""
+"""Returns the error of a whole run with a schedule on each sample."""
 SMALLEST_ERROR = 1e-12
 MOVES = (-1, 1, -2, 2)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule, the graph it was planned with, and its errors over whole runs."""
+    """A schedule, the graph it was planned with, and its error on each sample."""
 
     schedule: Schedule
     graph: ErrorGraph
@@ -31,23 +31,23 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """The geometric mean of the errors: half of it is 6 dB, for a good sample as for a bad one."""
+        """The geometric mean of the errors: halving any sample's error counts the same (6 dB)."""
         return math.exp(fmean(math.log(max(error, SMALLEST_ERROR)) for error in self.errors))
 
 
 def refine(planned: Iterable[tuple[Schedule, ErrorGraph]], measure: Measure, max_rounds: int = 4) -> Schedule:
-    """The best of several plans for one number of computed steps, then with its steps moved until no move helps.
+    """Choose the best of several plans for one budget, then move its steps until no move improves it.
 
     Args:
         planned: schedules and the graphs that they were planned with; at least one.
-        measure: what a whole run with a schedule costs each of the samples.
-        max_rounds: how often every step is tried at most.
+        measure: measures a schedule on whole runs.
+        max_rounds: the most passes over the computed steps.
 
     Returns:
-        The schedule that was best, with what was measured as its evidence.
+        The best schedule, with its measurements as evidence.
     """
-    started = [Candidate(schedule, graph, tuple(measure(schedule))) for schedule, graph in planned]
-    best = start = min(started, key=lambda candidate: candidate.score)
+    plans = [Candidate(schedule, graph, tuple(measure(schedule))) for schedule, graph in planned]
+    best = start = min(plans, key=lambda candidate: candidate.score)
     for _ in range(max_rounds):
         before = best
         for index in range(1, best.schedule.num_computed):
@@ -65,9 +65,9 @@ def refine(planned: Iterable[tuple[Schedule, ErrorGraph]], measure: Measure, max
 
 
 def with_step_added(schedule: Schedule, graph: ErrorGraph) -> list[Schedule]:
-    """``schedule`` with one more computed step in the middle of each of its skips, planned with ``graph``.
+    """Return variants of ``schedule`` with one more computed step, in the middle of each of its skips.
 
-    So the plans for a larger budget can start from what was found for a smaller one.
+    They let the refinement of a larger budget start from the result of a smaller one.
     """
     edges = path_edges(schedule.computed_steps, schedule.num_steps)
     middles = [(i + j) // 2 for i, j in edges if j - i >= 2]
@@ -75,17 +75,17 @@ def with_step_added(schedule: Schedule, graph: ErrorGraph) -> list[Schedule]:
 
 
 def with_step_removed(schedule: Schedule, graph: ErrorGraph) -> list[Schedule]:
-    """``schedule`` without one of its computed steps, wherever ``graph`` has the longer skip; the first step stays.
+    """Return variants of ``schedule`` with one computed step less, as far as ``graph`` has an edge for the longer skip.
 
-    So the plans for a smaller budget can start from what was found for a larger one.
+    Step 0 is kept. They let the refinement of a smaller budget start from the result of a larger one.
     """
     steps = schedule.computed_steps
-    fewer = [(*steps[:index], *steps[index + 1 :]) for index in range(1, len(steps))]
-    return [_schedule_with(graph, left) for left in fewer if _has_all(graph, left)]
+    variants = [(*steps[:index], *steps[index + 1 :]) for index in range(1, len(steps))]
+    return [_schedule_with(graph, variant) for variant in variants if _has_all(graph, variant)]
 
 
 def _with_step_moved(best: Candidate, index: int, measure: Measure) -> Candidate:
-    """The best of ``best`` and itself with the computed step at ``index`` elsewhere."""
+    """Return the first improvement by moving the computed step at ``index``, or ``best`` itself."""
     for steps in _moves(best, index):
         schedule = _schedule_with(best.graph, steps)
         moved = Candidate(schedule, best.graph, tuple(measure(schedule)))
@@ -114,5 +114,5 @@ def _schedule_with(graph: ErrorGraph, steps: tuple[int, ...]) -> Schedule:
 
 
 def path_edges(steps: Sequence[int], num_steps: int) -> list[tuple[int, int]]:
-    """The edges of a schedule's path, the tail included."""
+    """List the edges of a schedule's path, including the one to the end of the run."""
     return list(zip(steps, [*steps[1:], num_steps], strict=True))

@@ -1,4 +1,4 @@
-"""Calibrated schedules, found by what they were made for. No torch here."""
+"""Lookup of calibrated schedules by signature. Does not import torch."""
 
 import logging
 from collections.abc import Iterable
@@ -18,38 +18,39 @@ from generator_service.lemica.signature import Signature
 logger = logging.getLogger("flux2")
 
 SHIPPED = Path(__file__).parent / "schedules"
-"""Calibrated schedules that come with the product."""
+"""The folder of calibrated schedules that are part of this package."""
 
 
 class ScheduleRegistry:
-    """Schedules of one model. What does not match a run is never used for it."""
+    """Schedules of one model. A schedule is used only for runs that match its signature."""
 
     def __init__(self, schedules: Iterable[Schedule] = ()) -> None:
         self.schedules = tuple(schedules)
 
     def has(self, cache: str | int) -> bool:
-        """Whether ``cache`` can be asked for at all, for some request."""
+        """Whether some request can use ``cache``."""
         if isinstance(cache, int):
             return cache >= 1
         return cache in ("none", *PUBLISHED) or any(schedule.name == cache for schedule in self.schedules)
 
     def find(self, cache: str | int, wanted: Signature) -> Schedule:
-        """The schedule that a request's ``cache`` asks for.
+        """Return the schedule for a request's ``cache``.
 
         Args:
-            cache: ``none``, a published or calibrated schedule's name, or how many steps are computed.
-            wanted: what the request is.
+            cache: ``none``, the name of a published or calibrated schedule, or the number of steps to compute.
+            wanted: the signature of the request.
 
         Returns:
-            A calibrated schedule where one was made for just this; else the published list, carried over if need be.
+            A calibrated schedule with a matching signature if there is one; else the published list, resampled if the
+            run does not have 50 steps.
 
         Raises:
-            ScheduleMismatch: there is no such schedule, or it was made for something else; the text says for what.
+            ScheduleMismatch: there is no such schedule, or it was made for another kind of run; the message says which.
         """
-        fitting = self._fitting(wanted)
+        matching = self._matching(wanted)
         num_steps = wanted.num_steps
         num_computed = published_size(cache, num_steps) if isinstance(cache, str) and cache in PUBLISHED else cache
-        for schedule in fitting:
+        for schedule in matching:
             if num_computed in (schedule.num_computed, schedule.name):
                 return replace(schedule, name=str(cache)) if isinstance(cache, str) else schedule
         for schedule in self.schedules:
@@ -58,36 +59,38 @@ class ScheduleRegistry:
         return schedule_for(cache, num_steps)
 
     def cheapest_within(self, max_error: float, wanted: Signature) -> Schedule:
-        """The calibrated schedule with the fewest computed steps, none of whose errors exceeds ``max_error``.
+        """Return the calibrated schedule with the fewest computed steps whose ``max_error`` is within the bound.
+
+        If no schedule is, the returned one computes every step.
 
         Raises:
-            ScheduleMismatch: nothing was calibrated for such a request.
+            ScheduleMismatch: no calibrated schedule matches ``wanted``.
         """
-        fitting = self._fitting(wanted)
-        if not fitting:
+        matching = self._matching(wanted)
+        if not matching:
             raise ScheduleMismatch(f"max_error needs a calibrated schedule, and there is none for {wanted}")
-        good = [s for s in fitting if s.max_error is not None and s.max_error <= max_error]
+        good = [s for s in matching if s.max_error is not None and s.max_error <= max_error]
         return min(good, key=lambda s: s.num_computed) if good else schedule_for("none", wanted.num_steps)
 
-    def _fitting(self, wanted: Signature) -> list[Schedule]:
+    def _matching(self, wanted: Signature) -> list[Schedule]:
         return [schedule for schedule in self.schedules if schedule.signature.mismatch(wanted) is None]
 
 
 def load_registry(folders: Iterable[Path], model: str) -> ScheduleRegistry:
-    """Every schedule below ``folders`` that was made for ``model``; what is refused is logged with the reason.
+    """Load the schedules in ``folders`` that were made for ``model``; others are skipped and logged.
 
     Args:
-        folders: where ``*.json`` files of schedules lie.
-        model: the model's fingerprint, as ``Signature.model`` has it.
+        folders: folders with ``*.json`` files of schedules.
+        model: the model's fingerprint, as in ``Signature.model``.
 
     Raises:
-        ScheduleMismatch: a file holds no schedules.
+        ScheduleMismatch: a file does not hold valid schedules.
     """
     accepted: list[Schedule] = []
     for file in sorted(file for folder in folders for file in folder.glob("*.json")):
-        found = load_schedules(file)
-        accepted += [schedule for schedule in found if schedule.signature.model == model]
-        refused = sum(schedule.signature.model != model for schedule in found)
-        if refused:
-            logger.info("%s: %d schedules refused: made for %s", file.name, refused, found[0].signature.model)
+        schedules = load_schedules(file)
+        accepted += [schedule for schedule in schedules if schedule.signature.model == model]
+        num_skipped = sum(schedule.signature.model != model for schedule in schedules)
+        if num_skipped:
+            logger.info("%s: skipped %d schedules made for %s", file.name, num_skipped, schedules[0].signature.model)
     return ScheduleRegistry(accepted)

@@ -1,7 +1,7 @@
-"""Schedules: which steps of a run are computed, and how the others are predicted. No torch here.
+"""Schedules: which steps of a run are computed, and how the others are predicted. Does not import torch.
 
-The published lists are those of LeMiCa's authors for FLUX.2, 50 steps. For any other count a list is carried over in
-relative position and says so in its ``source``. Calibrated schedules come from files.
+The published lists are those of LeMiCa's authors for FLUX.2 with 50 steps. For other numbers of steps a list is
+resampled, which its ``source`` says. Calibrated schedules are loaded from files.
 """
 
 import json
@@ -20,7 +20,7 @@ from generator_service.lemica.signature import Signature
 
 FORMAT = "lemica-schedules/1"
 NAME = r"[A-Za-z0-9_.,+ -]{1,64}"
-"""It goes into headers and file names."""
+"""A schedule's name is used in headers and file names."""
 
 PUBLISHED_STEPS = 50
 PUBLISHED_FOR = Signature("FLUX.2", PUBLISHED_STEPS)
@@ -36,21 +36,20 @@ PUBLISHED: MappingProxyType[str, tuple[int, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which of ``num_steps`` denoising steps run the transformer; the others are predicted from what these left."""
+    """Which of ``num_steps`` denoising steps run the transformer; the others are predicted from cached features."""
 
     name: str
     num_steps: int
     computed_steps: tuple[int, ...]
     source: str
-    """``all`` (no step is predicted), ``published``, ``resampled`` (carried over from a published list) or
-    ``calibrated``."""
+    """``all`` (every step is computed), ``published``, ``resampled`` (from a published list) or ``calibrated``."""
     signature: Signature
-    """What it was made for."""
+    """The runs that the schedule is valid for."""
     predictor: Predictor = field(default_factory=Reuse)
     max_error: float | None = None
-    """The largest error of its path, of a calibrated schedule."""
+    """The largest error on the path of a calibrated schedule."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured with it, of a calibrated schedule."""
+    """Measurements of a calibrated schedule on whole runs."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(NAME, self.name):
@@ -59,26 +58,24 @@ class Schedule:
             )
         steps = self.computed_steps
         if not steps or steps[0] != 0:
-            raise ScheduleMismatch("a schedule starts with a computed step 0: there is nothing to reuse before it")
+            raise ScheduleMismatch("a schedule must compute step 0: there is nothing to reuse before it")
         if any(later <= earlier for earlier, later in pairwise(steps)):
             raise ScheduleMismatch("computed steps must increase")
         if steps[-1] >= self.num_steps:
             raise ScheduleMismatch(f"step {steps[-1]} lies outside a run of {self.num_steps} steps")
 
     def is_computed(self, step: int) -> bool:
-        """Whether the transformer runs at ``step``."""
         return step in self.computed_steps
 
     @property
     def num_computed(self) -> int:
-        """How often the transformer runs."""
         return len(self.computed_steps)
 
     def __str__(self) -> str:
         return f"{self.name}; source={self.source}; predictor={self.predictor.name}; signature={self.signature}"
 
     def save(self, path: Path | str) -> None:
-        """Write a file with this schedule alone."""
+        """Write a file with this schedule only."""
         save_schedules([self], path)
 
     @classmethod
@@ -86,16 +83,16 @@ class Schedule:
         """Read a file with one schedule.
 
         Raises:
-            ScheduleMismatch: it is something else, or holds several.
+            ScheduleMismatch: the file is invalid, or does not hold exactly one schedule.
         """
-        found = load_schedules(path)
-        if len(found) != 1:
-            raise ScheduleMismatch(f"{Path(path).name} holds {len(found)} schedules, not one")
-        return cls(**vars(found[0]))
+        schedules = load_schedules(path)
+        if len(schedules) != 1:
+            raise ScheduleMismatch(f"{Path(path).name} holds {len(schedules)} schedules, not one")
+        return cls(**vars(schedules[0]))
 
 
 def save_schedules(schedules: Iterable[Schedule], path: Path | str) -> None:
-    """Write schedules into one JSON file, all or nothing."""
+    """Write schedules into one JSON file, atomically."""
     entries = [
         {
             "name": schedule.name,
@@ -116,7 +113,7 @@ def load_schedules(path: Path | str) -> list[Schedule]:
     """Read the schedules in a file.
 
     Raises:
-        ScheduleMismatch: it is not a file of schedules; the text says why.
+        ScheduleMismatch: the file does not hold valid schedules; the message says why.
     """
     name = Path(path).name
     try:
@@ -142,14 +139,14 @@ def _schedule_from_json(entry: Mapping[str, Any]) -> Schedule:
 
 
 def schedule_for(cache: str | int, num_steps: int) -> Schedule:
-    """The schedule that a request's ``cache`` asks for.
+    """Return the schedule for a request's ``cache``, without calibrated ones.
 
     Args:
         cache: ``none``, a published name, or the number of steps to compute.
-        num_steps: length of the run.
+        num_steps: the length of the run.
 
     Raises:
-        ScheduleMismatch: there is no such name, or the number does not lie in 1..``num_steps``.
+        ScheduleMismatch: the name is unknown, or the number is not in 1..``num_steps``.
     """
     if cache in ("none", num_steps):
         return Schedule("none", num_steps, tuple(range(num_steps)), "all", Signature("any", num_steps))
@@ -165,12 +162,12 @@ def schedule_for(cache: str | int, num_steps: int) -> Schedule:
 
 
 def published_size(name: str, num_steps: int) -> int:
-    """How many of ``num_steps`` steps the published schedule ``name`` computes: its share of 50."""
+    """Return how many of ``num_steps`` steps the published schedule ``name`` computes: the same share as of 50."""
     return max(1, round(len(PUBLISHED[name]) * num_steps / PUBLISHED_STEPS))
 
 
 def _of_size(num_computed: int, num_steps: int) -> Schedule:
-    """``num_computed`` steps, placed like the published list of the nearest share of computed steps."""
+    """Resample the published list whose share of computed steps is nearest."""
     if not 1 <= num_computed <= num_steps:
         raise ScheduleMismatch(f"cache: the number of computed steps must be 1 to {num_steps}, not {num_computed}")
     share = num_computed / num_steps
@@ -185,25 +182,25 @@ def _of_size(num_computed: int, num_steps: int) -> Schedule:
 
 
 def _resampled(name: str, num_computed: int, num_steps: int, origin: str) -> Schedule:
-    """The published list ``origin`` as ``num_computed`` of ``num_steps`` steps, in the same relative positions."""
+    """Resample the published list ``origin`` to ``num_computed`` of ``num_steps`` steps."""
     steps = resample(PUBLISHED[origin], PUBLISHED_STEPS, num_computed, num_steps)
     return Schedule(name, num_steps, steps, "resampled", PUBLISHED_FOR)
 
 
 def resample(steps: tuple[int, ...], old_length: int, num_computed: int, new_length: int) -> tuple[int, ...]:
-    """Carry a list of steps over to a run of another length, or to another number of steps.
+    """Resample a list of computed steps to another length of run and another number of computed steps.
 
-    The list is read as a curve from index to relative position, sampled at ``num_computed`` even places and rounded;
-    then steps that fell together are moved apart, which keeps the first at 0 and the last at the end.
+    The list is interpolated linearly as a function from index to relative position, sampled at ``num_computed`` evenly
+    spaced points and rounded. Steps that coincide are then moved apart; the first stays at 0, the last within the run.
     """
-    placed = []
+    resampled = []
     for k in range(num_computed):
-        place = k * (len(steps) - 1) / max(1, num_computed - 1)
-        low = min(int(place), len(steps) - 2)
-        position = steps[low] + (place - low) * (steps[low + 1] - steps[low])
-        placed.append(round(position * (new_length - 1) / (old_length - 1)))
+        index = k * (len(steps) - 1) / max(1, num_computed - 1)
+        low = min(int(index), len(steps) - 2)
+        position = steps[low] + (index - low) * (steps[low + 1] - steps[low])
+        resampled.append(round(position * (new_length - 1) / (old_length - 1)))
     for k in range(1, num_computed):
-        placed[k] = max(placed[k], placed[k - 1] + 1)
+        resampled[k] = max(resampled[k], resampled[k - 1] + 1)
     for k in reversed(range(num_computed)):
-        placed[k] = min(placed[k], new_length - num_computed + k)
-    return tuple(placed)
+        resampled[k] = min(resampled[k], new_length - num_computed + k)
+    return tuple(resampled)

@@ -1,4 +1,4 @@
-"""What a schedule or an error graph was made for. A schedule is never used for something else silently."""
+"""The signature of a schedule or an error graph: the runs for which it is valid."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Signature:
-    """The things that change which steps matter; None where it is not known, as for published lists.
+    """Properties of a run that change which steps matter; None means any, as in published lists.
 
-    The noise schedule shifts with steps and image tokens, so both belong to it.
+    The noise schedule is shifted by the number of steps and of image tokens, so both are part of the signature.
     """
 
     model: str
-    """Its name, and for calibrated schedules the fingerprint of its transformer."""
+    """The model's name; for calibrated schedules with the fingerprint of its transformer."""
     num_steps: int
     image_tokens: int | None = None
     guidance_scale: float | None = None
@@ -21,10 +21,10 @@ class Signature:
     dtype: str | None = None
     predictor: str | None = None
     libraries: str | None = None
-    """Versions of torch and diffusers: told, not compared."""
+    """Versions of torch and diffusers; recorded, but not compared."""
 
     def mismatch(self, other: "Signature") -> str | None:
-        """The first thing in which ``other`` differs from what is known here, in words; None if nothing does."""
+        """Describe the first field in which ``other`` differs, or return None if the signature matches it."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if field.name not in ("libraries", "predictor") and mine is not None and mine != theirs:
@@ -32,7 +32,7 @@ class Signature:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Only what is known."""
+        """Return the fields that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from generator_service.pipelines.offload import offload_blocks
 from generator_service.pipelines.parts import Parts
 from generator_service.pipelines.performance import Performance
 from generator_service.pipelines.quantisation import quantise_blocks
-from shared.compilation import compiling_nothing_new, log_failure
+from shared.compilation import describe_failure, eager_on_recompile
 from shared.compile_cache import warn_if_caches_unwritable
 
 logger = logging.getLogger("flux2")
@@ -59,19 +59,19 @@ class Optimised:
 
     def serving(self) -> AbstractContextManager[None]:
         """Within the block nothing is compiled."""
-        return nullcontext() if self._compiled is None else compiling_nothing_new()
+        return nullcontext() if self._compiled is None else eager_on_recompile()
 
     def give_up_compiling(self, error: Exception) -> None:
         """Go on without: the compiler has failed."""
         assert self._compiled is not None
         self._compiled.fall_back_to_eager()
         self._compiled = None
-        self.performance = self.performance.without("compile", log_failure("the model", error))
+        self.performance = self.performance.without("compile", describe_failure("the model", error))
         logger.warning("%s", self.performance)
 
     def _note_eager_decoder(self, reason: Exception) -> None:
         """Log and keep why the decoder alone runs uncompiled."""
-        line = f"{log_failure('the decoder', reason)}: it runs uncompiled"
+        line = f"{describe_failure('the decoder', reason)}: it runs uncompiled"
         self.performance = replace(self.performance, left_out=(*self.performance.left_out, line))
         logger.warning("%s", line)
 

@@ -402,7 +402,7 @@ def test_weights_are_read_only_and_offline(engine: docker.DockerClient, tmp_path
         told = project.compose(
             "run", "--rm", "--no-TTY", "--env", "HF_HUB_OFFLINE=1", "weights", "flux2", "weights", **given
         )
-        assert f"someone/demo is here at revision {REVISION}" in " ".join(told.split())
+        assert f"someone/demo is available at revision {REVISION}" in " ".join(told.split())
         (volume,) = [volume for volume in project.left()["volumes"] if volume.name.endswith("weights")]
         draw_there = ["flux2", "generate", "a red square", "--local", "--steps", "2", "-o", "/tmp/drawn.png"]  # noqa: S108
         output = engine.containers.run(

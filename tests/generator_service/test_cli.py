@@ -78,7 +78,7 @@ def test_local_is_the_same_without_services(generator_url: str, tmp_path: Path) 
     ("options", "told"),
     [
         (("--cache", "turbo"), "there is no schedule 'turbo': choose one of none, slow"),
-        (("--size", "64"), "--size is WIDTHxHEIGHT"),
+        (("--size", "64"), "--size must be WIDTHxHEIGHT"),
         (("--size", "65x64"), "width: must be a multiple of 16"),
         (("-o", "x.gif"), ".png, .jpg"),
         (("-o", "absent/x.png"), "absent/x.png cannot be written: No such file or directory"),

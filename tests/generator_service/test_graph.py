@@ -31,7 +31,7 @@ def test_a_graph_can_be_planned_for_its_worst_sample() -> None:
     assert [graph.planned_for(s).errors[0, 2] for s in ("mean", "p90", "worst")] == [10.5, 18.0, 20.0]
     with pytest.raises(BadGraph, match="mean, p90, worst"):
         graph.planned_for("median")
-    with pytest.raises(BadGraph, match="single samples"):
+    with pytest.raises(BadGraph, match="individual samples"):
         ErrorGraph(4, {(0, 2): 1.0}).planned_for("mean")
 
 

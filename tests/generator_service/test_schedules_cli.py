@@ -128,7 +128,7 @@ def test_an_estimate_measures_nothing(tmp_path: Path) -> None:
         (("schedules", "plan", "absent.json"), "absent.json is not an error graph"),
         (("schedules", "show", "absent.json"), "absent.json is not a file of schedules"),
         (("calibrate", "--prompts", "absent.txt"), "absent.txt"),
-        (("calibrate", "--prompts", "absent.txt", "--predictor", "magic"), "--predictor is one of"),
+        (("calibrate", "--prompts", "absent.txt", "--predictor", "magic"), "--predictor must be one of"),
     ],
 )
 def test_mistakes_are_one_line(arguments: tuple[str, ...], told: str) -> None:

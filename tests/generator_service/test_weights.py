@@ -136,7 +136,7 @@ def test_only_what_is_needed_is_fetched(hub: tuple[Hub, str], tmp_path: Path) ->
         process = fetching(url, tmp_path)
         out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, err
-        assert f"someone/demo is here at revision {COMMIT}" in out
+        assert f"someone/demo is available at revision {COMMIT}" in out
     fetched = [name for method, name, _ in model.asked if method == "GET"]
     assert sorted(fetched) == sorted(model.files.keys() - UNWANTED.keys())
     snapshot = tmp_path / "hub" / "models--someone--demo" / "snapshots" / COMMIT

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shared.cpu_tensors import (
     EXPONENT_BITS,
-    HASHED_AT_ONCE,
+    HASH_CHUNK,
     UNSIGNED,
     bit_patterns,
     compact,
@@ -147,7 +147,7 @@ def test_tensors_of_inference_mode_are_taken() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, HASHED_AT_ONCE - 1, HASHED_AT_ONCE, 2 * HASHED_AT_ONCE + 1])
+@pytest.mark.parametrize("size", [1, HASH_CHUNK - 1, HASH_CHUNK, 2 * HASH_CHUNK + 1])
 def test_the_digest_is_that_of_the_float32_values(dtype: torch.dtype, size: int) -> None:
     """It does not depend on how the elements are divided, and equals the digest of torch's conversion."""
     tensor = random_tensor(1, size, dtype=dtype)

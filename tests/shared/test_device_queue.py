@@ -29,7 +29,7 @@ class Gate:
 
 async def ask(queue: DeviceQueue[int, int], number: int) -> int:
     """Take a place and submit a number."""
-    with queue.place():
+    with queue.admit():
         return (await queue.submit(number)).value
 
 
@@ -106,7 +106,7 @@ async def test_work_whose_deadline_has_passed_never_runs() -> None:
     gate = Gate()
 
     async def late(number: int) -> None:
-        with pytest.raises(DeadlineExceeded), queue.place():
+        with pytest.raises(DeadlineExceeded), queue.admit():
             await queue.submit(number, within_s=0.05)
 
     async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=30) as queue:

@@ -46,7 +46,7 @@ async def test_everything_runs_on_one_thread() -> None:
 
     async with DeviceThread() as thread, DeviceQueue[int, int](run, thread, max_waiting=4) as queue:
         threads.append(await thread.call(threading.get_ident))
-        with queue.place():
+        with queue.admit():
             await queue.submit(1)
         threads.append(await thread.call(threading.get_ident))
     assert len(threads) == 3
@@ -92,7 +92,7 @@ async def test_all_work_ends_when_the_device_is_lost(is_returned: bool) -> None:
     async with DeviceThread() as thread, DeviceQueue[int, int](run, thread, max_waiting=8, max_batch=2) as queue:
 
         async def ask(number: int) -> int:
-            with queue.place():
+            with queue.admit():
                 return (await queue.submit(number)).value
 
         calls = [asyncio.create_task(ask(number)) for number in range(6)]
@@ -118,7 +118,7 @@ async def test_closing_the_queue_answers_everyone() -> None:
         async with DeviceQueue[int, int](run, thread, max_waiting=8) as queue:
 
             async def ask(number: int) -> int:
-                with queue.place():
+                with queue.admit():
                     return (await queue.submit(number)).value
 
             calls = [asyncio.create_task(ask(number)) for number in range(3)]

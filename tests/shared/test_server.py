@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from shared.server import LAST_ANSWERS_S, LAST_MOMENT_S
+from shared.server import FORCED_EXIT_S, LAST_RESPONSES_S
 from tests.e2e.test_services import PATIENCE_S, ROOT, answers, free_port, wait_for
 
 SERVICE = """
@@ -78,7 +78,7 @@ def create_app(settings):
     @app.post("/work")
     async def work(request: Request):
         app.state.health.refuse_while_starting()
-        with app.state.queue.place():
+        with app.state.queue.admit():
             return (await app.state.queue.submit(1)).value
 
     return app
@@ -162,7 +162,7 @@ def test_a_service_that_lost_its_device_ends(tmp_path: Path) -> None:
         live, ready = (httpx.get(f"{url}/health/{name}") for name in ("live", "ready"))
         assert (live.status_code, ready.status_code) == (500, 503)
         assert process.wait(PATIENCE_S) == 1
-    assert LAST_ANSWERS_S < LAST_MOMENT_S < 5
+    assert LAST_RESPONSES_S < FORCED_EXIT_S < 5
 
 
 def test_who_does_not_end_within_the_drain_gets_an_answer(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_all_layers_share_one_graph_for_each_shape() -> None:
 def test_all_that_is_served_was_compiled_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch up to the largest meets a shape that is new."""
     ours = fast_encoder(WEIGHTS, max_batch=4)
-    monkeypatch.setattr(fast_layers, "compiling_nothing_new", refuse_uncompiled)
+    monkeypatch.setattr(fast_layers, "eager_on_recompile", refuse_uncompiled)
     for batch in range(1, 5):
         assert len(ours.encode(PROMPTS[:batch])) == batch
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_compiled_is_exact(weights: Path, caplog: pytest.LogCaptu
     """Where there is no compiler the service starts all the same, bit-equal to the library, and says so."""
     with caplog.at_level(logging.WARNING, "flux2"):
         ours = fast_encoder(weights, backend="no such backend")
-    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["performance is exact"]
+    assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == ["using performance=exact"]
     assert torch.equal(ours.encode(PROMPTS)[0].tensor, encoder(weights).encode(PROMPTS)[0].tensor)
 
 
@@ -112,7 +112,7 @@ def test_what_is_compiled_wrongly_is_not_served(
     monkeypatch.setattr(fast_layers, "compile_parts", miscompile)
     with caplog.at_level(logging.WARNING, "flux2"):
         ours = fast_encoder(weights)
-    assert "more than rounding: performance is exact" in caplog.text
+    assert "more than rounding; using performance=exact" in caplog.text
     assert torch.equal(ours.encode(PROMPTS)[0].tensor, encoder(weights).encode(PROMPTS)[0].tensor)
 
 
@@ -160,7 +160,7 @@ def test_prompts_that_cannot_be_trimmed_are_padded(weights: Path, caplog: pytest
 async def test_the_service_can_be_fast(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """``performance=fast`` serves compiled layers: what the load compiles on its thread, the device thread runs."""
     monkeypatch.setattr(fast_layers, "compile_parts", lambda parts, _: compile_parts(parts, "eager"))
-    monkeypatch.setattr(fast_layers, "compiling_nothing_new", refuse_uncompiled)
+    monkeypatch.setattr(fast_layers, "eager_on_recompile", refuse_uncompiled)
     async with serve_encoder(performance="fast", max_batch=2) as http:
         response = await http.post("/predict", json={"prompt": PROMPTS[:3]})
     assert response.status_code == 200

@@ -34,7 +34,7 @@ def test_what_cannot_be_found_out_has_a_value_all_the_same() -> None:
         raise KeyError
 
     value, [check] = attempt("it", broken, 7)
-    assert (value, check.status, check.detail) == (7, Status.WARNING, "could not be found out (KeyError)")
+    assert (value, check.status, check.detail) == (7, Status.WARNING, "could not be determined (KeyError)")
     assert attempt("it", lambda: 8, 7) == (8, [])
 
 

@@ -105,11 +105,11 @@ def test_a_misspelt_name_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("content", "settings", "published", "status", "message"),
     [
-        (None, {}, None, Status.OK, "only this machine"),
+        (None, {}, None, Status.OK, "loopback address only"),
         (None, {"token": "t"}, None, Status.OK, "requests need the one key"),
         ("a\n# no\n\nb\n", {}, None, Status.OK, "requests need one of 2 keys"),
         ("# none\n", {}, None, Status.WARNING, "GENERATOR_KEYS_FILE holds none"),
-        ("# none\n", {"host": "0.0.0.0"}, "127.0.0.1", Status.OK, "only this machine"),  # noqa: S104 - as in a container
+        ("# none\n", {"host": "0.0.0.0"}, "127.0.0.1", Status.OK, "loopback address only"),  # noqa: S104 - as in a container
         ("# none\n", {"host": "0.0.0.0"}, "0.0.0.0", Status.WARNING, "holds none"),  # noqa: S104 - as above
         (None, {"host": "0.0.0.0"}, None, Status.WARNING, "listens on 0.0.0.0"),  # noqa: S104 - as above
     ],
@@ -176,7 +176,7 @@ def test_adapters_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"")
     [check] = check_adapters(GeneratorSettings(lora_dir=tmp_path))
     assert check.status is Status.WARNING
-    assert "of 2 1 cannot be used: bad.safetensors is empty" in check.detail
+    assert "1 of 2 cannot be used: bad.safetensors is empty" in check.detail
 
 
 def test_sizes_to_warm_up_must_be_possible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,4 +197,4 @@ def test_what_is_checked_is_told() -> None:
     assert not is_loopback(None)
     settings = GeneratorSettings(text_encoder_url=AnyHttpUrl("http://text-encoder:8006"))
     assert describe_services(tuple(Service), settings).detail == "text encoder and generator"
-    assert "asked at http://text-encoder:8006" in describe_services((Service.GENERATOR,), settings).detail
+    assert "the text encoder is at http://text-encoder:8006" in describe_services((Service.GENERATOR,), settings).detail

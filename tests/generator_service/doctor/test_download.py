@@ -11,7 +11,7 @@ from generator_service.doctor.download import (
     check_disk,
     check_presence,
     check_token,
-    how_to_fetch,
+    download_hint,
     token_source,
 )
 from generator_service.doctor.host import Host
@@ -57,11 +57,11 @@ def test_a_model_that_is_here_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "environ", "status", "message"),
     [
-        (ABSENT, {}, Status.FAILED, "without a token the hub does not give it"),
-        (ABSENT, {"HF_TOKEN": SECRET}, Status.WARNING, "would fetch it when they start"),
-        (ABSENT, {"HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "1"}, Status.FAILED, "HF_HUB_OFFLINE forbids"),
-        (OTHER, {}, Status.WARNING, "would fetch it when they start"),
-        (OTHER, {"HF_HUB_OFFLINE": "true"}, Status.FAILED, "HF_HUB_OFFLINE forbids"),
+        (ABSENT, {}, Status.FAILED, "downloading it needs a token"),
+        (ABSENT, {"HF_TOKEN": SECRET}, Status.WARNING, "would download it at startup"),
+        (ABSENT, {"HF_TOKEN": SECRET, "HF_HUB_OFFLINE": "1"}, Status.FAILED, "HF_HUB_OFFLINE prevents"),
+        (OTHER, {}, Status.WARNING, "would download it at startup"),
+        (OTHER, {"HF_HUB_OFFLINE": "true"}, Status.FAILED, "HF_HUB_OFFLINE prevents"),
     ],
 )
 def test_a_model_that_is_not_here(
@@ -77,9 +77,9 @@ def test_a_model_that_is_not_here(
 
 def test_what_fetches_it_depends_on_where_this_runs(tmp_path: Path) -> None:
     """The fix is ``flux2 weights``, compose's service in our images, or copying a local folder again."""
-    assert how_to_fetch(ABSENT, described(tmp_path)) == "run flux2 weights"
-    assert "docker compose run --rm weights" in how_to_fetch(ABSENT, ours(tmp_path))
-    assert str(tmp_path) in how_to_fetch(Model("x", "local", tmp_path), described(tmp_path))
+    assert download_hint(ABSENT, described(tmp_path)) == "run flux2 weights"
+    assert "docker compose run --rm weights" in download_hint(ABSENT, ours(tmp_path))
+    assert str(tmp_path) in download_hint(Model("x", "local", tmp_path), described(tmp_path))
 
 
 def test_the_token_is_found_where_the_library_finds_it(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_there_must_be_room_for_what_is_missing(tmp_path: Path, disk: SimpleName
     """The disk must have room for the services' files, less those already downloaded."""
     host = described(tmp_path, HF_HOME=str(tmp_path / "hf"))
     assert disk_check(ABSENT, host).status is Status.OK
-    assert "113 GB are to be fetched" in disk_check(ABSENT, host).detail
+    assert "113 GB must be downloaded" in disk_check(ABSENT, host).detail
     disk.free = 100 * GB
     assert disk_check(ABSENT, host).status is Status.FAILED
     assert disk_check(ABSENT, host, (Service.GENERATOR,)).status is Status.OK
@@ -144,7 +144,7 @@ def test_there_must_be_room_for_what_is_missing(tmp_path: Path, disk: SimpleName
     blobs.mkdir(parents=True)
     with (blobs / "abc").open("wb") as file:
         file.truncate(20 * GB)
-    assert "93 GB are to be fetched" in disk_check(ABSENT, host).detail
+    assert "93 GB must be downloaded" in disk_check(ABSENT, host).detail
     assert disk_check(ABSENT, host).status is Status.OK
 
 
@@ -154,9 +154,9 @@ def test_room_is_not_wanted_for_what_is_here(tmp_path: Path) -> None:
     host = described(tmp_path)
     assert disk_check(here(tmp_path), host).status is Status.SKIPPED
     assert disk_check(OTHER, host).status is Status.OK
-    assert "are to be fetched" not in disk_check(OTHER, host).detail
+    assert "must be downloaded" not in disk_check(OTHER, host).detail
     (tmp_path / "file").touch()
     blocked = described(tmp_path, HF_HOME=str(tmp_path / "file" / "hf"))
     check = disk_check(OTHER, blocked)
     assert check.status is Status.FAILED
-    assert "may not write there" in check.detail
+    assert "not writable for this user" in check.detail

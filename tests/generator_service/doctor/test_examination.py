@@ -157,7 +157,7 @@ def test_only_the_generator_is_checked_where_the_encoder_is_elsewhere(tmp_path: 
     settings(FLUX2_MODEL=str(WEIGHTS), TEXT_ENCODER_URL="http://text-encoder.invalid:8006")
     host = gpu_host(tmp_path, gpu(0))
     checks = checks_of(host)
-    assert "the text encoder is asked at http://text-encoder.invalid:8006" in checks["services"].detail
+    assert "the text encoder is at http://text-encoder.invalid:8006" in checks["services"].detail
     assert "text encoder port" not in checks
     assert "tokenizer" not in checks
     assert checks["text encoder"].status is Status.WARNING

@@ -52,12 +52,17 @@ def test_each_gpu_is_one_check(host: Host) -> None:
 @pytest.mark.parametrize(
     ("found", "seen", "environ", "message"),
     [
-        (libraries(gpu_error="RuntimeError: no kernel driver"), (board(),), {}, "torch can use none: RuntimeError"),
-        (libraries(cuda=None), (board(),), {}, "built for the CPU alone and cannot use NVIDIA H100"),
+        (libraries(gpu_error="RuntimeError: no kernel driver"), (board(),), {}, "torch cannot use a GPU: RuntimeError"),
+        (libraries(cuda=None), (board(),), {}, "built for the CPU only and cannot use NVIDIA H100"),
         (libraries(), (board(),), {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES hides NVIDIA H100"),
         (libraries(), (board(),), {"CUDA_VISIBLE_DEVICES": "-1"}, "CUDA_VISIBLE_DEVICES hides NVIDIA H100"),
-        (libraries(), (board(),), {}, "torch can use none of NVIDIA H100"),
-        (libraries(gpu(error="OutOfMemoryError: CUDA")), (board(),), {}, "CUDA does not start on it: OutOfMemoryErr"),
+        (libraries(), (board(),), {}, "torch cannot use NVIDIA H100"),
+        (
+            libraries(gpu(error="OutOfMemoryError: CUDA")),
+            (board(),),
+            {},
+            "CUDA cannot be initialized on it: OutOfMemoryErr",
+        ),
         (libraries(gpu(capability=(7, 5))), (board(),), {}, "no kernels for it, only for sm_80"),
     ],
 )
@@ -122,11 +127,11 @@ def test_without_gpus_it_is_the_cpu(setting: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "num_gpus", "message"),
     [
-        ("cuda", 0, "torch can use no GPU here"),
+        ("cuda", 0, "torch cannot use a GPU here"),
         ("cuda:7", 2, "torch sees 2 here"),
-        ("cuda:-1", 2, "no such device is known"),
-        ("gpu", 2, "no such device is known"),
-        ("GPU-9", 2, "torch sees no GPU of this id"),
+        ("cuda:-1", 2, "no such device is supported"),
+        ("gpu", 2, "no such device is supported"),
+        ("GPU-9", 2, "torch sees no GPU with this UUID"),
     ],
 )
 def test_a_device_that_is_not_there_fails(setting: str, num_gpus: int, message: str) -> None:

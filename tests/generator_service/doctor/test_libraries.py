@@ -116,7 +116,7 @@ def test_a_gpu_that_fails_is_told_beside_it(tmp_path: Path) -> None:
         ("def init(): raise RuntimeError('driver too old')\ncuda.init = init", "RuntimeError: driver too old"),
         (
             "import os\ncuda.is_available = lambda: os.kill(os.getpid(), 6)",
-            "asking torch for them ended the process by",
+            "listing them ended the process by",
         ),
     ],
 )
@@ -191,5 +191,5 @@ def test_versions_are_told() -> None:
     [python] = check_python()
     assert python.detail.startswith("3.")
     assert "built for CUDA 13.0" in by_name(list(check_libraries(libraries(), BOTH)))["torch"].detail
-    assert "built for the CPU alone" in by_name(list(check_libraries(libraries(cuda=None), BOTH)))["torch"].detail
+    assert "built for the CPU only" in by_name(list(check_libraries(libraries(cuda=None), BOTH)))["torch"].detail
     assert json.loads(libraries(gpu()).model_dump_json())["gpus"][0]["index"] == 0

@@ -20,7 +20,7 @@ from generator_service.doctor.memory import (
     generator_need,
     sizes_of,
 )
-from generator_service.doctor.model import PARTS, Model, inspect
+from generator_service.doctor.model import SUBFOLDERS, Model, inspect
 from generator_service.weights import Service
 from shared.settings import FLUX2_DEV
 from tests.generator_service.doctor.hosts import GB, gpu
@@ -31,7 +31,7 @@ BOTH = (Service.GENERATOR, Service.TEXT_ENCODER)
 
 def read_sizes(folder: Path) -> Sizes:
     """The sizes in the headers of a folder."""
-    model, problems = inspect(Model("m", "local", folder), (*PARTS[BOTH[0]], *PARTS[BOTH[1]]))
+    model, problems = inspect(Model("m", "local", folder), (*SUBFOLDERS[BOTH[0]], *SUBFOLDERS[BOTH[1]]))
     assert problems == {}
     sizes = sizes_of(model)
     assert sizes is not None

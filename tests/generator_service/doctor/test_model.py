@@ -9,7 +9,7 @@ import pytest
 
 from demo_model.services import WEIGHTS
 from generator_service.doctor.check import Status
-from generator_service.doctor.model import PARTS, Model, check_leftovers, check_parts, find, inspect
+from generator_service.doctor.model import SUBFOLDERS, Model, check_leftovers, check_parts, find, inspect
 from generator_service.doctor.weights_files import BrokenFile
 from generator_service.pipelines import parts, prompt
 from generator_service.weights import Service
@@ -17,7 +17,7 @@ from shared.model_folder import PromptFormat
 from tests.generator_service.doctor.hosts import by_name, described
 from text_encoder_service import app
 
-ALL_PARTS = (*PARTS[Service.GENERATOR], *PARTS[Service.TEXT_ENCODER])
+ALL_PARTS = (*SUBFOLDERS[Service.GENERATOR], *SUBFOLDERS[Service.TEXT_ENCODER])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/demo"
 
@@ -41,8 +41,8 @@ def replace_by_file(folder: Path) -> None:
 
 def test_the_parts_are_those_that_the_services_load() -> None:
     """The doctor's lists of parts equal those of the services."""
-    assert PARTS[Service.GENERATOR] == parts.PARTS
-    assert PARTS[Service.TEXT_ENCODER] == app.PARTS == prompt.PARTS
+    assert SUBFOLDERS[Service.GENERATOR] == parts.PARTS
+    assert SUBFOLDERS[Service.TEXT_ENCODER] == app.SUBFOLDERS == prompt.PARTS
 
 
 def test_the_demo_model_is_complete() -> None:
@@ -121,9 +121,9 @@ def test_only_the_parts_of_a_service_are_looked_at(folder: Path) -> None:
     """The generator's host needs none of the text encoder but its configuration."""
     shutil.rmtree(folder / "tokenizer")
     (folder / "text_encoder" / "model.safetensors").unlink()
-    assert problems_of(folder, PARTS[Service.GENERATOR]) == {}
+    assert problems_of(folder, SUBFOLDERS[Service.GENERATOR]) == {}
     (folder / "text_encoder" / "config.json").unlink()
-    assert problems_of(folder, PARTS[Service.GENERATOR]) == {
+    assert problems_of(folder, SUBFOLDERS[Service.GENERATOR]) == {
         "text_encoder": "config.json of the text encoder cannot be read"
     }
 
@@ -132,7 +132,7 @@ def test_each_part_is_one_check(folder: Path) -> None:
     """Each broken part is a failed check with the fix."""
     (folder / "text_encoder" / "config.json").unlink()
     (folder / "vae" / "config.json").write_text("")
-    wanted = PARTS[Service.GENERATOR]
+    wanted = SUBFOLDERS[Service.GENERATOR]
     model, problems = inspect(Model(folder.name, "local", folder), wanted)
     checks = by_name(list(check_parts(model, problems, wanted, "fetch it")))
     failed = {name for name, check in checks.items() if check.status is Status.FAILED}
@@ -184,7 +184,7 @@ def test_a_cache_that_lacks_files_of_the_hubs_list_is_incomplete(tmp_path: Path,
     (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": files}))
     found = find(NAME, COMMIT, ALL_PARTS, host)
     assert (found.path, found.is_incomplete) == (snapshot, True)
-    assert not find(NAME, COMMIT, PARTS[Service.TEXT_ENCODER], host).is_incomplete
+    assert not find(NAME, COMMIT, SUBFOLDERS[Service.TEXT_ENCODER], host).is_incomplete
 
 
 @pytest.mark.parametrize("name", ["/models/flux2", "./model", "a/b/c", "a name"])
@@ -205,5 +205,5 @@ def test_interrupted_downloads_are_named(tmp_path: Path, folder: Path) -> None:
     (blobs / "abc.incomplete").write_bytes(bytes(100))
     [check] = check_leftovers(model, host)
     assert check.status is Status.WARNING
-    assert f"1 interrupted downloads lie in {blobs}" in check.detail
+    assert f"1 interrupted downloads in {blobs}" in check.detail
     assert check.fix.endswith(f"find {blobs} -name '*.incomplete' -delete")

@@ -106,7 +106,7 @@ def test_a_service_that_runs_already_is_told_apart(generator_url: str, encoder_u
         ({"health_live": (200, b""), "openapi.json": (200, {"info": {"title": "x"}})}, "is used by another program"),
         ({"openapi.json": (200, b"[1]")}, "is used by another program"),
         ({"openapi.json": (200, {"info": 1})}, "is used by another program"),
-        ({"openapi.json": (200, OPENAPI), "health_live": (500, b"")}, "answers /health/live with status 500"),
+        ({"openapi.json": (200, OPENAPI), "health_live": (500, b"")}, "/health/live has status 500"),
     ],
 )
 def test_a_port_that_another_program_uses_is_a_failure(answers: dict[str, Any], message: str) -> None:
@@ -140,7 +140,7 @@ def test_a_port_that_does_not_answer_is_a_failure(monkeypatch: pytest.MonkeyPatc
     with socket.create_server(("127.0.0.1", 0)) as server:
         check, is_running = check_port(Service.GENERATOR, GeneratorSettings(port=server.getsockname()[1]))
     assert (check.status, is_running) == (Status.FAILED, False)
-    assert "a program that does not answer as ours do (ReadTimeout" in check.detail
+    assert "a program that is not one of these services (ReadTimeout" in check.detail
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "not an address"])
@@ -222,10 +222,10 @@ INFO = {
     ("info", "status", "message"),
     [
         ((200, INFO), Status.FAILED, "embeddings have shape [32, 192], this model takes [32, 384]"),
-        ((200, b"<html>"), Status.FAILED, "is not understood"),
-        ((200, {"model": "x"}), Status.FAILED, "is not understood"),
-        ((401, b""), Status.FAILED, "refuses the key"),
-        ((403, b""), Status.FAILED, "refuses the key"),
+        ((200, b"<html>"), Status.FAILED, "is not the text encoder"),
+        ((200, {"model": "x"}), Status.FAILED, "is not the text encoder"),
+        ((401, b""), Status.FAILED, "rejects the key"),
+        ((403, b""), Status.FAILED, "rejects the key"),
         ((404, b""), Status.OK, "has no /info"),
         ((405, b""), Status.OK, "has no /info"),
         (
@@ -233,10 +233,10 @@ INFO = {
             Status.WARNING,
             "now: the service is starting: loading",
         ),
-        ((503, b""), Status.WARNING, "cannot answer now: status 503"),
-        ((429, b"[]"), Status.WARNING, "cannot answer now: status 429"),
-        ((302, b""), Status.FAILED, "answers with status 302"),
-        ((500, b""), Status.FAILED, "answers with status 500"),
+        ((503, b""), Status.WARNING, "is not available now: status 503"),
+        ((429, b"[]"), Status.WARNING, "is not available now: status 429"),
+        ((302, b""), Status.FAILED, "has status 302"),
+        ((500, b""), Status.FAILED, "has status 500"),
     ],
 )
 def test_other_answers_of_a_text_encoder(
@@ -256,7 +256,7 @@ def test_a_text_encoder_that_does_not_answer_is_a_warning(demo_model: Model, url
     """A text encoder that does not answer is a warning, since it may be started later."""
     check = encoder_at(url, demo_model)
     assert check.status is Status.WARNING
-    assert "does not answer (ConnectError" in check.detail
+    assert "does not respond (ConnectError" in check.detail
 
 
 def upsampler_at(url: str | None, **settings: Any) -> list[Check]:
@@ -274,12 +274,12 @@ def test_an_upsampler_is_asked_only_if_it_is_set() -> None:
 @pytest.mark.parametrize(
     ("models", "status", "message"),
     [
-        ((200, {"data": [{"id": "default"}]}), Status.OK, "answers"),
+        ((200, {"data": [{"id": "default"}]}), Status.OK, "responds"),
         ((200, {"data": [{"id": "llama"}, 7]}), Status.WARNING, "has llama, not 'default'"),
-        ((200, {"data": "x"}), Status.OK, "answers"),
-        ((200, b"x"), Status.OK, "answers"),
-        ((404, b""), Status.OK, "answers"),
-        ((401, b""), Status.WARNING, "refuses the token"),
+        ((200, {"data": "x"}), Status.OK, "responds"),
+        ((200, b"x"), Status.OK, "responds"),
+        ((404, b""), Status.OK, "responds"),
+        ((401, b""), Status.WARNING, "rejects the token"),
     ],
 )
 def test_answers_of_an_upsampler(models: tuple[int, Any], status: Status, message: str) -> None:

@@ -53,9 +53,9 @@ def test_two_gpus_are_read(tmp_path: Path, host: Host) -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo nonsense; echo '1, 2'", "nvidia-smi printed something else: nonsense 1, 2"),
-        ("exit 0", "nvidia-smi printed something else"),
-        ("head -c 3000 /dev/urandom", "nvidia-smi printed something else"),
+        ("echo nonsense; echo '1, 2'", "unexpected output of nvidia-smi: nonsense 1, 2"),
+        ("exit 0", "unexpected output of nvidia-smi"),
+        ("head -c 3000 /dev/urandom", "unexpected output of nvidia-smi"),
         ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "status 18: Failed to initial"),
         ("echo 'no device' >&2; exit 6", "status 6: no device"),
         ("kill -9 $$", "nvidia-smi ended with status -9"),
@@ -79,7 +79,7 @@ def test_an_nvidia_smi_that_hangs_is_stopped(tmp_path: Path, host: Host) -> None
     """An nvidia-smi that hangs is killed with its children."""
     install(tmp_path, "nvidia-smi", f"{shutil.which('sleep')} 600 & wait")
     driver = read_driver(Host(host.environ, host.root, program_timeout_s=0.2))
-    assert driver.problem == "nvidia-smi did not end within 0.2 s: the driver hangs"
+    assert driver.problem == "nvidia-smi did not finish within 0.2 s: the driver hangs"
 
 
 def test_an_nvidia_smi_that_cannot_be_started_is_named(tmp_path: Path, host: Host) -> None:
@@ -96,7 +96,7 @@ def test_without_a_driver_nothing_is_wrong_by_itself(host: Host) -> None:
     assert [(check.name, check.status) for check in checks.values()] == [("nvidia driver", Status.SKIPPED)]
     assert "there is no NVIDIA driver" in checks["nvidia driver"].detail
     put(host.root, ".dockerenv", "")
-    assert "gives this container no GPU" in checks_of(host, libraries())["nvidia driver"].detail
+    assert "this container has no access to a GPU" in checks_of(host, libraries())["nvidia driver"].detail
 
 
 @pytest.mark.parametrize(

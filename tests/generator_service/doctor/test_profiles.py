@@ -97,7 +97,7 @@ def test_adapters_and_offload_do_not_go_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "attention", "lines", "status", "message"),
     [
-        (None, "", [], Status.OK, "native, PyTorch's own choice"),
+        (None, "", [], Status.OK, "native, PyTorch's default"),
         (gpu(), "_native_cudnn", ["attention _flash_3 does not run here: none", "2 ms"], Status.OK, "_native_cudnn is"),
         (gpu(), "", ["RuntimeError: CUDA"], Status.WARNING, "could not be measured here: RuntimeError: CUDA"),
         (gpu(), "", [], Status.WARNING, "the libraries are not usable"),

@@ -42,7 +42,7 @@ def test_a_pipe_gets_a_line_for_each_check() -> None:
     assert lines[3].split() == ["->", "set", "one"]
     assert "[red]broken[/red] long long" in lines[4]
     assert len(lines[4]) > 300
-    assert lines[-1] == "1 check failed: the services would not start here as they are set."
+    assert lines[-1] == "1 check failed: the services would not start here as configured."
 
 
 def test_a_terminal_gets_a_table() -> None:
@@ -58,4 +58,4 @@ def test_warnings_are_counted() -> None:
     assert printed(GOOD, is_terminal=False).endswith("The services would start here, with 1 warning.\n")
     assert printed(GOOD[:1], is_terminal=False).endswith("The services would start here.\n")
     two = printed([*BAD, *BAD[-1:]], is_terminal=False)
-    assert two.endswith("2 checks failed: the services would not start here as they are set.\n")
+    assert two.endswith("2 checks failed: the services would not start here as configured.\n")

@@ -33,16 +33,16 @@ def cut(file: Path, num_bytes: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: cut(file, file.stat().st_size - 1), "is cut off: it has"),
-        (lambda file: cut(file, 40), "is cut off within its header"),
+        (lambda file: cut(file, file.stat().st_size - 1), "is truncated: it has"),
+        (lambda file: cut(file, 40), "is truncated within its header"),
         (lambda file: cut(file, 0), "is empty"),
         (lambda file: cut(file, 4), "is not a safetensors file"),
         (lambda file: file.write_bytes(file.read_bytes() + b"x"), "is too long"),
         (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS pointer"),
         (lambda file: file.write_text("<html>an error page of a proxy</html>"), "is not a safetensors file"),
-        (lambda file: file.write_bytes((4).to_bytes(8, "little") + b"nope"), "not of the safetensors format"),
-        (lambda file: file.write_bytes((6).to_bytes(8, "little") + b'{"a":1'), "not of the safetensors format"),
-        (lambda file: file.write_bytes((7).to_bytes(8, "little") + b'{"a":1}'), "not of the safetensors format"),
+        (lambda file: file.write_bytes((4).to_bytes(8, "little") + b"nope"), "not have a valid safetensors header"),
+        (lambda file: file.write_bytes((6).to_bytes(8, "little") + b'{"a":1'), "not have a valid safetensors header"),
+        (lambda file: file.write_bytes((7).to_bytes(8, "little") + b'{"a":1}'), "not have a valid safetensors header"),
         (lambda file: file.unlink(), "is missing"),
         (lambda file: file.unlink() or file.mkdir(), "cannot be read"),
         (lambda file: file.unlink() or file.symlink_to("gone"), "is missing"),
@@ -78,7 +78,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     """A truncated shard is reported."""
     write_shards(tmp_path, STEM, SHAPES, 2)
     cut(tmp_path / SECOND_SHARD, (tmp_path / SECOND_SHARD).stat().st_size - 1)
-    with pytest.raises(BrokenFile, match=f"{SECOND_SHARD} is cut off"):
+    with pytest.raises(BrokenFile, match=f"{SECOND_SHARD} is truncated"):
         read_weights(tmp_path, STEM)
 
 
@@ -86,7 +86,7 @@ def test_a_shard_of_another_model_is_named(tmp_path: Path) -> None:
     """A shard without the tensors that the index places in it is reported."""
     write_shards(tmp_path, STEM, SHAPES, 2)
     write_safetensors(tmp_path / SECOND_SHARD, {"other": (1,)})
-    with pytest.raises(BrokenFile, match=f"{SECOND_SHARD} lacks 1 tensors that the index places in it: second"):
+    with pytest.raises(BrokenFile, match=f"{SECOND_SHARD} lacks 1 tensors of the index: second"):
         read_weights(tmp_path, STEM)
 
 

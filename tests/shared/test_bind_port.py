@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from shared.server import take_port
+from shared.server import bind_port
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ async def test_accepted_connections_send_at_once(host: str) -> None:
         options.put_nowait(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         writer.close()
 
-    async with await asyncio.start_server(note, sock=take_port(host, 0)) as server:
+    async with await asyncio.start_server(note, sock=bind_port(host, 0)) as server:
         _, writer = await asyncio.open_connection(*server.sockets[0].getsockname()[:2])
         assert await options.get() != 0
         writer.close()
