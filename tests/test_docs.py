@@ -79,14 +79,14 @@ def documented_settings(name: str) -> list[tuple[str, str]]:
     return [(row[0].strip("`"), "" if row[1] == "unset" else row[1].strip("`")) for row in cells]
 
 
-@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
+@pytest.mark.parametrize("name", [".env.example", "docs/configure.md"])
 def test_every_setting_is_documented(name: str) -> None:
-    """``.env.example`` and ``docs/operations.md`` name exactly the settings, and the compose file's, that there are."""
+    """``.env.example`` and ``docs/configure.md`` name exactly the settings, and the compose file's, that there are."""
     known = {v for s in SETTINGS for v in variables(s)} | compose_variables().keys()
     assert {variable for variable, _ in documented_settings(name)} == known
 
 
-@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
+@pytest.mark.parametrize("name", [".env.example", "docs/configure.md"])
 def test_documented_defaults_of_compose_hold(name: str) -> None:
     """The default beside a variable that only the compose files read is the one in them."""
     documented = dict(documented_settings(name))
@@ -99,7 +99,7 @@ NOTHING: tuple[object, ...] = (None, (), frozenset())
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
+@pytest.mark.parametrize("name", [".env.example", "docs/configure.md"])
 def test_documented_defaults_hold(
     name: str, settings: type[ServiceSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -126,9 +126,9 @@ def test_the_example_is_a_dotenv_file() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    """``docs/operations.md`` names exactly the metrics that the services have."""
+    """``docs/run.md`` names exactly the metrics that the services have."""
     metrics = {m.name + ("_total" if m.type == "counter" else "") for m in Metrics().registry.collect()}
-    assert {row[0].strip("`") for row in rows(text_of("docs/operations.md")) if "`flux2_" in row[0]} == metrics
+    assert {row[0].strip("`") for row in rows(text_of("docs/run.md")) if "`flux2_" in row[0]} == metrics
 
 
 def test_every_error_is_documented() -> None:
