@@ -56,7 +56,7 @@ mutants: install ## make mistakes in copies of the code, one at a time: the test
 	@$(BIN)/python -m tests.mutants
 
 docs: .venv-docs/.installed ## build the site of the documents into site/, refusing broken links
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict # --quiet would hide warnings from --strict
 
 check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
 	$(BIN)/ruff format --check .

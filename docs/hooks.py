@@ -1,11 +1,14 @@
 """Hooks of mkdocs, for the site of the documents: ``make docs``."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastapi import FastAPI
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from generator_service.app import create_app as create_generator
 from generator_service.settings import GeneratorSettings
@@ -22,6 +25,7 @@ PAGES = (
     "docs/images/**/*.png",
     "benchmarks/results/**/*.json",
 )
+SETTINGS = "<!-- settings -->"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -39,3 +43,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def schema(config: MkDocsConfig, name: str, app: FastAPI) -> File:
     """The OpenAPI schema of a service, without starting it."""
     return File.generated(config, f"docs/openapi/{name}.json", content=json.dumps(app.openapi()))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001 - mkdocs passes them by name
+    """Show the settings of ``.env.example`` as tables."""
+    if SETTINGS not in markdown:
+        return markdown
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    return markdown.replace(SETTINGS, "\n".join(setting_tables(example)))
+
+
+def setting_tables(example: str) -> Iterator[str]:
+    """A heading and a table of variable, default and meaning for each section of the file."""
+    for section in re.split(r"^# --- ", example, flags=re.MULTILINE)[1:]:
+        title, _, body = section.partition("\n")
+        yield f"\n## {title.rstrip(' -').capitalize()}\n"
+        *prose, rows = body.strip().split("\n\n")
+        yield from (paragraph.replace("# ", "") + "\n" for paragraph in prose)
+        yield "| variable | default | meaning |\n|---|---|---|"
+        for comment, variable, default in re.findall(r"((?:^# .*\n)+)^#([A-Z0-9_]+)=(.*)$", rows, re.MULTILINE):
+            meaning = " ".join(comment.replace("# ", "").split())
+            yield f"| `{variable}` | {f'`{default}`' if default else 'unset'} | {meaning} |"
