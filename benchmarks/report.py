@@ -176,8 +176,8 @@ def published() -> str:
     text = """
 ## Published figures
 
-The times of LeMiCa's authors fit 50, 20, 15 and 10 computed steps ([README](../README.md#latency)). They were taken
-without a warm-up, and the text encoder is in them.
+The times of LeMiCa's authors include the text encoder, have no warm-up, and
+[fit fewer computed steps](../README.md#latency) than published.
 
 """
     return text + markdown(header, PUBLISHED)
