@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak test-docker test-ray test-cluster test-slow mutants check format train clean weights up down logs
+.PHONY: help install demo serve test soak test-docker test-ray test-cluster test-slow mutants docs check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ test-slow: .venv-quantization/.installed ## compile for real, compute in 8 bits,
 mutants: install ## make mistakes in copies of the code, one at a time: the tests must notice each (half an hour at most)
 	@$(BIN)/python -m tests.mutants
 
+docs: .venv-docs/.installed ## build the site of the documents into site/, refusing broken links
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict # --quiet would hide warnings from --strict
+
 check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -84,4 +87,4 @@ logs: ## follow the containers' logs
 	docker compose --profile '*' logs --follow --tail 100
 
 clean: ## remove what these targets made
-	rm -rf .venv .venv-ray .venv-quantization demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-ray .venv-quantization site demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

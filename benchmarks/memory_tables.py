@@ -1,6 +1,6 @@
 """What ``benchmarks.memory`` counted, as Markdown: for the page of figures, and for people at a terminal."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import fill
 from typing import Any
 
@@ -9,15 +9,13 @@ from benchmarks.report_tables import markdown
 Counted = Mapping[str, Any]
 CARDS: Mapping[str, int] = {"24 GB": 22, "32 GB": 31, "40 GB": 39, "48 GB": 44, "80 GB": 78, "96 GB": 94, "141 GB": 138}
 """How many GiB of each card are taken to be usable: what PyTorch reports for the smallest of its kind, rounded down."""
-COMMON_CARDS = ("80 GB", "141 GB")
 DEFAULT_IMAGE = "1024x1024"
 GIB = 2**30
 WIDTH = 120
 ASSUMPTIONS = """Counted, not measured: the service's own code generates images at FLUX.2 [dev]'s full size on PyTorch's
-meta device, where tensors have sizes and no memory, and the bytes of all tensors that are alive at once are added up. A
-test compares the count with what PyTorch's allocator gives out for a small model on a CPU. Taken for granted are:
-attention kernels that never hold the matrix of all pairs of tokens; compiled code that holds no more than uncompiled
-code; and convolutions that copy their input and their output once."""
+meta device, and the bytes of all tensors alive at once are added up. A test compares the count with PyTorch's allocator
+for a small model on a CPU. Assumed are attention kernels without a matrix of all pairs of tokens, compiled code that
+holds no more than uncompiled code, and convolutions that copy their input and output once."""
 
 
 def memory_section(counted: Counted) -> Iterator[str]:
@@ -42,13 +40,12 @@ def gigabytes(num_bytes: int) -> str:
 def weights(counted: Counted) -> Iterator[str]:
     """Where the weights are."""
     yield paragraph(
-        """Weights: transformer and VAE in bfloat16, but for the 8-bit layers of `fastest`, which are loaded in bfloat16
-        first; 30 of the text encoder's 40 layers. Under `offload` two blocks at once are on the GPU."""
+        """Weights are in bfloat16, except the 8-bit layers of `fastest`, which are loaded in bfloat16 first. The text
+        encoder has 30 of its 40 layers, and under `offload` two blocks at once are on the GPU."""
     )
-    rows = [
-        (f"generator, `{profile}`", *(gigabytes(where[name]) if where[name] else "" for name in where))
-        for profile, where in counted["generator"]["weights"].items()
-    ]
+    where = counted["generator"]["weights"]
+    columns = by_profile(counted, lambda profile: [gigabytes(size) if size else "" for size in where[profile].values()])
+    rows = [(f"generator, {profiles}", *sizes) for profiles, sizes in columns]
     encoder = gigabytes(counted["encoder"]["weights"])
     rows.append(("text encoder", encoder, encoder, ""))
     yield "\n" + markdown(("weights", "on the GPU", "on the GPU while loading", "pinned in host memory"), rows)
@@ -57,9 +54,9 @@ def weights(counted: Counted) -> Iterator[str]:
 def activations(counted: Counted) -> Iterator[str]:
     """The phases of a run."""
     yield paragraph(
-        """The most that is alive beside the weights in each phase of a run under `exact`; `fast` takes the same. Plain
-        reuse keeps one cached feature, the largest predictor three. References are as large as the image, but at most
-        1024x1024. Images that share a run are decoded one after the other."""
+        """Peak beside the weights in each phase under `exact` and `fast`. Plain reuse keeps one cached feature, the
+        largest predictor three. References are as large as the image, but at most 1024x1024. Images that share a run
+        are decoded one by one."""
     )
     rows = counted["generator"]["rows"]
     in_8_bits = {row["image"]: row["step"] for row in rows if row["profile"] == "fastest"}
@@ -76,29 +73,24 @@ def activations(counted: Counted) -> Iterator[str]:
     header = ("image", "before the steps", "a step", "a step, three features", "a step, `fastest`", "decoding")
     yield "\n" + markdown(header, lines)
     yield paragraph(
-        f"""The decoder's attention has one head of 512 channels, for which of PyTorch's kernels only the
-        memory-efficient one needs no matrix of all pairs. By PyTorch's fallback, decoding 2048x2048 would take
+        f"""For the decoder's attention, one head of 512 channels, only PyTorch's memory-efficient kernel needs no
+        matrix of all pairs. With the fallback, decoding 2048x2048 would take
         {gigabytes(counted["math_decode"]["2048x2048"])}."""
     )
 
 
 def totals(counted: Counted) -> Iterator[str]:
-    """What each case needs under each profile, and where it fits."""
+    """What each case needs under each profile."""
     cache, allowance = gigabytes(counted["reference_cache"]), gigabytes(counted["allowance"])
     yield paragraph(
-        f"""What the generator needs in all: its weights, the phase that takes most, {cache} for the cache of reference
-        images, and an allowance of {allowance} for the CUDA context, the libraries' workspaces and the allocator's
-        rounding. LoRA adapters come on top. The last columns name the profiles that fit, from loading on."""
+        f"""The generator needs its weights, the largest phase, {cache} for the cache of reference images, and an
+        allowance of {allowance} for the CUDA context, the libraries' workspaces and the allocator's rounding. LoRA
+        adapters come on top."""
     )
-    profiles = list(counted["generator"]["weights"])
-    rows = []
-    for image in needs(counted, profiles[0]):
-        shown = (gigabytes(running(counted, profile)[image]) for profile in profiles)
-        needed = {profile: needs(counted, profile)[image] for profile in profiles}
-        fits = (fitting(needed, card) for card in COMMON_CARDS)
-        rows.append((image, *shown, *(", ".join(names) if names != profiles else "all" for names in fits)))
-    header = ("image", *(f"`{profile}`" for profile in profiles), *(f"fit {card}" for card in COMMON_CARDS))
-    yield "\n" + markdown(header, rows)
+    columns = by_profile(counted, lambda profile: [gigabytes(total) for total in running(counted, profile).values()])
+    images = [row["image"] for row in counted["generator"]["rows"] if row["profile"] == "exact"]
+    header = ("image", *(profiles for profiles, _ in columns))
+    yield "\n" + markdown(header, list(zip(images, *(totals for _, totals in columns), strict=True)))
 
 
 def cards(counted: Counted) -> Iterator[str]:
@@ -108,17 +100,27 @@ def cards(counted: Counted) -> Iterator[str]:
     largest, encoder_bytes = list(batches.items())[-1]
     started = gigabytes(running(counted, "fastest")[DEFAULT_IMAGE] + encoder_bytes)
     yield paragraph(
-        f"""What one GPU holds, from loading to decoding: everything in the table above ("all"), or the largest part of
-        it, or nothing ("no"). "Both" is with a text encoder that encodes {largest}. For both with `fastest` loading
-        decides: once started, they need {started} at {DEFAULT_IMAGE}. Taken to be usable are {usable_memory}."""
+        f"""What one GPU holds from loading to decoding: all of the table above, its largest row that fits, or nothing
+        ("no"). "Both" is with a text encoder that encodes {largest}; with `fastest` loading decides, and once started
+        both need {started} at {DEFAULT_IMAGE}. Usable are {usable_memory}."""
     )
-    profiles = list(counted["generator"]["weights"])
-    rows = [(f"generator, `{profile}`", *verdicts(needs(counted, profile))) for profile in profiles]
+    alone = by_profile(counted, lambda profile: verdicts(needs(counted, profile)))
+    both = by_profile(
+        counted,
+        lambda profile: verdicts({image: n + encoder_bytes for image, n in needs(counted, profile).items()}),
+    )
+    rows = [(f"generator, {profiles}", *found) for profiles, found in alone]
     rows.append(("text encoder", *verdicts(batches)))
-    for profile in profiles:
-        both = {image: total + encoder_bytes for image, total in needs(counted, profile).items()}
-        rows.append((f"both, `{profile}`", *verdicts(both)))
+    rows += [(f"both, {profiles}", *found) for profiles, found in both]
     yield "\n" + markdown(("on one GPU", *CARDS), rows)
+
+
+def by_profile(counted: Counted, cells: Callable[[str], Iterable[str]]) -> list[tuple[str, tuple[str, ...]]]:
+    """The names of the profiles, those with equal cells together, and their cells."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for profile in counted["generator"]["weights"]:
+        names.setdefault(tuple(cells(profile)), []).append(f"`{profile}`")
+    return [(", ".join(profiles), found) for found, profiles in names.items()]
 
 
 def running(counted: Counted, profile: str) -> dict[str, int]:

@@ -41,19 +41,16 @@ PUBLISHED = (
 
 INTRODUCTION = """# Performance
 
-How long pictures take, measured, beside the least that they can take. `python -m benchmarks.report` writes this page
-from the files in [benchmarks/results](../benchmarks/results) and from nothing else; a test compares the two. What the
-profiles `exact`, `fast` and `fastest` do is told in [operations](operations.md).
+Written by `python -m benchmarks.report` from the files in `benchmarks/results` alone. The profiles are described in
+[Configure](configure.md#profiles-of-the-generator).
 """
 HOW_TO = """
-How to measure: `python -m benchmarks.gpu --out benchmarks/results/NAME` on the machine, which takes ten minutes at
-most, then `python -m benchmarks.report`. The command's own description says what it needs. Full size means FLUX.2
-[dev]'s architecture; random weights keep a GPU as busy as trained ones, and draw noise. Figures are medians of warm
-runs, with the smallest, the largest and their number in brackets where there are several.
+To measure another machine: `python -m benchmarks.gpu --out benchmarks/results/NAME`, ten minutes at most, then
+`python -m benchmarks.report`. Full size means FLUX.2 [dev]'s architecture with random weights. Figures are medians of
+warm runs, with smallest, largest and count in parentheses where there are several.
 """
 NO_GPU = """
-**No result of a GPU is here yet.** So this page has no seconds of FLUX.2 [dev] of ours, and says nothing about how near
-the floor we come.
+**There is no result of a GPU yet**, so this page has no times of FLUX.2 [dev] of ours.
 """
 
 
@@ -95,7 +92,10 @@ def render(results: Sequence[Result]) -> str:
     parts += [memory(result) for result in results if result.kind == "memory"]
     parts += [published(), "\n## On a GPU\n"]
     parts += [section(result) for result in of_gpu] or [NO_GPU]
-    parts += ["\n## On a CPU\n", "\nThese say nothing about FLUX.2 [dev] on a GPU; ratios and counts may still hold.\n"]
+    parts += [
+        "\n## On a CPU\n",
+        "\nSeconds here say nothing about FLUX.2 [dev] on a GPU; ratios and counts may still hold.\n",
+    ]
     parts += [section(result) for result in of_cpu]
     return "".join(parts)
 
@@ -157,8 +157,8 @@ def floors() -> str:
 ## The floor
 
 Counted, not measured: the matrix products of one step of FLUX.2 [dev]'s transformer with 512 text tokens, over
-{BF16_FLOP_PER_S / 1e12:.0f} TFLOP/s, which a large bf16 product reaches on one H200, or twice that for the linear
-layers of the blocks in fp8 (attention stays bf16). Nothing that computes all of it can be faster there.
+{BF16_FLOP_PER_S / 1e12:.0f} TFLOP/s, which a large bf16 product reaches on one H200, or twice that for the blocks'
+linear layers in fp8. Nothing that computes all of it can be faster there.
 
 """
     return text + markdown(header, rows)
@@ -178,8 +178,8 @@ def published() -> str:
     text = """
 ## Published figures
 
-The times of LeMiCa's authors fit 50, 20, 15 and 10 computed steps ([README](../README.md#latency)). They were taken
-without a warm-up, and the text encoder is in them.
+The times of LeMiCa's authors include the text encoder, have no warm-up, and
+[fit fewer computed steps](../README.md#latency) than published.
 
 """
     return text + markdown(header, PUBLISHED)

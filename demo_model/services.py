@@ -25,7 +25,7 @@ OPENMP: OpenMP = {
     "text_encoder_service": {"OMP_NUM_THREADS": "1"},
     "generator_service": {"GOMP_SPINCOUNT": "10000"},
 }
-"""So that two services can share few cores with each other, and with other programs; see ``docs/operations.md``."""
+"""So that two services can share few cores with each other, and with other programs; see ``docs/configure.md``."""
 
 
 class DemoError(RuntimeError):

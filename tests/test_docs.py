@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -71,25 +72,22 @@ def compose_variables() -> dict[str, str]:
     return found
 
 
-def documented_settings(name: str) -> list[tuple[str, str]]:
-    """Variables and defaults in the order in which a document names them; an unset one has the default ''."""
-    if name == ".env.example":
-        return [(k, v or "") for k, v in re.findall(r"^# ?([A-Z0-9_]+)=(.*)$", text_of(name), re.MULTILINE)]
-    cells = [row for row in rows(text_of(name)) if re.fullmatch(r"`[A-Z0-9_]+`", row[0])]
-    return [(row[0].strip("`"), "" if row[1] == "unset" else row[1].strip("`")) for row in cells]
+def documented_settings() -> list[tuple[str, str]]:
+    """The variables of ``.env.example`` and their defaults, in its order; the default of an unset one is empty."""
+    return re.findall(r"^# ?([A-Z0-9_]+)=(.*)$", text_of(".env.example"), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
-def test_every_setting_is_documented(name: str) -> None:
-    """``.env.example`` and ``docs/operations.md`` name exactly the settings, and the compose file's, that there are."""
+def test_every_setting_is_documented() -> None:
+    """``.env.example`` names exactly the settings, and the variables of the compose files, each below its meaning."""
     known = {v for s in SETTINGS for v in variables(s)} | compose_variables().keys()
-    assert {variable for variable, _ in documented_settings(name)} == known
+    assert {variable for variable, _ in documented_settings()} == known
+    lines = text_of(".env.example").splitlines()
+    assert [line for above, line in pairwise(lines) if re.match(r"#[A-Z]", line) and not above.startswith("# ")] == []
 
 
-@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
-def test_documented_defaults_of_compose_hold(name: str) -> None:
+def test_documented_defaults_of_compose_hold() -> None:
     """The default beside a variable that only the compose files read is the one in them."""
-    documented = dict(documented_settings(name))
+    documented = dict(documented_settings())
     settings = {v for s in SETTINGS for v in variables(s)}
     alone = {k: v for k, v in compose_variables().items() if k not in settings}
     assert {k: documented[k] for k in alone} == alone
@@ -99,14 +97,13 @@ NOTHING: tuple[object, ...] = (None, (), frozenset())
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", [".env.example", "docs/operations.md"])
 def test_documented_defaults_hold(
-    name: str, settings: type[ServiceSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: type[ServiceSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The default that is written beside a setting is the one that holds; an unset one has none."""
     monkeypatch.chdir(tmp_path)
     defaults = settings()
-    documented = documented_settings(name)
+    documented = documented_settings()
     Path(".env").write_text("\n".join(f"{k}={v}" for k, v in documented if v), encoding="utf-8")
     assert settings() == defaults
     unset = {variable for variable, default in documented if not default}
@@ -119,16 +116,16 @@ def test_the_example_is_a_dotenv_file() -> None:
     """``.env.example`` sets nothing as it is, and each of its lines sets what it says once its # is gone."""
     text = text_of(".env.example")
     assert dotenv_values(stream=io.StringIO(text)) == {}
-    documented = documented_settings(".env.example")
+    documented = documented_settings()
     uncommented = re.sub(r"^#(?=[A-Z0-9_]+=)", "", text, flags=re.MULTILINE)
     assert dotenv_values(stream=io.StringIO(uncommented)) == dict(documented)
     assert len(documented) == len(dict(documented))
 
 
 def test_every_metric_is_documented() -> None:
-    """``docs/operations.md`` names exactly the metrics that the services have."""
+    """``docs/run.md`` names exactly the metrics that the services have."""
     metrics = {m.name + ("_total" if m.type == "counter" else "") for m in Metrics().registry.collect()}
-    assert {row[0].strip("`") for row in rows(text_of("docs/operations.md")) if "`flux2_" in row[0]} == metrics
+    assert {row[0].strip("`") for row in rows(text_of("docs/run.md")) if "`flux2_" in row[0]} == metrics
 
 
 def test_every_error_is_documented() -> None:
@@ -141,9 +138,9 @@ def test_every_error_is_documented() -> None:
 
 def test_every_field_of_a_generation_is_documented() -> None:
     """``docs/wire-format.md`` names exactly the fields that ``POST /generate`` takes."""
-    section = text_of("docs/wire-format.md").split("## `POST /generate`")[1]
-    table = [row for row in rows(section) if len(row) == 4]
-    assert {row[0].strip("`") for row in table[1:]} == set(GenerateRequest.model_fields)
+    section = text_of("docs/wire-format.md").split("## `POST /generate`")[1].split("\n### ")[0]
+    names = [name for row in rows(section) for name in row[0].split(", ") if re.fullmatch(r"`\w+`", name)]
+    assert sorted(names) == sorted(f"`{name}`" for name in GenerateRequest.model_fields)
 
 
 def test_every_module_has_a_line() -> None:

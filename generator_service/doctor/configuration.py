@@ -95,7 +95,7 @@ def read_settings(kind: type[Settings]) -> tuple[Settings, list[Check]]:
     except ValidationError as error:
         problems = {_field_of(kind, entry["loc"]): str(entry["msg"]) for entry in error.errors(include_input=False)}
     checks = [
-        failed(variable_of(kind, field), one_line(message), "correct it, or unset it: docs/operations.md, Settings")
+        failed(variable_of(kind, field), one_line(message), "correct or unset it; .env.example describes it")
         for field, message in problems.items()
     ]
     defaults: dict[str, Any] = {field: kind.model_fields[field].get_default() for field in problems}

@@ -13,7 +13,7 @@ FIELDS = ("uuid", "driver_version", "name", "memory.total", "memory.used", "comp
 PROCESS_FIELDS = ("gpu_uuid", "pid", "used_memory")
 OLDEST_DRIVERS = {13: 580, 12: 525, 11: 450}
 """The oldest driver on Linux for each major version of CUDA."""
-CUDA_FOR_OLD_DRIVERS = "build with PyTorch's index for CUDA 12.6 (TORCH_INDEX_URL, docs/operations.md, The driver)"
+CUDA_FOR_OLD_DRIVERS = "build with PyTorch's index for CUDA 12.6 (TORCH_INDEX_URL, docs/run.md, The driver)"
 
 
 @dataclass(frozen=True)

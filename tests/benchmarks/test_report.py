@@ -67,7 +67,7 @@ def test_the_page_is_what_the_results_say() -> None:
 def test_without_a_gpu_result_the_page_says_so(tmp_path: Path) -> None:
     """Where no GPU was measured the page says that plainly, and names the command."""
     page = render(read_results(tmp_path))
-    assert "**No result of a GPU is here yet.**" in page
+    assert "**There is no result of a GPU yet**" in page
     assert "python -m benchmarks.gpu" in page
     assert "published, not measured by us | none" in page
 

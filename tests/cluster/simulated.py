@@ -27,7 +27,7 @@ FAST_HEALTH = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
-"""A lost node is known within seconds. On a real cluster: ``RAY_health_check_...``, see docs/operations.md."""
+"""A lost node is known within seconds. On a real cluster: ``RAY_health_check_...``, see docs/run.md."""
 
 
 def free_port() -> int:
