@@ -17,7 +17,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from demo_model.services import WEIGHTS
-from generator_service.calibrate import CalibrationRun, CalibrationSet, read_prompts
+from generator_service.cli.calibration import CalibrationRun, CalibrationSet, read_prompts
 from generator_service.lemica import PREDICTORS, ErrorGraph, Schedule, lexicographic_minimax_path, refine
 from generator_service.settings import GeneratorSettings
 

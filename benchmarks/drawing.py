@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.observability.metrics import Metrics
 from generator_service.engine.engine import Engine, Runtime
 from generator_service.engine.generation import GenerationResult
 from generator_service.engine.request import Request
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params, Reference
-from shared.device_thread import DeviceThread
-from shared.metrics import Metrics
 
 GUIDANCE = 4.0
 LARGEST_REFERENCE = 1024

@@ -29,7 +29,7 @@ from benchmarks.language_model import EncoderSource, Model
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Stopwatch, Summary
 from demo_model.services import WEIGHTS
-from shared.compilation import CompilationFailed, CompilerBackend, describe_failure, num_compilations
+from flux2_shared.model.compilation import CompilationFailed, CompilerBackend, describe_failure, num_compilations
 from text_encoder_service.encoder import run_library, to_pinned
 from text_encoder_service.fast_layers import FastLayers, Forward, difference
 from text_encoder_service.settings import Weights

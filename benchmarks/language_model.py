@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, MistralModel
 
 from demo_model.services import WEIGHTS
-from shared.model_folder import ModelFolder, PromptFormat, read_prompt_format
+from flux2_shared.model.folder import ModelFolder, PromptFormat, read_prompt_format
 from text_encoder_service.app import load_encoder
 from text_encoder_service.encoder import load_language_model
 from text_encoder_service.fast_layers import Tokens

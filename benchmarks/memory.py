@@ -28,10 +28,10 @@ from benchmarks.meta_model import META, meta_model, num_bytes, on_meta, tensors_
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.synthetic import Source, empty_parts
 from generator_service.lemica import Fitted, Schedule, Signature
+from generator_service.pipelines.components import Parts
 from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES
-from generator_service.pipelines.offload import gathered_sizes
+from generator_service.pipelines.optimizations.offload import gathered_sizes
 from generator_service.pipelines.params import Params, Reference
-from generator_service.pipelines.parts import Parts
 from text_encoder_service.encoder import run_library, to_pinned
 
 ALLOWANCE_BYTES = 2 * 10**9

@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.synthetic import empty_parts
+from flux2_shared.model.folder import ModelFolder
+from generator_service.pipelines.components import Parts
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import Parts
-from generator_service.pipelines.performance import PROFILES, Performance
-from generator_service.pipelines.quantisation import is_suited
-from shared.model_folder import ModelFolder
+from generator_service.pipelines.optimizations.fp8 import is_suited
+from generator_service.pipelines.optimizations.profiles import PROFILES, Performance
 
 aten = torch.ops.aten
 META = torch.device("meta")

@@ -24,12 +24,12 @@ from benchmarks.card import machine_card
 from benchmarks.quality import GUIDANCE, Case, Studio
 from demo_model.checker import mistakes, read_picture
 from demo_model.services import WEIGHTS
+from flux2_shared.model.folder import ModelFolder
+from generator_service.engine.similarity import pixels, psnr
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, to_pil
+from generator_service.pipelines.optimizations.profiles import EXACT, Performance
 from generator_service.pipelines.params import Params
-from generator_service.pipelines.performance import EXACT, Performance
-from generator_service.similarity import pixels, psnr
-from shared.model_folder import ModelFolder
 
 FP8 = Performance("fastest", frozenset({"fp8", "fused_qkv"}))
 SIGMA = 0.5

@@ -14,9 +14,9 @@ from benchmarks.drawing import Bench, Shape, Timing
 from benchmarks.roofline import step_work
 from benchmarks.stopwatch import Stopwatch, Summary
 from benchmarks.synthetic import NotWhole, check_whole
+from flux2_shared.errors import Flux2Error
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.settings import ProfileName
-from shared.errors import Flux2Error
 
 CELL_S = 8.0
 """A picture is drawn again until this much time has gone."""

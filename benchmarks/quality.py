@@ -40,6 +40,8 @@ from benchmarks.plots import plot_errors, plot_quality, plot_schedules
 from demo_model.checker import mistakes, read_picture
 from demo_model.scenes import Scene, scenes
 from demo_model.services import WEIGHTS
+from flux2_shared.model.folder import ModelFolder, read_prompt_format
+from generator_service.engine.similarity import psnr, ssim
 from generator_service.lemica import (
     SHIPPED,
     CachedTransformer,
@@ -52,8 +54,6 @@ from generator_service.lemica import (
     minimum_total_error_path,
     schedule_for,
 )
-from generator_service.similarity import psnr, ssim
-from shared.model_folder import ModelFolder, read_prompt_format
 from text_encoder_service.encoder import MistralEncoder
 
 GUIDANCE = 4.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from generator_service.lemica.json_file import write_json
+from generator_service.lemica.files import write_json
 
 
 class Result:

@@ -21,10 +21,10 @@ from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Summary
 from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
 from demo_model.services import WEIGHTS
+from flux2_shared.model.compilation import num_compilations
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params
-from shared.compilation import num_compilations
 
 AFTER_WARM_UP = (("none", 4), (2, 4), ("medium", 9), ("fast", 12))
 """Modes and lengths of the runs that must compile nothing."""

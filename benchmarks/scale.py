@@ -65,8 +65,8 @@ def deploy(num_generators: int, step_s: float) -> None:
     from ray import serve  # noqa: PLC0415 - optional
 
     from benchmarks.simulated import SimulatedGenerator  # noqa: PLC0415
-    from deploy.ray import ingress  # noqa: PLC0415
-    from deploy.ray.encoder import EncoderReplica  # noqa: PLC0415
+    from flux2_ray import ingress  # noqa: PLC0415
+    from flux2_ray.encoder import EncoderReplica  # noqa: PLC0415
 
     nothing = {"num_cpus": 0}
     encoder = serve.deployment(EncoderReplica, name=ingress.ENCODER, ray_actor_options=nothing).bind()

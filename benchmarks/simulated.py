@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from deploy.ray.generator import GeneratorReplica
-from generator_service.pipelines.compiled_model import Kind
+from flux2_ray.generator import GeneratorReplica
+from flux2_shared.model.folder import find_model, read_prompt_format
+from generator_service.pipelines.callbacks import Previews
+from generator_service.pipelines.components import PARTS, load_parts
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, StepListener
+from generator_service.pipelines.optimizations.compiled_model import Kind
 from generator_service.pipelines.params import Params
-from generator_service.pipelines.parts import PARTS, load_parts
-from generator_service.pipelines.step_clock import Previews
 from generator_service.settings import GeneratorSettings
-from shared.model_folder import find_model, read_prompt_format
 
 
 class SimulatedModel(Flux2Model):

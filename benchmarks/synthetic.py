@@ -21,11 +21,11 @@ from torch import nn
 
 from benchmarks.architectures import FULL, TINY
 from demo_model.services import WEIGHTS
+from flux2_shared.model.folder import ModelFolder, find_model, read_prompt_format
 from generator_service.app import load_model
+from generator_service.pipelines.components import PARTS, Parts, PartsReader, load_parts
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import PARTS, Parts, PartsReader, load_parts
 from generator_service.settings import GeneratorSettings, ProfileName
-from shared.model_folder import ModelFolder, find_model, read_prompt_format
 
 SEED = 20260101
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from demo_model.services import DemoError, running_services
-from generator_service.client import Answer, GeneratorError, post_generate
-from generator_service.similarity import psnr
+from generator_service.cli.client import Answer, GeneratorError, post_generate
+from generator_service.engine.similarity import psnr
 
 PROMPT = "a small red circle above a large blue square on a white background"
 MODES = ("none", "slow", "medium", "fast", "ultra")

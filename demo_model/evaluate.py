@@ -16,10 +16,10 @@ from rich.table import Table
 from demo_model.checker import mistakes, read_picture
 from demo_model.scenes import Scene, scenes
 from demo_model.services import WEIGHTS
+from flux2_shared.model.folder import ModelFolder, read_prompt_format
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params
-from shared.model_folder import ModelFolder, read_prompt_format
 from text_encoder_service.encoder import MistralEncoder
 
 CPU = torch.device("cpu")

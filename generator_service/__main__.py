@@ -1,8 +1,8 @@
 """``python -m generator_service``: serve until SIGTERM or Ctrl-C."""
 
+from flux2_shared.model.compile_cache import replace_unwritable_caches
+from flux2_shared.web.server import serve
 from generator_service.settings import GeneratorSettings
-from shared.compile_cache import replace_unwritable_caches
-from shared.server import serve
 
 if __name__ == "__main__":
     replace_unwritable_caches()

@@ -10,31 +10,32 @@ from typing import Protocol
 import httpx
 from fastapi import FastAPI
 
-from generator_service.api import generate, modes, openai, page
-from generator_service.api import jobs as job_routes
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.errors import Flux2Error, ModelRefused
+from flux2_shared.model.compilation import CompilerBackend
+from flux2_shared.model.folder import find_model, read_prompt_format
+from flux2_shared.report import Report, ignore
+from flux2_shared.schemas import EncoderInfo
+from flux2_shared.thread_pool import ThreadPool
+from flux2_shared.version import product_version
+from flux2_shared.web.app import make_app, require_token
+from flux2_shared.web.health import ReadyCheck
+from generator_service.api.dependencies import GeneratorState
+from generator_service.api.dialects import openai
 from generator_service.api.resolve import Resolver, open_registry
-from generator_service.api.state import GeneratorState
+from generator_service.api.routes import generate, modes, page
+from generator_service.api.routes import jobs as job_routes
 from generator_service.clients.retrying import MAX_ATTEMPTS, RetryingEncoder, TextEncoder
 from generator_service.clients.text_encoder import TextEncoderClient
 from generator_service.clients.upsampler import Upsampler
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.worker import Batching
-from generator_service.pipelines.card import ModelCard
+from generator_service.pipelines.components import PARTS, PartsReader, load_parts
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import PARTS, PartsReader, load_parts
-from generator_service.pipelines.performance import Machine, choose
+from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.optimizations.profiles import Machine, choose
 from generator_service.settings import GeneratorSettings
-from shared.compilation import CompilerBackend
-from shared.device_thread import DeviceThread
-from shared.errors import Flux2Error, ModelRefused
-from shared.health import ReadyCheck
-from shared.model_folder import find_model, read_prompt_format
-from shared.report import Report, ignore
-from shared.schemas import EncoderInfo
-from shared.thread_pool import ThreadPool
-from shared.version import product_version
-from shared.web import make_app, require_token
 
 logger = logging.getLogger("flux2")
 

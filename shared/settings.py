@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, FilePath, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.logs import LogFormat
+from flux2_shared.observability.logs import LogFormat
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ class ServiceSettings(BaseSettings):
         Raises:
             ModelRefused: the device is not supported or not available.
         """
-        from shared.device import resolve_device  # noqa: PLC0415 - settings can be read where torch cannot be imported
+        from flux2_shared.device.resolve import resolve_device  # noqa: PLC0415 - settings can be read where torch cannot be imported
 
         return resolve_device(self.device, f"{self.model_config['env_prefix']}DEVICE")
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from shared.cpu_tensors import compact, is_finite
+from flux2_shared.model.cpu_tensors import compact, is_finite
 
 TORCH_MEDIA_TYPE = "application/octet-stream"
 SAFETENSORS_MEDIA_TYPE = "application/vnd.safetensors"

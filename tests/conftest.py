@@ -19,10 +19,10 @@ from demo_model.train.__main__ import save
 from demo_model.train.autoencoder import make_autoencoder
 from demo_model.train.denoiser import make_transformer
 from demo_model.train.prompts import make_text_encoder, make_tokenizer
+from flux2_shared.model.folder import ModelFolder
 from generator_service.app import create_app as create_generator
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.settings import GeneratorSettings
-from shared.model_folder import ModelFolder
 from tests import OUR_PREFIXES
 from tests.control import Clock, ModelControl
 from text_encoder_service.app import create_app as create_encoder

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from demo_model.services import OPENMP
+from flux2_shared.observability.metrics import Metrics
 from generator_service.settings import GeneratorSettings
-from shared.metrics import Metrics
 from tests.test_docs import ROOT, SETTINGS, compose_variables, variables
 
 Service = dict[str, Any]

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import Mistral3ForConditionalGeneration, MistralModel
 
 from demo_model.services import WEIGHTS
+from flux2_shared.errors import ModelRefused, OutOfMemory
+from flux2_shared.model.folder import ModelFolder, find_model
 from generator_service.app import load_model
 from generator_service.lemica import ErrorGraph
 from generator_service.pipelines import prompt
 from generator_service.pipelines.prompt import embed_prompts
 from generator_service.settings import GeneratorSettings
-from shared.errors import ModelRefused, OutOfMemory
-from shared.model_folder import ModelFolder, find_model
 from tests.conftest import CPU
 from tests.dev_layout import lay_out_as_dev, read_json, write_json
 from tests.generator_service.test_cli import pixels, run

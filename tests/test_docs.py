@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
+from flux2_shared.errors import Flux2Error, ModelRefused
+from flux2_shared.observability.metrics import Metrics
+from flux2_shared.settings import ServiceSettings
 from generator_service.api.schemas import GenerateRequest
 from generator_service.settings import GeneratorSettings
-from shared.errors import Flux2Error, ModelRefused
-from shared.metrics import Metrics
-from shared.settings import ServiceSettings
 from text_encoder_service.settings import TextEncoderSettings
 
 ROOT = Path(__file__).parents[1]

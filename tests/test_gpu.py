@@ -17,17 +17,17 @@ from PIL import Image
 
 from benchmarks.synthetic import source_of
 from demo_model.services import WEIGHTS
+from flux2_shared.model.folder import ModelFolder, read_prompt_format
 from generator_service.app import create_app as create_generator
 from generator_service.lemica import PREDICTORS
-from generator_service.pipelines import attention
+from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.optimizations import attention
+from generator_service.pipelines.optimizations.profiles import Performance
 from generator_service.pipelines.params import Params, Reference
-from generator_service.pipelines.performance import Performance
 from generator_service.pipelines.prompt import embed_prompts
-from generator_service.pipelines.step_clock import Previews
 from generator_service.settings import GeneratorSettings, Optimisation
-from shared.model_folder import ModelFolder, read_prompt_format
 from tests import pretended_gpu
 from tests.conftest import CPU, served
 from tests.generator_service.test_lora import adapter_file

@@ -1,7 +1,7 @@
 """``python -m text_encoder_service``: serve until SIGTERM or Ctrl-C."""
 
-from shared.compile_cache import replace_unwritable_caches
-from shared.server import serve
+from flux2_shared.model.compile_cache import replace_unwritable_caches
+from flux2_shared.web.server import serve
 from text_encoder_service.settings import TextEncoderSettings
 
 if __name__ == "__main__":

@@ -5,16 +5,16 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from shared.byte_cache import ByteBoundedCache
-from shared.device_queue import DeviceQueue
-from shared.device_thread import DeviceThread
-from shared.gpu_lock import alone_on_gpu
-from shared.metrics import Metrics
-from shared.model_folder import find_model, read_prompt_format
-from shared.report import Report, ignore
-from shared.schemas import EncoderInfo
-from shared.version import product_version
-from shared.web import make_app, require_token
+from flux2_shared.device.lock import alone_on_gpu
+from flux2_shared.device.queue import DeviceQueue
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.model.byte_cache import ByteBoundedCache
+from flux2_shared.model.folder import find_model, read_prompt_format
+from flux2_shared.observability.metrics import Metrics
+from flux2_shared.report import Report, ignore
+from flux2_shared.schemas import EncoderInfo
+from flux2_shared.version import product_version
+from flux2_shared.web.app import make_app, require_token
 from text_encoder_service.encoder import Embedding, LanguageModelReader, MistralEncoder, load_language_model
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings

@@ -17,15 +17,15 @@ from torch import nn
 from transformers import AutoConfig, MistralModel
 from transformers.utils import logging as transformers_logging
 
-from shared.attention import Attention, NonFiniteStates, check_finite, run_finite
-from shared.compilation import CompilerBackend
-from shared.device import use_device
-from shared.device_memory import run_within_memory
-from shared.errors import ModelRefused, OutOfMemory
-from shared.loading import loading_errors
-from shared.model_folder import ModelFolder, PromptFormat
-from shared.report import Report, ignore
-from shared.tokenizer import load_tokenizer
+from flux2_shared.device.memory import run_within_memory
+from flux2_shared.device.resolve import use_device
+from flux2_shared.errors import ModelRefused, OutOfMemory
+from flux2_shared.model.attention import Attention, NonFiniteStates, check_finite, run_finite
+from flux2_shared.model.compilation import CompilerBackend
+from flux2_shared.model.folder import ModelFolder, PromptFormat
+from flux2_shared.model.loading import loading_errors
+from flux2_shared.model.tokenizer import load_tokenizer
+from flux2_shared.report import Report, ignore
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
 from text_encoder_service.quantization import quantize
 from text_encoder_service.settings import Weights

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from shared.attention import NonFiniteStates, check_finite
-from shared.compilation import (
+from flux2_shared.model.attention import NonFiniteStates, check_finite
+from flux2_shared.model.compilation import (
     CompilationFailed,
     CompilerBackend,
     compile_parts,
@@ -27,8 +27,8 @@ from shared.compilation import (
     eager_on_recompile,
     restore_parts,
 )
-from shared.compile_cache import warn_if_caches_unwritable
-from shared.report import Report, ignore
+from flux2_shared.model.compile_cache import warn_if_caches_unwritable
+from flux2_shared.report import Report, ignore
 from text_encoder_service.shapes import ShapeBuckets
 
 logger = logging.getLogger("flux2")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.errors import ModelRefused
+from flux2_shared.errors import ModelRefused
 from text_encoder_service.settings import Weights
 
 

@@ -7,14 +7,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
-from shared.byte_cache import ByteBoundedCache
-from shared.cpu_tensors import concatenate
-from shared.device_queue import DeviceQueue
-from shared.errors import InvalidRequest
-from shared.metrics import Metrics
-from shared.schemas import EncoderInfo, PredictRequest
-from shared.web import CLIENT_CLOSED_REQUEST, while_connected
-from shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
+from flux2_shared.device.queue import DeviceQueue
+from flux2_shared.errors import InvalidRequest
+from flux2_shared.model.byte_cache import ByteBoundedCache
+from flux2_shared.model.cpu_tensors import concatenate
+from flux2_shared.observability.metrics import Metrics
+from flux2_shared.schemas import EncoderInfo, PredictRequest
+from flux2_shared.web.app import CLIENT_CLOSED_REQUEST, while_connected
+from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
 from text_encoder_service.encoder import Embedding
 from text_encoder_service.settings import TextEncoderSettings
 

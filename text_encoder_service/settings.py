@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from shared.settings import ServiceSettings
+from flux2_shared.settings import ServiceSettings
 
 Profile = Literal["exact", "fast"]
 Weights = Literal["full", "int8", "int4"]

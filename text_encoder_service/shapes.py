@@ -11,7 +11,7 @@ NUM_LENGTHS = 4
 """The number of equally spaced lengths: 128, 256, 384 and 512 tokens for FLUX.2 [dev].
 
 More would gain little: on a large GPU a pass over fewer than about 160 tokens is bound by reading the weights. With
-batches of 1, 2, 4 and 8 there are 16 shapes, far below ``shared.compilation.MAX_SHAPES``.
+batches of 1, 2, 4 and 8 there are 16 shapes, far below ``flux2_shared.model.compilation.MAX_SHAPES``.
 """
 
 

@@ -76,6 +76,6 @@ def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditio
         image_token_index=tokenizer.unk_token_id,
         tie_word_embeddings=True,
     )
-    # What FLUX.2 [dev] has as constants in its pipeline: read by shared.model_folder.
+    # What FLUX.2 [dev] has as constants in its pipeline: read by flux2_shared.model.folder.
     config.flux2_prompt_format = {"hidden_layers": list(HIDDEN_LAYERS), "max_sequence_length": MAX_SEQUENCE_LENGTH}
     return Mistral3ForConditionalGeneration(config)

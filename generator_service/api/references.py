@@ -8,8 +8,8 @@ import warnings
 
 from PIL import Image, ImageOps
 
+from flux2_shared.errors import InvalidRequest, UnsupportedImageType
 from generator_service.pipelines.params import Reference
-from shared.errors import InvalidRequest, UnsupportedImageType
 
 MAGIC = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
 DATA_URI = re.compile(r"data:[\w.+/-]*;base64,", re.IGNORECASE)

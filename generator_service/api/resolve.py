@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from flux2_shared.errors import InvalidRequest, ModelRefused
+from flux2_shared.wire import parse_safetensors
 from generator_service.api.references import parse_reference
 from generator_service.api.schemas import MAX_SEED, GenerateRequest, LoraUse, MaxError
+from generator_service.engine.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES
 from generator_service.engine.latency import LatencyEstimate, LatencyModel
 from generator_service.engine.request import Request
-from generator_service.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES
 from generator_service.lemica import (
     SHIPPED,
     Schedule,
@@ -23,12 +25,10 @@ from generator_service.lemica import (
     load_registry,
     published_size,
 )
-from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.model_info import ModelCard
 from generator_service.pipelines.params import Params, Reference
 from generator_service.settings import GeneratorSettings
-from shared.errors import InvalidRequest, ModelRefused
-from shared.wire import parse_safetensors
 
 RANDOM_SEEDS = 2**32
 """A seed that the client leaves open is below this."""

@@ -8,10 +8,10 @@ from urllib.parse import quote
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
+from flux2_shared.thread_pool import ThreadPool
 from generator_service.engine.generation import GenerationResult
+from generator_service.engine.imaging import MEDIA_TYPES
 from generator_service.engine.request import Request
-from generator_service.imaging import MEDIA_TYPES
-from shared.thread_pool import ThreadPool
 
 JSON_MEDIA_TYPE = "application/json"
 

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
-from generator_service.imaging import ImageFormat
-from shared.schemas import Strict, Text
+from flux2_shared.schemas import Strict, Text
+from generator_service.engine.imaging import ImageFormat
 
 MAX_SEED = 2**63 - 1
 

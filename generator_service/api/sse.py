@@ -11,6 +11,9 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 from starlette.types import Receive, Scope, Send
 
+from flux2_shared.errors import Flux2Error
+from flux2_shared.thread_pool import ThreadPool
+from flux2_shared.web.app import problem_of, unknown_error
 from generator_service.api.responses import as_json
 from generator_service.engine.events import (
     EncodingPrompt,
@@ -20,10 +23,7 @@ from generator_service.engine.events import (
     StepStarted,
 )
 from generator_service.engine.generation import Generation, GenerationResult
-from generator_service.imaging import preview_file
-from shared.errors import Flux2Error
-from shared.thread_pool import ThreadPool
-from shared.web import problem_of, unknown_error
+from generator_service.engine.imaging import preview_file
 
 logger = logging.getLogger("flux2")
 

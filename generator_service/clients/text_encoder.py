@@ -1,6 +1,6 @@
 """A client of the text encoder service, or of any service with the same protocol.
 
-Responses are not trusted: bodies are bounded while they arrive and parsed by ``shared.wire``.
+Responses are not trusted: bodies are bounded while they arrive and parsed by ``flux2_shared.wire``.
 """
 
 import asyncio
@@ -13,13 +13,12 @@ import httpx
 import torch
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from generator_service.clients.bounded_body import IDENTITY, BodyRefused, read_body
-from shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
-from shared.logs import request_id
-from shared.schemas import EncoderInfo
-from shared.thread_pool import ThreadPool
-from shared.tracing import Tracing
-from shared.wire import (
+from flux2_shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
+from flux2_shared.observability.logs import request_id
+from flux2_shared.observability.tracing import Tracing
+from flux2_shared.schemas import EncoderInfo
+from flux2_shared.thread_pool import ThreadPool
+from flux2_shared.wire import (
     EMBEDDING_DTYPES,
     MAX_HEADER_BYTES,
     SAFETENSORS_MEDIA_TYPE,
@@ -28,6 +27,7 @@ from shared.wire import (
     parse_safetensors,
     parse_torch,
 )
+from generator_service.clients.bounded_body import IDENTITY, BodyRefused, read_body
 
 ACCEPT = {"Accept": f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9"} | IDENTITY
 RETRIED_STATUSES = {502, 503, 504}

@@ -4,16 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from flux2_shared.settings import ServiceSettings
 from generator_service.doctor import configuration, download, gpus, libraries, memory, network, nvidia, profiles
 from generator_service.doctor import model as models
 from generator_service.doctor.check import Check, attempt, failed, isolated, skipped
 from generator_service.doctor.host import Host
 from generator_service.doctor.libraries import Libraries
 from generator_service.doctor.weights_files import BrokenFile
-from generator_service.pipelines.performance import Performance
-from generator_service.settings import GeneratorSettings
-from generator_service.weights import Service
-from shared.settings import ServiceSettings
+from generator_service.pipelines.optimizations.profiles import Performance
+from generator_service.settings import GeneratorSettings, Service
 from text_encoder_service.settings import TextEncoderSettings
 
 

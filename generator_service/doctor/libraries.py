@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from generator_service.doctor.check import Check, failed, ok, one_line, skipped
 from generator_service.doctor.host import Host, Output
-from generator_service.weights import Service
+from generator_service.settings import Service
 
 PROJECT = "flux2-services"
 INSTALL = "pip install -c constraints.txt '.[text-encoder,generator]'"

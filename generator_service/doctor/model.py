@@ -9,12 +9,18 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
+from flux2_shared.errors import ModelRefused
+from flux2_shared.model.folder import (
+    ModelFolder,
+    PromptFormat,
+    download_patterns,
+    read_prompt_format,
+    refuse_unsafe_files,
+)
 from generator_service.doctor.check import Check, describe, failed, ok, warning
 from generator_service.doctor.host import Host
 from generator_service.doctor.weights_files import BrokenFile, Weights, read_json, read_weights
-from generator_service.weights import Service
-from shared.errors import ModelRefused
-from shared.model_folder import ModelFolder, PromptFormat, download_patterns, read_prompt_format, refuse_unsafe_files
+from generator_service.settings import Service
 
 SUBFOLDERS: Mapping[Service, tuple[str, ...]] = {
     Service.GENERATOR: ("scheduler", "transformer", "vae"),
@@ -83,7 +89,7 @@ def hub_home(host: Host) -> Path:
 
 
 def find(name: str, revision: str, parts: tuple[str, ...], host: Host) -> Model:
-    """Find a model like ``shared.model_folder.find_model``, but without downloading anything.
+    """Find a model like ``flux2_shared.model.folder.find_model``, but without downloading anything.
 
     Raises:
         BrokenFile: the name is invalid, or the cache cannot be read.

@@ -107,7 +107,7 @@ def choose_attention(facts: Facts, question: dict[str, Any]) -> None:
     try:
         import torch  # noqa: PLC0415 - as above
 
-        from generator_service.pipelines.attention import fastest_attention  # noqa: PLC0415 - needs torch
+        from generator_service.pipelines.optimizations.attention import fastest_attention  # noqa: PLC0415 - needs torch
 
         transformer = SimpleNamespace(config=config, dtype=getattr(torch, question["dtype"]))
         facts.add(attention=fastest_attention(transformer, question["num_tokens"], torch.device(question["device"])))

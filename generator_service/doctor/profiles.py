@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from flux2_shared.settings import ServiceSettings
 from generator_service.doctor.check import Check, failed, ok, one_line, skipped, warning
 from generator_service.doctor.host import Host, existing_folder
 from generator_service.doctor.libraries import Attention, Gpu, Libraries
 from generator_service.doctor.model import Model
-from generator_service.pipelines.performance import Machine, Performance, choose
+from generator_service.pipelines.optimizations.profiles import Machine, Performance, choose
 from generator_service.settings import GeneratorSettings
-from shared.settings import ServiceSettings
 from text_encoder_service.settings import TextEncoderSettings
 
 C_COMPILERS = ("cc", "gcc", "clang")

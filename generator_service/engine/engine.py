@@ -21,25 +21,25 @@ from typing import Protocol, Self
 import torch
 from PIL.Image import Image
 
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.errors import Flux2Error, ShuttingDown
+from flux2_shared.observability.metrics import Metrics
+from flux2_shared.observability.tracing import Tracing
+from flux2_shared.report import Report, ignore
+from flux2_shared.thread_pool import ThreadPool
 from generator_service.clients.upsampler import Upsampler
-from generator_service.comparison import Comparison, compare
+from generator_service.engine.comparison import Comparison, compare
 from generator_service.engine.events import EncodingPrompt, PromptUpsampled
 from generator_service.engine.generation import Generation, GenerationResult, Timings
+from generator_service.engine.imaging import encode_image
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.provenance import provenance
 from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
 from generator_service.engine.worker import ALONE, Batching, ImageQueue, ImageWork, Worker
-from generator_service.imaging import encode_image
-from generator_service.pipelines.card import ModelCard
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
+from generator_service.pipelines.model_info import ModelCard
 from generator_service.pipelines.params import Params
-from shared.device_thread import DeviceThread
-from shared.errors import Flux2Error, ShuttingDown
-from shared.metrics import Metrics
-from shared.report import Report, ignore
-from shared.thread_pool import ThreadPool
-from shared.tracing import Tracing
 
 NO_TRACING = Tracing()
 MAX_PSNR_DB = 120.0

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from generator_service.comparison import Comparison
+from flux2_shared.errors import DeadlineExceeded, Flux2Error, JobCancelled
+from generator_service.engine.comparison import Comparison
 from generator_service.engine.events import Preview, ProgressEvent, Queued, StepStarted
 from generator_service.engine.request import Request
 from generator_service.pipelines.params import Params
-from shared.errors import DeadlineExceeded, Flux2Error, JobCancelled
 
 logger = logging.getLogger("flux2")
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
+from flux2_shared.errors import InvalidRequest, JobNotFound
 from generator_service.engine.generation import Generation
-from shared.errors import InvalidRequest, JobNotFound
 
 
 @dataclass(frozen=True)

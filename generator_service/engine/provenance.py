@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 
-from generator_service.imaging import Provenance
+from flux2_shared.model.cpu_tensors import float32_sha256
+from generator_service.engine.imaging import Provenance
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params
-from shared.cpu_tensors import float32_sha256
 
 
 def provenance(params: Params, model: Flux2Model) -> Provenance:

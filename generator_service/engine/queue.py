@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from flux2_shared.errors import Busy, Flux2Error
 from generator_service.engine.events import Queued
 from generator_service.engine.generation import Generation
 from generator_service.pipelines.params import Params
-from shared.errors import Busy, Flux2Error
 
 FIRST_GUESS_S = 1.0
 """How long a generation is taken to last as long as nothing is known of any."""

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from generator_service.engine.imaging import DEFAULT_QUALITY, ImageFormat
 from generator_service.engine.latency import LatencyEstimate
-from generator_service.imaging import DEFAULT_QUALITY, ImageFormat
 from generator_service.lemica import Schedule
 from generator_service.pipelines.params import Params
 

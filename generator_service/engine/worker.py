@@ -10,18 +10,18 @@ from functools import partial
 import torch
 from PIL.Image import Image
 
+from flux2_shared.device.lock import alone_on_gpu
+from flux2_shared.device.thread import DeviceThread, refuse_lost_device
+from flux2_shared.errors import DeviceLost, NonFiniteOutput, OutOfMemory
+from flux2_shared.observability.metrics import Metrics
+from flux2_shared.report import Report
 from generator_service.engine.events import Preview, StepStarted
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.queue import Queue, Work
 from generator_service.lemica import schedule_for
+from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, GenerationCancelled
 from generator_service.pipelines.params import Params
-from generator_service.pipelines.step_clock import Previews
-from shared.device_thread import DeviceThread, refuse_lost_device
-from shared.errors import DeviceLost, NonFiniteOutput, OutOfMemory
-from shared.gpu_lock import alone_on_gpu
-from shared.metrics import Metrics
-from shared.report import Report
 
 logger = logging.getLogger("flux2")
 

@@ -7,6 +7,16 @@ has the submodules of diffusers' ``Flux2Transformer2DModel``. Only these two nee
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from generator_service.lemica.calibration.fitting import with_fitted_predictor
+from generator_service.lemica.calibration.graph import ErrorGraph
+from generator_service.lemica.calibration.path import (
+    cheapest_within,
+    lexicographic_minimax_path,
+    lexicographic_minimax_paths,
+    minimum_total_error_path,
+    schedule_of,
+)
+from generator_service.lemica.calibration.refinement import refine, with_step_added, with_step_removed
 from generator_service.lemica.errors import (
     BadGraph,
     CalibrationMismatch,
@@ -15,17 +25,7 @@ from generator_service.lemica.errors import (
     ScheduleMismatch,
     TransformerMismatch,
 )
-from generator_service.lemica.fitting import with_fitted_predictor
-from generator_service.lemica.graph import ErrorGraph
-from generator_service.lemica.path import (
-    cheapest_within,
-    lexicographic_minimax_path,
-    lexicographic_minimax_paths,
-    minimum_total_error_path,
-    schedule_of,
-)
 from generator_service.lemica.predictor import PREDICTORS, FeatureKind, Fitted, Linear, Predictor, Reuse
-from generator_service.lemica.refinement import refine, with_step_added, with_step_removed
 from generator_service.lemica.registry import SHIPPED, ScheduleRegistry, load_registry
 from generator_service.lemica.schedule import (
     PUBLISHED,
@@ -39,16 +39,16 @@ from generator_service.lemica.signature import Signature
 
 if TYPE_CHECKING:
     from generator_service.lemica.cached_transformer import CachedTransformer, TimeEmbeddings, check_transformer
-    from generator_service.lemica.calibration import Calibration, Trajectory, TrajectoryRecorder, num_forwards
+    from generator_service.lemica.calibration.measure import Calibration, Trajectory, TrajectoryRecorder, num_forwards
 
 NEED_TORCH = {
     "CachedTransformer": "cached_transformer",
     "TimeEmbeddings": "cached_transformer",
     "check_transformer": "cached_transformer",
-    "Calibration": "calibration",
-    "Trajectory": "calibration",
-    "TrajectoryRecorder": "calibration",
-    "num_forwards": "calibration",
+    "Calibration": "calibration.measure",
+    "Trajectory": "calibration.measure",
+    "TrajectoryRecorder": "calibration.measure",
+    "num_forwards": "calibration.measure",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from generator_service.lemica.errors import ScheduleMismatch
-from generator_service.lemica.json_file import write_json
+from generator_service.lemica.files import write_json
 from generator_service.lemica.predictor import Predictor, Reuse, predictor_from_json, predictor_to_json
 from generator_service.lemica.signature import Signature
 

@@ -19,6 +19,12 @@ from diffusers import Flux2Pipeline
 from diffusers import __version__ as diffusers_version
 from PIL.Image import Image, fromarray
 
+from flux2_shared.device.memory import run_within_memory
+from flux2_shared.device.resolve import use_device
+from flux2_shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
+from flux2_shared.model.byte_cache import ByteBoundedCache
+from flux2_shared.model.compilation import CompilationFailed
+from flux2_shared.model.folder import ModelFolder
 from generator_service.lemica import (
     CachedTransformer,
     Calibration,
@@ -31,22 +37,16 @@ from generator_service.lemica import (
     TransformerMismatch,
     check_transformer,
 )
-from generator_service.pipelines.card import ModelCard
-from generator_service.pipelines.compiled_model import Kind
+from generator_service.pipelines.callbacks import Previews, PreviewTaker, StepClock
+from generator_service.pipelines.components import CPU, Parts, PartsReader, load_parts
 from generator_service.pipelines.example import small_example
 from generator_service.pipelines.lora import Adapters
-from generator_service.pipelines.optimised import Optimised
+from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.optimizations.apply import Optimised
+from generator_service.pipelines.optimizations.compiled_model import Kind
+from generator_service.pipelines.optimizations.profiles import EXACT, Performance
 from generator_service.pipelines.params import Params
-from generator_service.pipelines.parts import CPU, Parts, PartsReader, load_parts
-from generator_service.pipelines.performance import EXACT, Performance
 from generator_service.pipelines.reference_cache import ReferenceCachingPipeline
-from generator_service.pipelines.step_clock import Previews, PreviewTaker, StepClock
-from shared.byte_cache import ByteBoundedCache
-from shared.compilation import CompilationFailed
-from shared.device import use_device
-from shared.device_memory import run_within_memory
-from shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
-from shared.model_folder import ModelFolder
 
 TIME_EMBEDDINGS = 1024
 """How many are kept, 12 KB each for FLUX.2 [dev]: a dozen lengths of runs."""

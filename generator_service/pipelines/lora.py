@@ -12,7 +12,7 @@ import torch
 from diffusers.loaders import Flux2LoraLoaderMixin
 from safetensors.torch import load_file
 
-from shared.errors import InvalidRequest
+from flux2_shared.errors import InvalidRequest
 
 logger = logging.getLogger("flux2")
 

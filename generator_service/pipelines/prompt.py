@@ -12,12 +12,12 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE_UPSAMPLING_
 from transformers import Mistral3ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from shared.attention import check_finite, run_finite
-from shared.device import use_device
-from shared.errors import ModelRefused
-from shared.loading import loading_errors
-from shared.model_folder import ModelFolder, PromptFormat, read_prompt_format
-from shared.tokenizer import load_tokenizer
+from flux2_shared.device.resolve import use_device
+from flux2_shared.errors import ModelRefused
+from flux2_shared.model.attention import check_finite, run_finite
+from flux2_shared.model.folder import ModelFolder, PromptFormat, read_prompt_format
+from flux2_shared.model.loading import loading_errors
+from flux2_shared.model.tokenizer import load_tokenizer
 
 PARTS = ("text_encoder", "tokenizer")
 UPSAMPLING_MESSAGE: str = SYSTEM_MESSAGE_UPSAMPLING_T2I

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from diffusers import Flux2Pipeline
 
-from shared.byte_cache import ByteBoundedCache
+from flux2_shared.model.byte_cache import ByteBoundedCache
 
 
 class ReferenceCachingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers ships no types

@@ -11,7 +11,7 @@ from benchmarks.architectures import FULL
 from benchmarks.encoder import BATCHES, measure, table_of
 from benchmarks.language_model import EncoderSource, empty_model
 from demo_model.services import WEIGHTS
-from shared.errors import ModelRefused
+from flux2_shared.errors import ModelRefused
 from tests.benchmarks.resized import resized
 from text_encoder_service.app import load_encoder
 

@@ -10,9 +10,9 @@ from benchmarks.latency import arguments, measure
 from benchmarks.profile_run import Report, Steps
 from benchmarks.stopwatch import Summary
 from benchmarks.synthetic import Source
+from flux2_shared.model.compilation import CompilationFailed
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.compiled_model import CompiledModel
-from shared.compilation import CompilationFailed
+from generator_service.pipelines.optimizations.compiled_model import CompiledModel
 
 SOURCE = Source(TINY, device="cpu")
 

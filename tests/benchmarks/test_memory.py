@@ -28,10 +28,10 @@ from benchmarks.meta_model import META, Fp8Linear, meta_model, num_bytes, on_met
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.report import RESULTS
 from benchmarks.synthetic import Source, empty_parts
+from generator_service.pipelines.components import Parts
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.parts import Parts
-from generator_service.pipelines.performance import WORKING_BYTES
-from generator_service.pipelines.quantisation import quantise_blocks
+from generator_service.pipelines.optimizations.fp8 import quantise_blocks
+from generator_service.pipelines.optimizations.profiles import WORKING_BYTES
 from generator_service.settings import GeneratorSettings
 from tests.benchmarks.resized import resized
 from tests.conftest import CPU

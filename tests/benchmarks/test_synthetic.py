@@ -11,11 +11,11 @@ from benchmarks.architectures import TINY
 from benchmarks.drawing import GUIDANCE
 from benchmarks.synthetic import Source, fill, pipeline_of
 from demo_model.services import WEIGHTS
+from flux2_shared.errors import ModelRefused
+from flux2_shared.model.folder import read_prompt_format
 from generator_service.app import load_model
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.params import Params
-from shared.errors import ModelRefused
-from shared.model_folder import read_prompt_format
 from tests.benchmarks.resized import resized
 
 SOURCE = Source(TINY, device="cpu")

@@ -8,15 +8,15 @@ from typing import Any, Self
 
 import pytest
 
+from flux2_shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, GeneratorUnavailable, OutOfMemory
+from flux2_shared.observability.metrics import Metrics
 from generator_service.engine.events import EncodingPrompt, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult, Timings
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.request import Request
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.card import ModelCard
+from generator_service.pipelines.model_info import ModelCard
 from generator_service.pipelines.params import Params
-from shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, GeneratorUnavailable, OutOfMemory
-from shared.metrics import Metrics
 
 pytestmark = [
     pytest.mark.anyio,
@@ -91,7 +91,7 @@ def lost() -> Exception:
 
 def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:
     """A fleet of one generator."""
-    from deploy.ray.fleet import Fleet  # noqa: PLC0415 - optional
+    from flux2_ray.fleet import Fleet  # noqa: PLC0415 - optional
 
     return Fleet(handle, CARD, LatencyModel(), lambda: 1, max_waiting, Metrics())
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from flux2_shared.errors import NonFiniteOutput, OutOfMemory
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.params import Params
-from shared.errors import NonFiniteOutput, OutOfMemory
 from tests.conftest import Serve
 from tests.control import ModelControl, until, until_queued
 from tests.generator_service.test_generate import SMALL, events, metrics, pixels

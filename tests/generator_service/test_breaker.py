@@ -8,11 +8,11 @@ import pytest
 import stamina
 import torch
 
+from flux2_shared.errors import InvalidRequest
+from flux2_shared.wire import dump_torch
 from generator_service.clients.breaker import FAILURES_TO_OPEN, OPEN_S, CircuitBreaker
 from generator_service.clients.retrying import RetryingEncoder
 from generator_service.clients.text_encoder import TextEncoderClient
-from shared.errors import InvalidRequest
-from shared.wire import dump_torch
 from tests.conftest import Serve
 from tests.control import PATIENCE_S
 from tests.generator_service.test_generate import SMALL

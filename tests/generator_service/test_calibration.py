@@ -29,7 +29,7 @@ from generator_service.lemica import (
     schedule_for,
     with_fitted_predictor,
 )
-from generator_service.lemica.calibration import edges_of
+from generator_service.lemica.calibration.measure import edges_of
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
+from flux2_shared.device.thread import _checked
+from flux2_shared.model.folder import find_model, read_prompt_format
+from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, dump_safetensors
 from generator_service.app import create_app
-from generator_service.pipelines.parts import PARTS
+from generator_service.pipelines.components import PARTS
 from generator_service.settings import GeneratorSettings
-from shared.device_thread import _checked
-from shared.model_folder import find_model, read_prompt_format
-from shared.wire import SAFETENSORS_MEDIA_TYPE, dump_safetensors
 from tests.conftest import served
 
 pytestmark = pytest.mark.anyio

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.errors import NonFiniteOutput
+from flux2_shared.model.compilation import num_compilations
+from flux2_shared.observability.metrics import Metrics
+from flux2_shared.report import ignore
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.worker import Batching, ImageWork, Worker
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
-from generator_service.pipelines.performance import Performance
-from shared.compilation import num_compilations
-from shared.device_thread import DeviceThread
-from shared.errors import NonFiniteOutput
-from shared.metrics import Metrics
-from shared.report import ignore
+from generator_service.pipelines.optimizations.profiles import Performance
 from tests.generator_service.test_lora import adapter_file
 from tests.generator_service.test_optimised import OTHER_SIDE, SIDE, loaded, wanted
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 import torch
 
-from shared.wire import dump_torch
+from flux2_shared.wire import dump_torch
 from tests.conftest import Serve
 from tests.control import Clock, ModelControl, until_queued
 from tests.generator_service.test_generate import SMALL, events

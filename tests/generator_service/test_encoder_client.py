@@ -12,10 +12,7 @@ import stamina
 import torch
 from pydantic import SecretStr
 
-from generator_service.clients.breaker import FAILURES_TO_OPEN
-from generator_service.clients.retrying import RetryingEncoder
-from generator_service.clients.text_encoder import TextEncoderClient
-from shared.errors import (
+from flux2_shared.errors import (
     BadEncoderResponse,
     EncoderTimeout,
     EncoderUnavailable,
@@ -23,8 +20,11 @@ from shared.errors import (
     InvalidRequest,
     OutOfMemory,
 )
-from shared.schemas import EncoderInfo
-from shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
+from flux2_shared.schemas import EncoderInfo
+from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
+from generator_service.clients.breaker import FAILURES_TO_OPEN
+from generator_service.clients.retrying import RetryingEncoder
+from generator_service.clients.text_encoder import TextEncoderClient
 
 pytestmark = pytest.mark.anyio
 

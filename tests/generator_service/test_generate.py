@@ -15,12 +15,12 @@ import stamina
 import torch
 from PIL import Image
 
+from flux2_shared.errors import ModelRefused
+from flux2_shared.wire import dump_safetensors, dump_torch
 from generator_service.lemica import schedule_for
+from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params
-from generator_service.pipelines.step_clock import Previews
-from shared.errors import ModelRefused
-from shared.wire import dump_safetensors, dump_torch
 from tests.conftest import Serve
 from tests.control import ModelControl, until, until_queued
 

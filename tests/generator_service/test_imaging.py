@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
-from generator_service import imaging
-from generator_service.imaging import (
+from generator_service.engine import imaging
+from generator_service.engine.imaging import (
     MAX_JPEG_PROMPT_BYTES,
     ImageFormat,
     NoProvenance,

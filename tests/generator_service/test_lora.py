@@ -10,13 +10,13 @@ from diffusers import Flux2Pipeline
 from safetensors.torch import save_file
 
 from demo_model.services import WEIGHTS
-from generator_service.imaging import read_provenance
+from flux2_shared.errors import InvalidRequest
+from flux2_shared.model.folder import ModelFolder
+from generator_service.engine.imaging import read_provenance
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.params import Params
-from shared.errors import InvalidRequest
-from shared.model_folder import ModelFolder
 from tests.conftest import CPU, Serve
 from tests.generator_service.test_generate import SMALL, pixels
 

@@ -11,13 +11,13 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks.group_offloading import ModuleGroup
 
 from demo_model.services import WEIGHTS
+from flux2_shared.model.folder import ModelFolder
 from generator_service.lemica import schedule_for
-from generator_service.pipelines import offload
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled
-from generator_service.pipelines.offload import ALIGNMENT, HOOK, gather_weights, offload_blocks
+from generator_service.pipelines.optimizations import offload
+from generator_service.pipelines.optimizations.offload import ALIGNMENT, HOOK, gather_weights, offload_blocks
+from generator_service.pipelines.optimizations.profiles import PROFILES, Performance
 from generator_service.pipelines.params import Params, Reference
-from generator_service.pipelines.performance import PROFILES, Performance
-from shared.model_folder import ModelFolder
 from tests.conftest import CPU, Serve
 from tests.generator_service.test_flux2 import pattern
 

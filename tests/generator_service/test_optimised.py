@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
+from flux2_shared.model.compilation import num_compilations
+from flux2_shared.model.folder import ModelFolder
 from generator_service.lemica import schedule_for
-from generator_service.pipelines import optimised
-from generator_service.pipelines.attention import fastest_attention
 from generator_service.pipelines.example import small_example
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
+from generator_service.pipelines.optimizations import apply as optimised
+from generator_service.pipelines.optimizations.attention import fastest_attention
+from generator_service.pipelines.optimizations.profiles import PROFILES, Performance
 from generator_service.pipelines.params import Params
-from generator_service.pipelines.performance import PROFILES, Performance
 from generator_service.settings import Optimisation
-from shared.compilation import num_compilations
-from shared.model_folder import ModelFolder
 from tests.conftest import CPU
 
 SIDE = 64

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
+from flux2_shared.errors import NonFiniteOutput, OutOfMemory
+from flux2_shared.model.folder import ModelFolder
 from generator_service.lemica import schedule_for
+from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.params import Params, Reference
-from generator_service.pipelines.step_clock import Previews
-from shared.errors import NonFiniteOutput, OutOfMemory
-from shared.model_folder import ModelFolder
 from tests.conftest import CPU
 from tests.generator_service.test_flux2 import pattern
 from tests.generator_service.test_lora import adapter_file

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from generator_service.api.page import FOLDER, INDEX
+from generator_service.api.routes.page import FOLDER, INDEX
 from tests.conftest import Serve
 
 pytestmark = pytest.mark.anyio

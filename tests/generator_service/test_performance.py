@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from generator_service.pipelines.performance import PROFILES, Machine, Performance, choose
+from generator_service.pipelines.optimizations.profiles import PROFILES, Machine, Performance, choose
 from generator_service.settings import GeneratorSettings, Optimisation, ProfileName
 from tests.conftest import Serve
 

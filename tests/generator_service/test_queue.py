@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flux2_shared.errors import Busy
 from generator_service.engine.events import ProgressEvent, Queued
 from generator_service.engine.generation import Generation
 from generator_service.engine.latency import LatencyEstimate
@@ -14,7 +15,6 @@ from generator_service.engine.queue import Queue, Work
 from generator_service.engine.request import Request
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.params import Params
-from shared.errors import Busy
 
 pytestmark = pytest.mark.anyio
 

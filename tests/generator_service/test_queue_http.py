@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flux2_shared.wire import TORCH_MEDIA_TYPE, dump_torch
 from generator_service.api.resolve import Resolver
 from generator_service.pipelines.flux2 import Flux2Model
-from shared.wire import TORCH_MEDIA_TYPE, dump_torch
 from tests.conftest import Serve
 from tests.generator_service.test_generate import (
     EMBEDDING_SHAPE,

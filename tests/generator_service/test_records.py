@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from generator_service.imaging import Provenance, read_provenance
-from shared.wire import dump_safetensors
+from flux2_shared.wire import dump_safetensors
+from generator_service.engine.imaging import Provenance, read_provenance
 from tests.conftest import Serve
 from tests.generator_service.test_generate import SMALL, STREAM, events, pixels
 from tests.generator_service.test_references import as_text, file_of, picture

@@ -14,12 +14,12 @@ from diffusers import Flux2Pipeline
 from PIL import Image, ImageFile
 
 from demo_model.services import WEIGHTS
+from flux2_shared.errors import InvalidRequest, UnsupportedImageType
+from flux2_shared.wire import dump_safetensors
 from generator_service.api.references import parse_reference, read_reference
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params, Reference
-from shared.errors import InvalidRequest, UnsupportedImageType
-from shared.wire import dump_safetensors
 from tests.conftest import Serve, local_model
 
 pytestmark = pytest.mark.anyio

@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from demo_model.services import WEIGHTS
-from generator_service.calibrate import choose_storage
-from generator_service.cli import app
+from generator_service.cli.app import app
+from generator_service.cli.calibration import choose_storage
 from generator_service.lemica import Calibration, ErrorGraph, Schedule, load_schedules
 from generator_service.pipelines.flux2 import Flux2Model
 from tests.memory_errors import KINDS

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generator_service.pipelines.step_clock import STEPS_AHEAD, StepClock
+from generator_service.pipelines.callbacks import STEPS_AHEAD, StepClock
 
 
 class Event:

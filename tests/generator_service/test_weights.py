@@ -123,7 +123,7 @@ def fetching(url: str, home: Path, *options: str) -> subprocess.Popen[str]:
     """The command, on its way."""
     given = {"HF_ENDPOINT": url, "HF_HOME": str(home), "FLUX2_MODEL": "someone/demo", "FLUX2_REVISION": COMMIT}
     environment = {**os.environ, **given, "HF_HUB_OFFLINE": "0", "COLUMNS": "200"}
-    command = [sys.executable, "-c", "from generator_service.cli import app; app()", "weights", *options]
+    command = [sys.executable, "-c", "from generator_service.cli.app import app; app()", "weights", *options]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=WEIGHTS.parents[1]
     )

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from shared.server import bind_port
+from flux2_shared.web.server import bind_port
 
 pytestmark = pytest.mark.anyio
 

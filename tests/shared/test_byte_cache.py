@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shared.byte_cache import ByteBoundedCache
+from flux2_shared.model.byte_cache import ByteBoundedCache
 
 
 @dataclass(frozen=True)

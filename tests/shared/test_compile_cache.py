@@ -9,7 +9,7 @@ import pytest
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from demo_model.services import WEIGHTS
-from shared.compile_cache import (
+from flux2_shared.model.compile_cache import (
     INDUCTOR,
     TRITON,
     default_folder,

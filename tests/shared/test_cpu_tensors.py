@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.cpu_tensors import (
+from flux2_shared.model.cpu_tensors import (
     EXPONENT_BITS,
     HASH_CHUNK,
     UNSIGNED,
@@ -31,7 +31,7 @@ DTYPES = tuple(EXPONENT_BITS)
 THREADS = """
 import io, json, os, threading
 import torch
-from shared import cpu_tensors, wire
+from flux2_shared import cpu_tensors, wire
 
 SHAPE = (1, 512, 15360)
 rows = [torch.randn(SHAPE).to(torch.bfloat16) for _ in range(2)]

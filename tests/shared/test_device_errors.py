@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
 
-from shared.device_errors import is_device_lost, is_out_of_memory
-from shared.errors import OutOfMemory
+from flux2_shared.device.errors import is_device_lost, is_out_of_memory
+from flux2_shared.errors import OutOfMemory
 
 ADVICE = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "

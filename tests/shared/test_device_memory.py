@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from shared.device_memory import run_within_memory
-from shared.errors import OutOfMemory
+from flux2_shared.device.memory import run_within_memory
+from flux2_shared.errors import OutOfMemory
 
 REFUSAL = "a picture of 64x64 does not fit"
 

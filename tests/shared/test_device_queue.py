@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from shared.device_queue import DeviceQueue
-from shared.device_thread import DeviceThread
-from shared.errors import Busy, DeadlineExceeded
+from flux2_shared.device.queue import DeviceQueue
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.errors import Busy, DeadlineExceeded
 
 pytestmark = pytest.mark.anyio
 

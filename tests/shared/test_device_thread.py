@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from shared.device_queue import DeviceQueue
-from shared.device_thread import DeviceThread
-from shared.errors import DeviceLost, OutOfMemory, ShuttingDown
+from flux2_shared.device.queue import DeviceQueue
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.errors import DeviceLost, OutOfMemory, ShuttingDown
 
 pytestmark = pytest.mark.anyio
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shared import gpu_lock
-from shared.gpu_lock import alone_on_gpu, lock_file
+from flux2_shared.device import lock as gpu_lock
+from flux2_shared.device.lock import alone_on_gpu, lock_file
 from tests.e2e.test_services import PATIENCE_S, ROOT
 
 GPU = torch.device("cuda", 0)

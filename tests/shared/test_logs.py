@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shared.logs import JsonFormatter, TextFormatter, request_id
+from flux2_shared.observability.logs import JsonFormatter, TextFormatter, request_id
 from tests.conftest import Serve
 
 SMALL = {"prompt": "a very secret prompt", "width": 64, "height": 64, "num_inference_steps": 2, "cache": "none"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from prometheus_client import generate_latest
 
-from shared.metrics import Metrics
+from flux2_shared.observability.metrics import Metrics
 
 
 def test_a_gpus_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
-from shared.errors import ModelRefused
-from shared.model_folder import PromptFormat, find_model, read_prompt_format
+from flux2_shared.errors import ModelRefused
+from flux2_shared.model.folder import PromptFormat, find_model, read_prompt_format
 
 PARTS = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
 

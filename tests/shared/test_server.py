@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from shared.server import FORCED_EXIT_S, LAST_RESPONSES_S
+from flux2_shared.web.server import FORCED_EXIT_S, LAST_RESPONSES_S
 from tests.e2e.test_services import PATIENCE_S, ROOT, answers, free_port, wait_for
 
 SERVICE = """
@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from fastapi import Request
 
-from shared.device_queue import DeviceQueue
-from shared.device_thread import DeviceThread
-from shared.errors import ModelRefused
-from shared.server import serve
-from shared.settings import ServiceSettings
-from shared.web import make_app
+from flux2_shared.device.queue import DeviceQueue
+from flux2_shared.device.thread import DeviceThread
+from flux2_shared.errors import ModelRefused
+from flux2_shared.web.server import serve
+from flux2_shared.settings import ServiceSettings
+from flux2_shared.web.app import make_app
 
 folder = Path(sys.argv[2])
 

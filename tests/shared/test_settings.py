@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from generator_service.calibrate import resolve_storage
+from flux2_shared.errors import InvalidRequest, ModelRefused
+from generator_service.cli.calibration import resolve_storage
 from generator_service.settings import GeneratorSettings
-from shared.errors import InvalidRequest, ModelRefused
 from text_encoder_service.settings import TextEncoderSettings
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_settings_need_no_torch(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["torch"] = None
-from generator_service.pipelines.performance import Machine, choose
+from generator_service.pipelines.optimizations.profiles import Machine, choose
 from generator_service.settings import GeneratorSettings
 from text_encoder_service.settings import TextEncoderSettings
 print(choose(GeneratorSettings().performance, Machine("cpu")).profile, TextEncoderSettings().profile_on((9, 0)))

@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from demo_model.services import WEIGHTS
-from shared import model_folder
-from shared.errors import ModelRefused
-from shared.model_folder import ModelFolder, find_model
-from shared.tokenizer import load_tokenizer
+from flux2_shared.errors import ModelRefused
+from flux2_shared.model import folder as model_folder
+from flux2_shared.model.folder import ModelFolder, find_model
+from flux2_shared.model.tokenizer import load_tokenizer
 from tests.dev_layout import lay_out_as_dev
 from tests.text_encoder_service.test_encoder import encoder
 

@@ -7,8 +7,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from shared import tracing
-from shared.errors import ModelRefused
+from flux2_shared.errors import ModelRefused
+from flux2_shared.observability import tracing
 from tests.conftest import Serve
 
 BODY = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 7}

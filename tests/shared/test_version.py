@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from shared import version as module
+from flux2_shared import version as module
 
 
 def test_the_version_is_the_installed_one() -> None:

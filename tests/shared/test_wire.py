@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from shared.wire import (
+from flux2_shared.wire import (
     MAX_HEADER_BYTES,
     WireError,
     dump_safetensors,

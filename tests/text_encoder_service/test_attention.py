@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch._inductor.utils import fresh_cache
 
 from demo_model.services import WEIGHTS
+from flux2_shared.errors import ModelRefused
+from flux2_shared.model.attention import NonFiniteStates, check_finite, run_finite
+from flux2_shared.model.folder import ModelFolder
+from flux2_shared.schemas import EncoderInfo
 from generator_service.pipelines.prompt import embed_prompts
-from shared.attention import NonFiniteStates, check_finite, run_finite
-from shared.errors import ModelRefused
-from shared.model_folder import ModelFolder
-from shared.schemas import EncoderInfo
 from tests.conftest import CPU, Serve
 from tests.kernels import Kernel, broken_kernels, chosen, kept_flags
 from tests.text_encoder_service.test_encoder import PROMPTS, encoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline
 
-from shared.model_folder import ModelFolder, read_prompt_format
+from flux2_shared.model.folder import ModelFolder, read_prompt_format
 from text_encoder_service.encoder import MistralEncoder
 
 CPU = torch.device("cpu")

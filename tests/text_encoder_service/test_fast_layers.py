@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
-from shared.compilation import compile_parts, num_compilations
-from shared.errors import OutOfMemory
+from flux2_shared.errors import OutOfMemory
+from flux2_shared.model.compilation import compile_parts, num_compilations
 from tests.conftest import Serve
 from tests.memory_errors import KINDS
 from tests.text_encoder_service.test_encoder import PROMPTS, TOLERANCES, encoder

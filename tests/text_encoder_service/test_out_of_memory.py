@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
-from shared.errors import OutOfMemory
+from flux2_shared.errors import OutOfMemory
 from tests.memory_errors import EVERY_KIND, KINDS
 from tests.text_encoder_service.test_encoder import PROMPTS, encoder
 from text_encoder_service.encoder import MistralEncoder

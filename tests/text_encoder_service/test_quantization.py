@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
-from shared.errors import ModelRefused
-from shared.model_folder import ModelFolder, read_prompt_format
+from flux2_shared.errors import ModelRefused
+from flux2_shared.model.folder import ModelFolder, read_prompt_format
 from tests.text_encoder_service.test_encoder import CPU, PROMPTS
 from text_encoder_service.encoder import MistralEncoder
 from text_encoder_service.fast_layers import FastLayers

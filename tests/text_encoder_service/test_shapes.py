@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.compilation import MAX_SHAPES
+from flux2_shared.model.compilation import MAX_SHAPES
 from text_encoder_service.shapes import ShapeBuckets
 
 

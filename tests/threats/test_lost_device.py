@@ -7,7 +7,7 @@ import httpx
 import pytest
 import torch
 
-from generator_service.imaging import encode_image
+from generator_service.engine.imaging import encode_image
 from generator_service.pipelines.flux2 import Flux2Model
 from tests.conftest import Serve
 from tests.generator_service.test_generate import events

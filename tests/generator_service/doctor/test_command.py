@@ -24,7 +24,7 @@ def run(*options: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess
     given = {"GENERATOR_PORT": "0", "TEXT_ENCODER_PORT": "0", "TEXT_ENCODER_URL": "http://127.0.0.1:9"}
     path = os.pathsep.join(filter(None, [environ.pop("PYTHONPATH", None), str(ROOT)]))
     return subprocess.run(
-        [sys.executable, "-c", "from generator_service.cli import app; app()", "doctor", *options],
+        [sys.executable, "-c", "from generator_service.cli.app import app; app()", "doctor", *options],
         env={**os.environ, "FLUX2_MODEL": str(WEIGHTS), **given, **environ, "PYTHONPATH": path},
         cwd=cwd,
         capture_output=True,
@@ -96,7 +96,7 @@ def test_a_missing_library_is_a_line(tmp_path: Path, package: str) -> None:
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     """``flux2 doctor --help`` imports no heavy library."""
-    code = "import sys; from generator_service.cli import app; app(['doctor', '--help'], standalone_mode=False); "
+    code = "import sys; from generator_service.cli.app import app; app(['doctor', '--help'], standalone_mode=False); "
     code += "print(sorted({'torch', 'diffusers', 'transformers', 'huggingface_hub'} & sys.modules.keys()))"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -22,8 +22,7 @@ from generator_service.doctor.configuration import (
 )
 from generator_service.doctor.model import Model, inspect
 from generator_service.lemica import SHIPPED
-from generator_service.settings import GeneratorSettings
-from generator_service.weights import Service
+from generator_service.settings import GeneratorSettings, Service
 from tests.generator_service.doctor.hosts import by_name, write_safetensors
 from tests.test_docs import SETTINGS, variables
 from text_encoder_service.settings import TextEncoderSettings

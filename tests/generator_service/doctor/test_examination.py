@@ -14,7 +14,7 @@ from generator_service.doctor.check import Check, Status
 from generator_service.doctor.examination import examine
 from generator_service.doctor.host import Host
 from generator_service.doctor.libraries import Gpu
-from generator_service.weights import Service
+from generator_service.settings import Service
 from tests.generator_service.doctor.hosts import (
     GB,
     SMI,

@@ -18,7 +18,7 @@ from generator_service.doctor.libraries import (
     read_libraries,
 )
 from generator_service.doctor.probe import Facts, choose_attention
-from generator_service.weights import Service
+from generator_service.settings import Service
 from tests.generator_service.doctor.hosts import (
     H100_BYTES,
     STUBS,

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from demo_model.services import WEIGHTS
+from flux2_shared.model.folder import PromptFormat
 from generator_service.doctor.check import Status
 from generator_service.doctor.model import SUBFOLDERS, Model, check_leftovers, check_parts, find, inspect
 from generator_service.doctor.weights_files import BrokenFile
-from generator_service.pipelines import parts, prompt
-from generator_service.weights import Service
-from shared.model_folder import PromptFormat
+from generator_service.pipelines import components as parts
+from generator_service.pipelines import prompt
+from generator_service.settings import Service
 from tests.generator_service.doctor.hosts import by_name, described
 from text_encoder_service import app
 

@@ -1,0 +1,1 @@
+"""The APIs of others, which their clients speak unchanged."""

@@ -1,0 +1,221 @@
+"""OpenAI's images API: its Python and Node clients work with ``base_url=http://.../v1`` and nothing else changed."""
+
+import base64
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
+
+from fastapi import APIRouter, Depends, Response
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+from pydantic import Field, StrictInt, StrictStr, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from flux2_shared.errors import InvalidRequest, UnsupportedParameter
+from flux2_shared.schemas import Text
+from flux2_shared.thread_pool import ThreadPool
+from flux2_shared.web.app import CLIENT_CLOSED_REQUEST, while_connected
+from generator_service.api import sse
+from generator_service.api.dependencies import GeneratorState, generator_state
+from generator_service.api.schemas import GenerateRequest, Sampling
+from generator_service.engine.events import Preview
+from generator_service.engine.generation import Generation, GenerationResult
+from generator_service.engine.imaging import ImageFormat
+from generator_service.engine.queue import Permit
+from generator_service.engine.request import Request
+
+router = APIRouter(prefix="/v1")
+State = Annotated[GeneratorState, Depends(generator_state)]
+Prefix = Literal["image_generation", "image_edit"]
+EDIT_FORM = {
+    "type": "object",
+    "required": ["prompt", "image"],
+    "properties": {"prompt": {"type": "string"}, "image": {"type": "string", "format": "binary"}},
+}
+"""The least that an edit needs, for the API's own description; the other fields are those of ``ImagesRequest``."""
+INTEGERS = ("n", "num_inference_steps", "output_compression", "partial_images", "seed")
+
+
+class ImagesRequest(Sampling):
+    """Body of ``/v1/images/generations``, and the fields of ``/v1/images/edits`` beside its files."""
+
+    prompt: Text
+    model: StrictStr | None = None
+    n: Annotated[StrictInt, Field(ge=1)] = 1
+    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] = "auto"
+    output_format: ImageFormat = "png"
+    output_compression: Annotated[StrictInt | None, Field(ge=0, le=100)] = None
+    response_format: Literal["b64_json"] | None = None
+    stream: bool = False
+    partial_images: Annotated[StrictInt, Field(ge=0, le=3)] = 0
+    # What other models can do and this one cannot; a client need not know.
+    background: str | None = None
+    input_fidelity: str | None = None
+    moderation: str | None = None
+    quality: str | None = None
+    style: str | None = None
+    user: str | None = None
+
+    def native(self, images: Sequence[bytes] = ()) -> GenerateRequest:
+        """The same request in this service's own words."""
+        width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
+        return GenerateRequest(
+            **{name: getattr(self, name) for name in Sampling.model_fields},
+            prompt=self.prompt,
+            width=width,
+            height=height,
+            output_format=self.output_format,
+            output_compression=self.output_compression,
+            previews=self.partial_images,
+            num_images=self.n,
+            images=[base64.b64encode(data).decode() for data in images],
+        )
+
+
+@router.get("/models")
+async def models(state: State) -> dict[str, Any]:
+    """The one model that is served."""
+    return {"object": "list", "data": [model_card(state)]}
+
+
+@router.get("/models/{name:path}")
+async def model(name: str, state: State) -> dict[str, Any]:
+    """The model, whatever it is called: requests may name any."""
+    return model_card(state) | {"id": name}
+
+
+def model_card(state: GeneratorState) -> dict[str, Any]:
+    """What OpenAI's API tells of a model."""
+    return {"id": state.engine.card.name, "object": "model", "created": 0, "owned_by": "flux2-services"}
+
+
+@router.post("/images/generations")
+async def generations(body: ImagesRequest, http_request: HTTPRequest, state: State) -> Response:
+    """Pictures of a prompt."""
+    with state.engine.admit() as permit:
+        generation = await begin(body, body.native(), state, permit)
+    return await answer(generation, body, http_request, state, "image_generation")
+
+
+@router.post(
+    "/images/edits", openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": EDIT_FORM}}}}
+)
+async def edits(http_request: HTTPRequest, state: State) -> Response:
+    """Pictures made from reference images: a multipart body with one part ``image``, or several ``image[]``."""
+    with state.engine.admit() as permit:  # before the files are read
+        async with http_request.form() as form:
+            body = form_request(form)
+            images = [await part.read() for name in ("image", "image[]") for part in files(form, name)]
+        if not images:
+            raise InvalidRequest("image: give one file or more", param="image")
+        generation = await begin(body, await state.requests.run(body.native, images), state, permit)
+    return await answer(generation, body, http_request, state, "image_edit")
+
+
+def form_request(form: FormData) -> ImagesRequest:
+    """The fields of a multipart body, which are all text, with their types."""
+    if "mask" in form:
+        raise UnsupportedParameter(
+            "mask: this model edits whole pictures: say in the prompt what to change", param="mask"
+        )
+    fields: dict[str, Any] = {k: v for k, v in form.items() if k not in ("image", "image[]")}
+    for name, text in fields.items():
+        if name in INTEGERS or (name == "cache" and str(text).isdigit()):
+            fields[name] = number(name, text, int)
+        elif name == "guidance_scale":
+            fields[name] = number(name, text, float)
+        elif name in ("stream", "upsample_prompt"):
+            fields[name] = text == "true"
+    try:
+        return ImagesRequest(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0])
+        raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
+
+
+def number(name: str, text: Any, kind: type[int] | type[float]) -> int | float:
+    """A field's text as a number."""
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        raise InvalidRequest(f"{name}: must be a number", param=name) from None
+
+
+def files(form: FormData, name: str) -> list[UploadFile]:
+    """The files of a multipart body's parts of one name."""
+    parts = form.getlist(name)
+    if not all(isinstance(part, UploadFile) for part in parts):
+        raise InvalidRequest(f"{name}: must be a file", param=name)
+    return cast("list[UploadFile]", parts)
+
+
+async def begin(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:
+    """Begin to generate the images."""
+    return state.engine.submit(await state.requests.run(state.resolver.resolve, native, body.stream), permit)
+
+
+async def answer(
+    generation: Generation, body: ImagesRequest, http_request: HTTPRequest, state: GeneratorState, prefix: Prefix
+) -> Response:
+    """The images as OpenAI's JSON, or as its stream of events."""
+    common, usage = common_fields(generation.request), usage_of(generation.request, state)
+    if body.stream:
+        events = openai_events(generation, prefix, common, usage, state.responses)
+        return sse.stream(http_request, events, on_end=generation.cancel)
+    try:
+        results = await while_connected(http_request, generation.images())
+    finally:
+        generation.cancel()  # the client left; a generation that has ended stays as it is
+    if results is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    total = usage | {"output_tokens": usage["output_tokens"] * body.n}
+    total |= {"total_tokens": total["input_tokens"] + total["output_tokens"]}
+    fields = {"created": int(time.time()), "usage": total} | common
+    return await state.responses.run(json_response, generation.request, results, fields)
+
+
+def json_response(request: Request, results: Sequence[GenerationResult], fields: dict[str, Any]) -> Response:
+    """All images in one JSON object."""
+    return JSONResponse({"data": [as_json(request, result) for result in results]} | fields)
+
+
+def as_json(request: Request, result: GenerationResult) -> dict[str, Any]:
+    """A finished image, and the prompt that it was generated with if the client's was rewritten."""
+    revised = {"revised_prompt": result.params.prompt} if request.is_upsampled else {}
+    return {"b64_json": base64.b64encode(result.data).decode(), "seed": result.params.seed} | revised
+
+
+def common_fields(request: Request) -> dict[str, Any]:
+    """What every response says about its images."""
+    size = f"{request.params.width}x{request.params.height}"
+    return {"background": "opaque", "output_format": request.output_format, "quality": "high", "size": size}
+
+
+def usage_of(request: Request, state: GeneratorState) -> dict[str, Any]:
+    """Tokens of one image, as the transformer counts them."""
+    text, model = state.resolver.embedding_shape[0], state.engine.card
+    output = model.num_image_tokens(request.params.width, request.params.height)
+    references = request.num_tokens - output
+    return {
+        "input_tokens": text + references,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": references},
+        "output_tokens": output,
+        "total_tokens": text + references + output,
+    }
+
+
+async def openai_events(
+    generation: Generation, prefix: Prefix, common: dict[str, Any], usage: dict[str, Any], threads: ThreadPool
+) -> sse.Events:
+    """``partial_image`` and ``completed``, as OpenAI's clients read them."""
+    common = common | {"created_at": int(time.time())}
+    async for event in generation.events():
+        if isinstance(event, Preview):
+            kind = f"{prefix}.partial_image"
+            image = {"b64_json": await threads.run(sse.preview_base64, event), "output_format": "jpeg"}
+            yield kind, {"type": kind, "partial_image_index": event.number} | common | image
+        elif isinstance(event, GenerationResult):
+            kind = f"{prefix}.completed"
+            image = await threads.run(as_json, generation.request, event)
+            yield kind, {"type": kind} | image | common | {"usage": usage}

@@ -1,0 +1,84 @@
+"""``POST /generate``: images as files, as JSON, or as a stream of events."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+from pydantic import Discriminator, Tag
+
+from flux2_shared.web.app import CLIENT_CLOSED_REQUEST, owner_of, while_connected
+from generator_service.api import sse
+from generator_service.api.dependencies import GeneratorState, generator_state
+from generator_service.api.dialects.huggingface import InferenceRequest
+from generator_service.api.responses import to_response
+from generator_service.api.schemas import GenerateRequest
+from generator_service.engine.generation import Generation
+from generator_service.engine.imaging import MEDIA_TYPES
+from generator_service.engine.job_store import Job
+
+router = APIRouter()
+MAX_KEY_CHARS = 255
+"""Of an ``Idempotency-Key``."""
+
+
+def dialect_of(value: object) -> str:
+    """Which of the two bodies it is."""
+    is_inference = isinstance(value, dict) and "inputs" in value
+    return "<huggingface>" if is_inference or isinstance(value, InferenceRequest) else "<native>"
+
+
+Body = Annotated[
+    Annotated[GenerateRequest, Tag("<native>")] | Annotated[InferenceRequest, Tag("<huggingface>")],
+    Discriminator(dialect_of),
+]
+
+
+@router.post("/", include_in_schema=False)
+@router.post(
+    "/generate",
+    response_class=Response,
+    responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
+)
+async def generate(
+    body: Body,
+    http_request: Request,
+    state: Annotated[GeneratorState, Depends(generator_state)],
+    accept: Annotated[str, Header()] = "",
+    idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
+) -> Response:
+    """An image; its seed, schedule and timings are in the headers, and in the file itself.
+
+    The body is our own or Hugging Face's. Several images are the parts of a ``multipart/mixed`` body. With ``Accept:
+    application/json`` images are base64 in JSON; with ``text/event-stream`` there is an event for every step, and the
+    images are base64 in the last ones. With ``on_disconnect: keep`` the request is a job, which its client may leave.
+    """
+    native = body.native() if isinstance(body, InferenceRequest) else body
+    if native.on_disconnect == "keep":
+        job = await state.job(native, owner_of(http_request), idempotency_key)
+        return await respond_to_job(job, http_request, state, accept)
+    is_stream = sse.MEDIA_TYPE in accept
+    generation = await state.submit(native, is_followed=is_stream)
+    if is_stream:
+        events = sse.native_events(generation, state.responses)
+        return sse.stream(http_request, events, on_end=generation.cancel)
+    try:
+        return await respond(generation, http_request, state, accept)
+    finally:
+        generation.cancel()  # the client left; a generation that has ended stays as it is
+
+
+async def respond(generation: Generation, http_request: Request, state: GeneratorState, accept: str) -> Response:
+    """Wait for the images, as long as the client does."""
+    results = await while_connected(http_request, generation.images())
+    if results is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return await to_response(generation.request, results, accept, state.responses)
+
+
+async def respond_to_job(job: Job, http_request: Request, state: GeneratorState, accept: str) -> Response:
+    """The images of a job in the form that ``accept`` asks for; a client that leaves does not stop it."""
+    if sse.MEDIA_TYPE in accept:
+        response: Response = sse.stream(http_request, sse.native_events(job.generation, state.responses))
+    else:
+        response = await respond(job.generation, http_request, state, accept)
+    response.headers["x-job-id"] = job.id
+    return response

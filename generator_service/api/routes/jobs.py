@@ -1,0 +1,74 @@
+"""``/jobs``: generations that go on without their request, to be asked for, followed, fetched and cancelled."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi.responses import JSONResponse
+
+from flux2_shared.errors import JobNotFinished
+from flux2_shared.web.app import owner_of, problem_of
+from generator_service.api import sse
+from generator_service.api.dependencies import GeneratorState, generator_state
+from generator_service.api.responses import to_response
+from generator_service.api.routes.generate import MAX_KEY_CHARS
+from generator_service.api.schemas import GenerateRequest
+from generator_service.engine.job_store import Job
+
+router = APIRouter(prefix="/jobs")
+State = Annotated[GeneratorState, Depends(generator_state)]
+
+
+@router.post("", status_code=202)
+async def begin(
+    body: GenerateRequest,
+    request: Request,
+    state: State,
+    idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
+) -> Response:
+    """Begin a job, or find the one that the same ``Idempotency-Key`` has begun."""
+    job = await state.job(body, owner_of(request), idempotency_key)
+    return JSONResponse(described(job, request), 202, {"location": f"/jobs/{job.id}"})
+
+
+@router.get("/{job_id}")
+async def show(job_id: str, request: Request, state: State) -> dict[str, Any]:
+    """How far the job is."""
+    return described(state.jobs.get(job_id, owner_of(request)), request)
+
+
+@router.get("/{job_id}/result", response_class=Response)
+async def result(job_id: str, request: Request, state: State, accept: Annotated[str, Header()] = "") -> Response:
+    """The images, as ``POST /generate`` would have answered."""
+    generation = state.jobs.get(job_id, owner_of(request)).generation
+    if generation.is_wanted:
+        retry_after_s = generation.request.estimate_s or 1.0
+        raise JobNotFinished(f"the job is {generation.status}", retry_after_s=retry_after_s)
+    return await to_response(generation.request, await generation.images(), accept, state.responses)
+
+
+@router.get("/{job_id}/events", response_class=Response)
+async def follow(job_id: str, request: Request, state: State) -> Response:
+    """What has happened since the job began, then what happens, as server-sent events."""
+    job = state.jobs.get(job_id, owner_of(request))
+    return sse.stream(request, sse.native_events(job.generation, state.responses))
+
+
+@router.delete("/{job_id}")
+async def cancel(job_id: str, request: Request, state: State) -> dict[str, Any]:
+    """Stop the job within one step; one that has ended stays as it is."""
+    job = state.jobs.get(job_id, owner_of(request))
+    job.generation.cancel()
+    return described(job, request)
+
+
+def described(job: Job, request: Request) -> dict[str, Any]:
+    """Status, seed, and where it waits or what went wrong."""
+    generation = job.generation
+    params, estimate_s = generation.request.params, generation.request.estimate_s
+    description: dict[str, Any] = {"id": job.id, "status": generation.status, "seed": params.seed}
+    if generation.is_wanted:
+        description |= sse.queue_fields(generation.queued) if generation.queued else {}
+        description |= {} if estimate_s is None else {"estimate_ms": round(1000 * estimate_s)}
+    if generation.error is not None:
+        description["problem"] = problem_of(request, generation.error).model_dump()
+    return description

@@ -1,0 +1,1 @@
+"""The ``flux2`` command."""

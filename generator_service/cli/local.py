@@ -1,0 +1,52 @@
+"""Generation without services: the model is loaded into this process, text encoder first, then the rest."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from flux2_shared.errors import InvalidRequest
+from flux2_shared.model.folder import find_model
+from generator_service.api.resolve import Resolver, open_registry
+from generator_service.api.schemas import GenerateRequest
+from generator_service.engine.imaging import encode_image
+from generator_service.engine.latency import LatencyModel
+from generator_service.engine.provenance import provenance
+from generator_service.pipelines import components as parts
+from generator_service.pipelines import flux2, prompt
+from generator_service.pipelines.params import Params
+from generator_service.settings import GeneratorSettings
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """An encoded image and the parameters it was generated with."""
+
+    data: bytes
+    params: Params
+    denoise_s: float
+
+
+def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepListener) -> LocalResult:
+    """Do what ``POST /generate`` does with ``body``.
+
+    Raises:
+        InvalidRequest: a field of ``body`` cannot be used.
+        ModelRefused: the model of ``settings`` cannot be loaded.
+    """
+    try:
+        valid = GenerateRequest(**body)
+    except ValidationError as error:
+        raise InvalidRequest("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+    device, dtype = settings.torch_device(), settings.torch_dtype()
+    folder = find_model(settings.model, settings.revision, (*parts.PARTS, *prompt.PARTS))
+    assert valid.prompt is not None  # the command line gives no embeddings
+    (embeddings,) = prompt.embed_prompts(folder, [valid.prompt], device, dtype)
+    model = flux2.Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras)
+    shape = (embeddings.shape[1], embeddings.shape[2])
+    resolver = Resolver(settings, model.card, open_registry(settings, model.card), shape, LatencyModel())
+    request = resolver.resolve(valid, is_followed=False)
+    params = replace(request.params, prompt_embeds=embeddings)
+    image = model.generate(params, on_step)
+    data = encode_image(image.image, request.output_format, provenance(params, model))
+    return LocalResult(data, params, image.denoise_s)

@@ -1,0 +1,1 @@
+"""From measured errors to schedules (LeMiCa, arXiv 2511.00090, section 3)."""

@@ -1,0 +1,1 @@
+"""What makes a loaded model fast, and how profiles choose from it."""

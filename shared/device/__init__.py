@@ -1,0 +1,1 @@
+"""The device of a service, and the one thread that uses it."""

@@ -1,0 +1,1 @@
+"""The skeleton of both apps and the server that runs them."""
