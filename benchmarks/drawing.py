@@ -80,12 +80,12 @@ class Bench:
         self._embedding = embedding
         self.engine = engine
 
-    def prepare(self, shape: Shape) -> float:
+    def warm_up(self, shape: Shape) -> float:
         """Compile for pictures of this shape, where the model is compiled, and run both kinds of step; the seconds."""
         began = time.perf_counter()
         for schedule in (schedule_for("none", 1), schedule_for(1, 2)):
             params = self._request(shape, schedule, 0).params
-            self.engine.model.prepare(replace(params, prompt_embeds=self._embedding))
+            self.engine.model.warm_up(replace(params, prompt_embeds=self._embedding))
         return time.perf_counter() - began
 
     def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Timing:
@@ -112,7 +112,7 @@ class Bench:
             prompt="a benchmark",
             cache=schedule.name,
         )
-        return Request(params, num_tokens=shape.num_image_tokens(self.engine.card.pixels_per_token))
+        return Request(params, num_tokens=shape.num_image_tokens(self.engine.info.pixels_per_token))
 
 
 @contextmanager

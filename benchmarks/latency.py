@@ -37,7 +37,7 @@ def measure(
     for number, profile in enumerate(args.profiles):
         share_s = (until - time.perf_counter()) / (len(args.profiles) - number)
         with source.model(profile) as model, opened_bench(model, source.embedding()) as bench:
-            config = model.parts.transformer.config
+            config = model.components.transformer.config
             run = ProfileRun(bench, config, args, report, time.perf_counter() + share_s)
             for _ in run.measured(profile, shapes_of(args)):
                 report.performance[profile] = str(model.performance)  # compiling may have failed

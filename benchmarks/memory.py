@@ -26,9 +26,9 @@ from benchmarks.language_model import Model, empty_model
 from benchmarks.memory_tables import memory_section
 from benchmarks.meta_model import META, meta_model, num_bytes, on_meta, tensors_of
 from benchmarks.peak_memory import PeakMemory
-from benchmarks.synthetic import Source, empty_parts
+from benchmarks.synthetic import Source, empty_components
 from generator_service.lemica import Fitted, Schedule, Signature
-from generator_service.pipelines.components import Parts
+from generator_service.pipelines.components import Components
 from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES
 from generator_service.pipelines.optimizations.offload import gathered_sizes
 from generator_service.pipelines.params import Params, Reference
@@ -89,7 +89,7 @@ def workspace(operation: Any, args: tuple[Any, ...], result: Any) -> int:
 def counted(path: Path, profile: str, case: Case) -> Peaks:
     """The peaks of one run of the service's model, a fresh one: it keeps reference images that it has encoded."""
     model = meta_model(path, profile)
-    memory, weights = tracked(model.parts.transformer, model.parts.vae)
+    memory, weights = tracked(model.components.transformer, model.components.vae)
     peaks: list[int] = []
     with on_meta(), memory:
         requests = [request(case, path, model.dtype)] * case.num_images
@@ -133,13 +133,13 @@ def generator_rows(profile: str, peaks: dict[str, Peaks], weights_bytes: int) ->
 
 def count_generator(path: Path) -> dict[str, Any]:
     """Weights and rows of all profiles."""
-    exact = empty_parts(path, torch.bfloat16)
+    exact = empty_components(path, torch.bfloat16)
     resident = num_bytes(exact.transformer, exact.vae)
     weights: dict[str, dict[str, int]] = {}
     rows: list[dict[str, Any]] = []
     peaks: dict[str, dict[str, Peaks]] = {}
     for profile in RESIDENT_PROFILES:
-        parts = meta_model(path, profile).parts
+        parts = meta_model(path, profile).components
         running = num_bytes(parts.transformer, parts.vae)
         weights[profile] = {"running": running, "loading": resident, "host": 0}
         peaks[profile] = {str(case): counted(path, profile, case) for case in CASES}
@@ -150,7 +150,7 @@ def count_generator(path: Path) -> dict[str, Any]:
     return {"weights": weights, "rows": rows}
 
 
-def offloaded(parts: Parts) -> dict[str, int]:
+def offloaded(parts: Components) -> dict[str, int]:
     """The weights where the blocks are in host memory: two of them at once are on the GPU."""
     transformer = parts.transformer
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
@@ -178,7 +178,7 @@ def count_encoder(model: Model) -> dict[str, Any]:
 
 def count_math_decode(path: Path, side: int) -> int:
     """What decoding would take if no kernel but PyTorch's fallback had the decoder's attention."""
-    vae = empty_parts(path, torch.bfloat16).vae
+    vae = empty_components(path, torch.bfloat16).vae
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = torch.empty(1, vae.config.latent_channels, side // scale, side // scale, dtype=vae.dtype, device=META)
     memory, weights_bytes = tracked(vae)

@@ -16,9 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.synthetic import empty_parts
+from benchmarks.synthetic import empty_components
 from flux2_shared.model.folder import ModelFolder
-from generator_service.pipelines.components import Parts
+from generator_service.pipelines.components import Components
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.optimizations.fp8 import is_suited
 from generator_service.pipelines.optimizations.profiles import PROFILES, Performance
@@ -64,7 +64,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer as ``quantise_blocks`` leaves it: 8-bit weights with a scale for each row.
+    """A linear layer as ``quantize_blocks`` leaves it: 8-bit weights with a scale for each row.
 
     Its input is rounded to 8 bits with a scale for each token by one kernel, as compiled code does it.
     """
@@ -118,20 +118,20 @@ def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) ->
     with on_meta():
         model = MetaModel.load(folder, META, dtype, performance=performance, read=read_no_weights)
     if "fp8" in PROFILES[profile]:
-        store_in_fp8(model.parts.transformer)
+        store_in_fp8(model.components.transformer)
     return model
 
 
 def read_no_weights(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
-) -> Parts:
-    """The parts on the meta device; a ``PartsReader``."""
+) -> Components:
+    """The parts on the meta device; a ``ComponentsReader``."""
     del device, transformer_device
-    return empty_parts(folder.path, dtype)
+    return empty_components(folder.path, dtype)
 
 
 def store_in_fp8(transformer: Any) -> None:
-    """Replace the linear layers of the blocks that ``quantise_blocks`` would quantize."""
+    """Replace the linear layers of the blocks that ``quantize_blocks`` would quantize."""
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         for name, module in list(block.named_modules()):
             if is_suited(module):

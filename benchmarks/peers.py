@@ -112,7 +112,7 @@ class Comparison:
         counts = set()
         tiny = replace(self._source, path=TINY, has_weights=False)
         for peer in peers:
-            with tiny.parts() as parts, suppress(Exception):  # it will fail again where that is told
+            with tiny.components() as parts, suppress(Exception):  # it will fail again where that is told
                 pipeline, embedding = pipeline_of(parts), tiny.embedding()
                 count = peer.install(pipeline, peer.knobs[0])
                 for _ in range(2):  # as the run that warms up, and one that counts
@@ -121,7 +121,7 @@ class Comparison:
         return counts
 
     def _library(self, name: str, change: Callable[[Flux2Pipeline], None]) -> None:
-        with self._source.parts() as parts:
+        with self._source.components() as parts:
             pipeline, embedding = pipeline_of(parts), self._source.embedding()
             change(pipeline)
 
@@ -136,7 +136,7 @@ class Comparison:
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, **backend)
 
     def _cache(self, peer: Peer) -> None:
-        with self._source.parts() as parts:
+        with self._source.components() as parts:
             pipeline, embedding = pipeline_of(parts), self._source.embedding()
             count = peer.install(pipeline, peer.knobs[0])
 
@@ -151,7 +151,7 @@ class Comparison:
             embedding = self._source.embedding()
             check_whole(model)
             for num_computed in (2, 1):
-                model.prepare(self._request(embedding, num_computed, 2))
+                model.warm_up(self._request(embedding, num_computed, 2))
             check_whole(model)
             for count in sorted(counts):
 

@@ -77,8 +77,8 @@ def draw(dtype: torch.dtype, performance: Performance, studio: Studio) -> Drawn:
 @torch.no_grad()
 def velocity(model: Flux2Model, case: Case, side: int) -> torch.Tensor:
     """The transformer's answer to latents that depend on the case alone, in float32."""
-    transformer = model._parts.transformer  # noqa: SLF001 - the one step of it
-    tokens = side // model.card.pixels_per_token
+    transformer = model._components.transformer  # noqa: SLF001 - the one step of it
+    tokens = side // model.info.pixels_per_token
     noise = torch.Generator().manual_seed(case.seed)
     ranges = (1, tokens, tokens, 1), (1, 1, 1, case.embedding.shape[1])
     image_ids, text_ids = (torch.cartesian_prod(*(torch.arange(n) for n in counts)) for counts in ranges)

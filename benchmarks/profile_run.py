@@ -146,7 +146,7 @@ class ProfileRun:
         if self._is_gpu:
             torch.cuda.reset_peak_memory_stats()
         check_whole(self._bench.engine.model)
-        prepare_s = self._bench.prepare(shape)
+        prepare_s = self._bench.warm_up(shape)
         check_whole(self._bench.engine.model)
         short = schedule_for("none", 1)
         long = schedule_for("none", 1 + NUM_LONG_STEPS)
@@ -212,7 +212,7 @@ class ProfileRun:
         return step_work(self._config, self._num_tokens(shape)).roofline_s(self._profile)
 
     def _num_tokens(self, shape: Shape) -> int:
-        return shape.num_image_tokens(self._bench.engine.card.pixels_per_token)
+        return shape.num_image_tokens(self._bench.engine.info.pixels_per_token)
 
     def _leave_out(self, shape: Shape, reason: str, **more: Any) -> None:
         self._report.left_out.append({"profile": self._profile, "shape": str(shape), "reason": reason, **more})

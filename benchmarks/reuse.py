@@ -71,7 +71,7 @@ def few_steps() -> Schedule:
 
 def equals_diffusers(model: Flux2Model, request: Params) -> bool:
     """Whether the model's final latents are, bit for bit, those of the library's pipeline."""
-    expected = pipeline_of(model.parts)(
+    expected = pipeline_of(model.components)(
         prompt_embeds=request.embeddings.to(model.device),
         width=request.width,
         height=request.height,
@@ -92,8 +92,8 @@ def compilations_after_warm_up(source: Source, side: int) -> int:
     with source.model("fast") as model:
         embedding = source.embedding()
         once = Params(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
-        model.prepare(once)
-        model.prepare(once, "any")
+        model.warm_up(once)
+        model.warm_up(once, "dynamic")
         check_whole(model)
         before = num_compilations()
         for mode, num_steps in AFTER_WARM_UP:

@@ -9,9 +9,9 @@ from PIL import Image
 from flux2_ray.generator import GeneratorReplica
 from flux2_shared.model.folder import find_model, read_prompt_format
 from generator_service.pipelines.callbacks import Previews
-from generator_service.pipelines.components import PARTS, load_parts
+from generator_service.pipelines.components import PARTS, load_components
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, StepListener
-from generator_service.pipelines.optimizations.compiled_model import Kind
+from generator_service.pipelines.optimizations.compiled_model import ShapeKind
 from generator_service.pipelines.params import Params
 from generator_service.settings import GeneratorSettings
 
@@ -34,7 +34,7 @@ class SimulatedModel(Flux2Model):
         image = Image.effect_noise((params.width, params.height), 64).convert("RGB")
         return GeneratedImage(image, time.perf_counter() - began, 0.0, torch.empty(0), 0.0, params.schedule)
 
-    def prepare(self, params: Params, kind: Kind = "this") -> GeneratedImage:
+    def warm_up(self, params: Params, kind: ShapeKind = "static") -> GeneratedImage:
         """There is nothing to compile."""
         del kind
         return self.generate(params)
@@ -55,6 +55,6 @@ class SimulatedGenerator(GeneratorReplica):
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
         """The demo model, simulated."""
         folder = find_model(settings.model, settings.revision, PARTS)
-        model = SimulatedModel(folder, load_parts(folder, settings.torch_device(), settings.torch_dtype()))
+        model = SimulatedModel(folder, load_components(folder, settings.torch_device(), settings.torch_dtype()))
         model.step_s = self._step_s
-        return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)
+        return model, (read_prompt_format(folder).max_sequence_length, model.info.embedding_width)

@@ -23,7 +23,7 @@ from benchmarks.architectures import FULL, TINY
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder, find_model, read_prompt_format
 from generator_service.app import load_model
-from generator_service.pipelines.components import PARTS, Parts, PartsReader, load_parts
+from generator_service.pipelines.components import PARTS, Components, ComponentsReader, load_components
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.settings import GeneratorSettings, ProfileName
 
@@ -79,10 +79,10 @@ class Source:
         try:
             yield model
         finally:
-            discard(model.parts)
+            discard(model.components)
 
     @contextmanager
-    def parts(self) -> Iterator[Parts]:
+    def components(self) -> Iterator[Components]:
         """Fresh parts alone, for other code than the service's; likewise freed after the block."""
         settings = self.settings()
         folder = find_model(settings.model, settings.revision, PARTS)
@@ -100,8 +100,8 @@ class Source:
         return torch.randn((1, num_tokens, width), generator=noise).to(self.torch_dtype)
 
     @property
-    def _read(self) -> PartsReader:
-        return load_parts if self.has_weights else random_parts
+    def _read(self) -> ComponentsReader:
+        return load_components if self.has_weights else random_parts
 
 
 class NotWhole(Exception):
@@ -132,7 +132,7 @@ def source_of(args: argparse.Namespace) -> Source:
     return Source(TINY if is_small else FULL)
 
 
-def pipeline_of(parts: Parts) -> Flux2Pipeline:
+def pipeline_of(parts: Components) -> Flux2Pipeline:
     """The library's own pipeline around ``parts``, without a text encoder."""
     made = Flux2Pipeline(
         scheduler=parts.scheduler, vae=parts.vae, text_encoder=None, tokenizer=None, transformer=parts.transformer
@@ -143,19 +143,19 @@ def pipeline_of(parts: Parts) -> Flux2Pipeline:
 
 def random_parts(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
-) -> Parts:
-    """The architecture in ``folder`` with random weights, made on ``device`` itself; a ``PartsReader``.
+) -> Components:
+    """The architecture in ``folder`` with random weights, made on ``device`` itself; a ``ComponentsReader``.
 
     Full size takes seconds on a GPU, and never goes through host memory.
     """
-    parts = empty_parts(folder.path, dtype)
+    parts = empty_components(folder.path, dtype)
     for module, place in ((parts.transformer, transformer_device or device), (parts.vae, device)):
         module.to_empty(device=place)
         fill(module, torch.Generator(place).manual_seed(SEED))
     return parts
 
 
-def empty_parts(path: Path, dtype: torch.dtype) -> Parts:
+def empty_components(path: Path, dtype: torch.dtype) -> Components:
     """The architecture in a folder, on the meta device: with the sizes of all weights, and no memory for them."""
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel.from_config(read_config(path, "transformer"))
@@ -163,7 +163,7 @@ def empty_parts(path: Path, dtype: torch.dtype) -> Parts:
     for module in (transformer, vae):
         nn.Module.to(module, dtype)  # diffusers' own would warn of layers that must stay float32: there are none
         module.eval().requires_grad_(requires_grad=False)
-    return Parts(transformer, vae, FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler"))
+    return Components(transformer, vae, FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler"))
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def read_config(path: Path, part: str) -> dict[str, Any]:
     return config
 
 
-def discard(parts: Parts) -> None:
+def discard(parts: Components) -> None:
     """Free the weights, even if a cache or compiled code still holds the modules."""
     for part in (parts.transformer, parts.vae):
         for module in part.modules():

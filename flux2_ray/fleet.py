@@ -21,7 +21,7 @@ from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
-from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.model_info import ModelInfo
 
 logger = logging.getLogger("flux2")
 
@@ -35,7 +35,7 @@ class Fleet:
 
     Args:
         handle: of the deployment of ``GeneratorReplica``.
-        card: their model.
+        info: their model.
         latencies: how long images take them.
         num_generators: how many there are now.
         max_waiting: how many requests may wait beside those that run.
@@ -45,13 +45,13 @@ class Fleet:
     def __init__(
         self,
         handle: Any,
-        card: ModelCard,
+        info: ModelInfo,
         latencies: LatencyModel,
         num_generators: Callable[[], int],
         max_waiting: int,
         metrics: Metrics,
     ) -> None:
-        self.card = card
+        self.info = info
         self.latencies = latencies
         self._handle = handle.options(stream=True)
         self._queue = Queue[None](lambda: num_generators() + max_waiting, num_devices=num_generators)

@@ -19,7 +19,7 @@ from generator_service.engine.generation import GenerationResult
 from generator_service.engine.latency import LatencyEstimate
 from generator_service.engine.request import Request
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.model_info import ModelInfo
 from generator_service.settings import GeneratorSettings
 
 logger = logging.getLogger("flux2")
@@ -29,7 +29,7 @@ logger = logging.getLogger("flux2")
 class GeneratorInfo:
     """What a generator tells of itself."""
 
-    card: ModelCard
+    model: ModelInfo
     embedding_shape: tuple[int, int]
     latency: LatencyEstimate | None
     """Of an image of the default size, as measured by the warm-up."""
@@ -64,8 +64,8 @@ class GeneratorReplica:
 
     async def info(self) -> GeneratorInfo:
         """What the API needs to know before the first request."""
-        card = self._engine.card
-        return GeneratorInfo(card, self._shape, self._engine.latencies.estimate(card.default_num_tokens))
+        model = self._engine.info
+        return GeneratorInfo(model, self._shape, self._engine.latencies.estimate(model.default_num_tokens))
 
     async def generate(self, request: Request) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
         """The events of a generation but for its position, which is known elsewhere; at last its results.

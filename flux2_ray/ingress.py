@@ -35,13 +35,13 @@ def create_app() -> FastAPI:
         async with ReplicaCount(name) as replicas:
             fleet = Fleet(
                 generators,
-                info.card,
+                info.model,
                 latency_model(info),
                 lambda: replicas.running(GENERATOR),
                 settings.max_waiting,
                 app.state.metrics,
             )
-            readiness = Readiness(encoder, info.card, info.embedding_shape)
+            readiness = Readiness(encoder, info.model, info.embedding_shape)
 
             async def is_ready() -> str | None:
                 return await readiness() if replicas.running(GENERATOR) else "no generator runs"
@@ -79,7 +79,7 @@ def latency_model(info: GeneratorInfo) -> LatencyModel:
     if info.latency is not None:
         for num_computed, num_steps in ((3, 3), (1, 3)):
             model.observe(
-                info.card.default_num_tokens,
+                info.model.default_num_tokens,
                 num_computed=num_computed,
                 num_steps=num_steps,
                 denoise_s=info.latency.denoise_s(num_computed, num_steps),

@@ -31,9 +31,9 @@ from generator_service.clients.upsampler import Upsampler
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.worker import Batching
-from generator_service.pipelines.components import PARTS, PartsReader, load_parts
+from generator_service.pipelines.components import PARTS, ComponentsReader, load_components
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.optimizations.profiles import Machine, choose
 from generator_service.settings import GeneratorSettings
 
@@ -65,7 +65,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             encoder = with_retries(client, settings)
             upsampler = make_upsampler(settings, transport)
             async with client, running_engine(settings, model, shape, encoder, runtime, upsampler) as engine:
-                yield Backend(engine, shape, Readiness(encoder, model.card, shape))
+                yield Backend(engine, shape, Readiness(encoder, model.info, shape))
 
     return build_app(open_backend, settings)
 
@@ -84,8 +84,8 @@ def build_app(
             ThreadPool("responses") as responses,
         ):
             engine = backend.engine
-            registry = await asyncio.to_thread(open_registry, settings, engine.card)
-            resolver = Resolver(settings, engine.card, registry, backend.embedding_shape, engine.latencies)
+            registry = await asyncio.to_thread(open_registry, settings, engine.info)
+            resolver = Resolver(settings, engine.info, registry, backend.embedding_shape, engine.latencies)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
             app.state.generator = GeneratorState(settings, engine, resolver, jobs, requests, responses)
             app.state.health.start_serving(backend.ready, engine.close)
@@ -165,7 +165,7 @@ def warn_if_unauthenticated(settings: GeneratorSettings) -> None:
 def load_model(
     settings: GeneratorSettings,
     report: Report = ignore,
-    read: PartsReader = load_parts,
+    read: ComponentsReader = load_components,
     backend: CompilerBackend = "inductor",
 ) -> tuple[Flux2Model, tuple[int, int]]:
     """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings.
@@ -187,23 +187,23 @@ def load_model(
         has_adapters=settings.lora_dir is not None,
         backend=backend,
     )
-    if settings.lora_dir is not None and "offload" in performance.optimisations:
+    if settings.lora_dir is not None and "offload" in performance.optimizations:
         raise ModelRefused("GENERATOR_LORA_DIR: adapters cannot be applied where GENERATOR_PERFORMANCE is offload")
     model = Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras, performance, read)
-    check_warm_up_sizes(settings, model.card)
-    return model, (read_prompt_format(folder).max_sequence_length, model.card.embedding_width)
+    check_warm_up_sizes(settings, model.info)
+    return model, (read_prompt_format(folder).max_sequence_length, model.info.embedding_width)
 
 
-def check_warm_up_sizes(settings: GeneratorSettings, card: ModelCard) -> None:
+def check_warm_up_sizes(settings: GeneratorSettings, info: ModelInfo) -> None:
     """Raise ``ModelRefused`` if the model cannot generate one of ``GENERATOR_WARM_UP_SIZES``."""
     for width, height in settings.warm_up_sizes:
         if (
-            width % card.pixels_per_token
-            or height % card.pixels_per_token
+            width % info.pixels_per_token
+            or height % info.pixels_per_token
             or not 0 < width * height <= settings.max_pixels
         ):
             limits = (
-                f"sides must be multiples of {card.pixels_per_token}, with at most {settings.max_pixels} pixels in all"
+                f"sides must be multiples of {info.pixels_per_token}, with at most {settings.max_pixels} pixels in all"
             )
             raise ModelRefused(f"GENERATOR_WARM_UP_SIZES: {width}x{height} cannot be generated: {limits}")
 
@@ -218,9 +218,9 @@ class HasInfo(Protocol):
 class Readiness:
     """Why the generator cannot generate now: the text encoder is unavailable, or embeds for another model."""
 
-    def __init__(self, encoder: HasInfo, card: ModelCard, shape: tuple[int, int]) -> None:
+    def __init__(self, encoder: HasInfo, info: ModelInfo, shape: tuple[int, int]) -> None:
         self._encoder = encoder
-        self._card = card
+        self._info = info
         self._shape = shape
 
     async def __call__(self) -> str | None:
@@ -229,4 +229,4 @@ class Readiness:
             info = await self._encoder.info()
         except Flux2Error as error:
             return str(error)
-        return None if info is None else info.mismatch(self._card.name, self._card.revision, self._shape)
+        return None if info is None else info.mismatch(self._info.name, self._info.revision, self._shape)

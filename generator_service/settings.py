@@ -20,7 +20,7 @@ class Service(StrEnum):
 CacheName = str
 """``none``, or the name of a schedule."""
 ProfileName = Literal["auto", "exact", "fast", "fastest", "offload"]
-Optimisation = Literal["attention", "compile", "fp8", "fused_qkv", "offload", "vae"]
+Optimization = Literal["attention", "compile", "fp8", "fused_qkv", "offload", "vae"]
 
 
 def read_names(text: Any) -> Any:
@@ -82,7 +82,7 @@ class GeneratorSettings(ServiceSettings):
 
     performance: ProfileName = "auto"
     """How the model is made fast; ``auto`` is ``fast`` on a GPU, ``offload`` on a small one, ``exact`` on a CPU."""
-    performance_without: Annotated[frozenset[Optimisation], NoDecode, BeforeValidator(read_names)] = frozenset()
+    performance_without: Annotated[frozenset[Optimization], NoDecode, BeforeValidator(read_names)] = frozenset()
     """What of the profile is left out."""
     warm_up_sizes: Annotated[tuple[tuple[int, int], ...], NoDecode, BeforeValidator(read_sizes)] = ()
     """Widths and heights of pictures that are compiled by themselves at start; none: the model's default size."""

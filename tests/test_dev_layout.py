@@ -25,7 +25,7 @@ from generator_service.settings import GeneratorSettings
 from tests.conftest import CPU
 from tests.dev_layout import lay_out_as_dev, read_json, write_json
 from tests.generator_service.test_cli import pixels, run
-from tests.generator_service.test_optimised import wanted
+from tests.generator_service.test_optimizations import wanted
 from tests.memory_errors import EVERY_KIND, KINDS
 from tests.text_encoder_service.test_encoder import PROMPTS, encoder
 from text_encoder_service.app import load_encoder
@@ -82,7 +82,7 @@ def test_the_vae_is_float32_and_the_rest_is_not(dev: Path) -> None:
 def test_the_generator_loads_it(plain: Path, dev: Path) -> None:
     """The pictures are those of the same weights in one file."""
     (theirs, shape), (ours, _) = (load_model(GeneratorSettings(model=str(folder))) for folder in (plain, dev))
-    assert shape == (32, ours.card.embedding_width)
+    assert shape == (32, ours.info.embedding_width)
     request = wanted("none", num_steps=3)
     assert torch.equal(ours.generate(request).latents, theirs.generate(request).latents)
 
@@ -93,7 +93,7 @@ def test_it_is_loaded_in_either_dtype(dev: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     model, _ = load_model(GeneratorSettings(model=str(dev), dtype=name))
     text_encoder, info = load_encoder(TextEncoderSettings(model=str(dev), dtype=name))
-    assert (model.dtype, model._parts.vae.dtype, text_encoder.dtype, info.dtype) == (dtype, dtype, dtype, name)
+    assert (model.dtype, model._components.vae.dtype, text_encoder.dtype, info.dtype) == (dtype, dtype, dtype, name)
 
 
 def test_the_text_encoder_loads_it(plain: Path, dev: Path) -> None:

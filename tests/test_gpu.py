@@ -27,11 +27,11 @@ from generator_service.pipelines.optimizations import attention
 from generator_service.pipelines.optimizations.profiles import Performance
 from generator_service.pipelines.params import Params, Reference
 from generator_service.pipelines.prompt import embed_prompts
-from generator_service.settings import GeneratorSettings, Optimisation
+from generator_service.settings import GeneratorSettings, Optimization
 from tests import pretended_gpu
 from tests.conftest import CPU, served
 from tests.generator_service.test_lora import adapter_file
-from tests.generator_service.test_optimised import wanted
+from tests.generator_service.test_optimizations import wanted
 from tests.pretended_cuda import Gpus
 from tests.pretended_gpu import DEVICE, Gpu, OnGpu
 from text_encoder_service.app import create_app as create_encoder
@@ -46,7 +46,7 @@ pytestmark = [
 FOLDER = ModelFolder("weights", "local", WEIGHTS)
 TOLERANCE = 1e-4
 """Of final latents: projections are joined, and attention is another."""
-PROFILES: list[tuple[Optimisation, ...]] = [(), ("attention", "fused_qkv", "vae")]
+PROFILES: list[tuple[Optimization, ...]] = [(), ("attention", "fused_qkv", "vae")]
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +70,9 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory, demo: Flux2Model) -> Path
     return folder
 
 
-def on_gpu(*optimisations: Optimisation, lora_dir: Path | None = None) -> Flux2Model:
+def on_gpu(*optimizations: Optimization, lora_dir: Path | None = None) -> Flux2Model:
     """The demo model there."""
-    performance = Performance("fast", frozenset(optimisations))
+    performance = Performance("fast", frozenset(optimizations))
     return Flux2Model.load(FOLDER, DEVICE, torch.float32, lora_dir, performance=performance)
 
 
@@ -185,23 +185,23 @@ def test_what_is_pretended_refuses_and_notes() -> None:
     ]
 
 
-@pytest.mark.parametrize("optimisations", PROFILES)
-def test_the_gpu_never_waits_between_steps(optimisations: tuple[Optimisation, ...], demo: Flux2Model) -> None:
+@pytest.mark.parametrize("optimizations", PROFILES)
+def test_the_gpu_never_waits_between_steps(optimizations: tuple[Optimization, ...], demo: Flux2Model) -> None:
     """Computed or reused, first run or later: no value is read and nothing is copied between the first and last step.
 
     So the host only waits for a step some steps back, and the GPU has always something to do.
     """
-    model = on_gpu(*optimisations)
+    model = on_gpu(*optimizations)
     for request in (wanted("none", num_steps=6), wanted(3, num_steps=6), wanted(2, num_steps=6, seed=1)):
         picture = drawn(model, request)
         assert Gpu.waits == []
         assert (picture.latents - demo.generate(request).latents).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("optimisations", PROFILES)
-def test_references_and_batches_never_wait_either(optimisations: tuple[Optimisation, ...], demo: Flux2Model) -> None:
+@pytest.mark.parametrize("optimizations", PROFILES)
+def test_references_and_batches_never_wait_either(optimizations: tuple[Optimization, ...], demo: Flux2Model) -> None:
     """Nor with a reference image, nor for two pictures in one run; the pictures are those of the host."""
-    model = on_gpu(*optimisations)
+    model = on_gpu(*optimizations)
     reference = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     edit = replace(wanted(3, num_steps=6), references=(Reference(reference),))
     assert (drawn(model, edit).latents - demo.generate(edit).latents).abs().max() <= TOLERANCE

@@ -26,7 +26,7 @@ from generator_service.lemica import (
     published_size,
 )
 from generator_service.pipelines.lora import Adapter
-from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.params import Params, Reference
 from generator_service.settings import GeneratorSettings
 
@@ -34,7 +34,7 @@ RANDOM_SEEDS = 2**32
 """A seed that the client leaves open is below this."""
 
 
-def open_registry(settings: GeneratorSettings, model: ModelCard) -> ScheduleRegistry:
+def open_registry(settings: GeneratorSettings, model: ModelInfo) -> ScheduleRegistry:
     """The calibrated schedules of ``model``: those that come with the product, and those of ``SCHEDULES_DIR``.
 
     Raises:
@@ -55,7 +55,7 @@ class Resolver:
     """Resolves bodies for one model, with the limits of one service."""
 
     settings: GeneratorSettings
-    model: ModelCard
+    model: ModelInfo
     registry: ScheduleRegistry
     embedding_shape: tuple[int, int]
     """Tokens and width of a prompt's embedding."""

@@ -125,7 +125,7 @@ class CalibrationRun:
     @property
     def signature(self) -> Signature:
         """The signature of the recorded runs."""
-        signature = self._model.card.signature(
+        signature = self._model.info.signature(
             num_steps=self._samples.num_steps,
             width=self._samples.width,
             height=self._samples.height,

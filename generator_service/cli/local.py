@@ -44,7 +44,7 @@ def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.S
     (embeddings,) = prompt.embed_prompts(folder, [valid.prompt], device, dtype)
     model = flux2.Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras)
     shape = (embeddings.shape[1], embeddings.shape[2])
-    resolver = Resolver(settings, model.card, open_registry(settings, model.card), shape, LatencyModel())
+    resolver = Resolver(settings, model.info, open_registry(settings, model.info), shape, LatencyModel())
     request = resolver.resolve(valid, is_followed=False)
     params = replace(request.params, prompt_embeds=embeddings)
     image = model.generate(params, on_step)

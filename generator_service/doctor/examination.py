@@ -146,7 +146,7 @@ def _check_profiles(findings: Findings) -> Iterator[Check]:
         gpu = generator.gpu
         weight_bytes = _weight_bytes(findings, Service.GENERATOR)
         findings.performance = profiles.choose_generator_profile(findings.generator, gpu, weight_bytes)
-        is_compiled |= "compile" in findings.performance.optimisations
+        is_compiled |= "compile" in findings.performance.optimizations
         yield from profiles.check_generator_profile(findings.generator, gpu, findings.performance)
         yield from isolated(
             "attention", lambda: profiles.check_attention(findings.performance, gpu, findings.libraries)
@@ -180,7 +180,7 @@ def _need(findings: Findings, sizes: memory.Sizes, placement: gpus.Placement) ->
         dtype = profiles.dtype_of(findings.encoder, gpu)
         return memory.encoder_need(sizes, gpu, dtype, findings.encoder.weights, num_tokens)
     largest = max((weights.largest_bytes for weights in findings.model.weights.values()), default=0)
-    is_offloaded = "offload" in findings.performance.optimisations
+    is_offloaded = "offload" in findings.performance.optimizations
     dtype = profiles.dtype_of(findings.generator, gpu)
     return memory.generator_need(sizes, gpu, dtype, is_offloaded=is_offloaded, largest_file=largest)
 

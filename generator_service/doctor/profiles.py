@@ -57,7 +57,7 @@ def check_generator_profile(settings: GeneratorSettings, gpu: Gpu | None, perfor
     detail = f"GENERATOR_PERFORMANCE={settings.performance}: {performance}"
     if settings.performance == "auto":
         detail += f"; {_why(performance.profile, gpu)}"
-    if "offload" in performance.optimisations and settings.lora_dir is not None:
+    if "offload" in performance.optimizations and settings.lora_dir is not None:
         fix = "unset GENERATOR_LORA_DIR, or choose another GENERATOR_PERFORMANCE"
         yield failed(name, f"{detail}; LoRA adapters cannot be applied to offloaded blocks", fix)
     elif settings.performance not in {"auto", performance.profile}:
@@ -95,7 +95,7 @@ def check_attention(performance: Performance, gpu: Gpu | None, libraries: Librar
     """Report the attention kernels that run here, and the one that would be chosen."""
     name = "attention"
     lines = "; ".join(one_line(line) for line in libraries.attention_lines)
-    if "attention" not in performance.optimisations:
+    if "attention" not in performance.optimizations:
         yield ok(name, f"native, PyTorch's default: the profile {performance.profile} does not measure others")
     elif gpu is None:
         yield ok(name, "native, the only one for a CPU")

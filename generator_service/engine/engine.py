@@ -38,7 +38,7 @@ from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
 from generator_service.engine.worker import ALONE, Batching, ImageQueue, ImageWork, Worker
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
-from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.params import Params
 
 NO_TRACING = Tracing()
@@ -58,7 +58,7 @@ class ImageGenerator(Protocol):
     """What the API needs: an engine on this machine, or many on others."""
 
     @property
-    def card(self) -> ModelCard:
+    def info(self) -> ModelInfo:
         """The model."""
 
     @property
@@ -110,7 +110,7 @@ class Engine:
         batching: Batching = ALONE,
     ) -> None:
         self.model = model
-        self.card = model.card
+        self.info = model.info
         self.latencies = LatencyModel()
         self.worker = Worker(model, runtime.thread, self.latencies, runtime.metrics, batching)
         self.queue: ImageQueue = Queue(

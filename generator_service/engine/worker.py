@@ -142,15 +142,15 @@ class Worker:
             sizes: widths and heights of images that are compiled by themselves; none: the model's default.
             report: hears how far it is.
         """
-        side = self.model.card.default_side
+        side = self.model.info.default_side
         nothing = torch.zeros(1, *embedding_shape)
         schedule = schedule_for(1, WARM_UP_STEPS)
         stages: list[WarmUpStage] = []
         for width, height in sizes or [(side, side)]:
             params = Params(nothing, width, height, 4.0, 0, schedule)
             stages.append((f"{width}x{height}", partial(self._warm_up_size, params)))
-        if "compile" in self.model.performance.optimisations:
-            stages.append(("other sizes", partial(self.model.prepare, params, "any")))
+        if "compile" in self.model.performance.optimizations:
+            stages.append(("other sizes", partial(self.model.warm_up, params, "dynamic")))
             stages += self._batch_stages(params)
         with alone_on_gpu(self.model.device, report):
             for number, (name, run) in enumerate(stages, 1):
@@ -160,23 +160,23 @@ class Worker:
 
     def _warm_up_size(self, params: Params) -> None:
         """Generate at one size with each kind of step; the first run also pays for what happens once."""
-        self.model.prepare(replace(params, schedule=schedule_for("none", 1)))
+        self.model.warm_up(replace(params, schedule=schedule_for("none", 1)))
         for schedule in (schedule_for("none", WARM_UP_STEPS), params.schedule):
             timed = replace(params, schedule=schedule)
-            num_tokens = self.model.card.num_image_tokens(params.width, params.height)
-            self._learn(timed, num_tokens, self.model.prepare(timed))
+            num_tokens = self.model.info.num_image_tokens(params.width, params.height)
+            self._learn(timed, num_tokens, self.model.warm_up(timed))
 
     def _batch_stages(self, params: Params) -> list[WarmUpStage]:
         """What runs of several images like ``params`` need, at the largest size that may share a run."""
-        unit = self.model.card.pixels_per_token
-        side = min(math.isqrt(self.batching.max_pixels) // unit * unit, self.model.card.default_side)
+        unit = self.model.info.pixels_per_token
+        side = min(math.isqrt(self.batching.max_pixels) // unit * unit, self.model.info.default_side)
         if self.batching.max_batch == 1 or side == 0:
             return []
         return [("runs of several images", partial(self._warm_up_batch, replace(params, width=side, height=side)))]
 
     def _warm_up_batch(self, params: Params) -> None:
         try:
-            self.model.prepare_batch([params] * BATCHED_ROWS, "any")
+            self.model.warm_up_batch([params] * BATCHED_ROWS, "dynamic")
         except OutOfMemory as error:
             self.batching = ALONE
             logger.warning("images will not share runs: %s", error)

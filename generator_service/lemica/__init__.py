@@ -38,16 +38,19 @@ from generator_service.lemica.schedule import (
 from generator_service.lemica.signature import Signature
 
 if TYPE_CHECKING:
-    from generator_service.lemica.cached_transformer import CachedTransformer, TimeEmbeddings, check_transformer
-    from generator_service.lemica.calibration.measure import Calibration, Trajectory, TrajectoryRecorder, num_forwards
+    from generator_service.lemica.cached_transformer import CachedTransformer, TimeEmbeddings
+    from generator_service.lemica.calibration.measure import Calibration, num_forwards
+    from generator_service.lemica.calibration.trajectory import Trajectory, TrajectoryRecorder
+    from generator_service.lemica.check import check_transformer, small_example
 
 NEED_TORCH = {
     "CachedTransformer": "cached_transformer",
     "TimeEmbeddings": "cached_transformer",
-    "check_transformer": "cached_transformer",
+    "check_transformer": "check",
+    "small_example": "check",
     "Calibration": "calibration.measure",
-    "Trajectory": "calibration.measure",
-    "TrajectoryRecorder": "calibration.measure",
+    "Trajectory": "calibration.trajectory",
+    "TrajectoryRecorder": "calibration.trajectory",
     "num_forwards": "calibration.measure",
 }
 
@@ -88,6 +91,7 @@ __all__ = [
     "save_schedules",
     "schedule_for",
     "schedule_of",
+    "small_example",
     "with_fitted_predictor",
     "with_step_added",
     "with_step_removed",

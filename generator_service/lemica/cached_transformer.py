@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generator_service.lemica.errors import ScheduleMismatch, TransformerMismatch
+from generator_service.lemica.errors import ScheduleMismatch
 from generator_service.lemica.predictor import CachedFeature
 from generator_service.lemica.schedule import Schedule
-from generator_service.lemica.signature import Signature
 
 REQUIRED_MODULES = ("time_guidance_embed", "x_embedder", "norm_out", "proj_out")
 StepCallback = Callable[[int, bool], None]
@@ -206,34 +205,3 @@ def project(transformer: Any, residual: Tensor, arguments: dict[str, Any], temb:
     h_in = transformer.x_embedder(arguments["hidden_states"][:, : residual.shape[1]])
     velocity: Tensor = transformer.proj_out(transformer.norm_out(h_in + residual, embedded))
     return velocity
-
-
-@torch.no_grad()
-def check_transformer(transformer: Any, example: dict[str, Any]) -> None:
-    """Check at startup that residual reuse is valid for this transformer.
-
-    At the same input the residual is exact, so a computed step followed by a reused one must give the same velocity up
-    to rounding.
-
-    Args:
-        transformer: the transformer to check.
-        example: keyword arguments of one small forward pass without reference tokens.
-
-    Raises:
-        TransformerMismatch: a required module is missing, or the two velocities differ.
-    """
-    missing = [name for name in REQUIRED_MODULES if not hasattr(transformer, name)]
-    if missing:
-        raise TransformerMismatch(
-            f"the transformer has no {', '.join(missing)}: this version of diffusers is not supported"
-        )
-    schedule = Schedule("check", 2, (0,), "check", Signature("any", 2))
-    try:
-        cached = CachedTransformer(transformer, schedule, example["hidden_states"].shape[1])
-        (computed,), (reused,) = cached(**example), cached(**example)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise TransformerMismatch("a reused step does not run on this transformer") from error
-    tolerance = 8 * torch.finfo(computed.dtype).eps * max(1.0, computed.abs().max().item())
-    difference = (computed - reused).abs().max().item()
-    if not difference <= tolerance * 8:
-        raise TransformerMismatch(f"a reused step differs from the computed one by {difference:.3g} at the same input")

@@ -28,7 +28,7 @@ class Previews:
     """The steps whose preview it has seen: a run that is started again shows only the others."""
 
 
-class PreviewTaker:
+class PreviewDecoder:
     """Shows where the latents would end if they went on as in the last step, which they nearly do: flows are straight.
 
     Args:
@@ -64,13 +64,13 @@ class PreviewTaker:
         return picture
 
 
-class StepClock:
+class DenoisingCallback:
     """A pipeline callback that notes when the last step ended, on the device too, and checks what it left.
 
     Nothing in it waits for the device to be idle before the last step, but for previews.
     """
 
-    def __init__(self, num_steps: int, device: torch.device, preview: PreviewTaker | None = None) -> None:
+    def __init__(self, num_steps: int, device: torch.device, preview: PreviewDecoder | None = None) -> None:
         self._last = num_steps - 1
         self._device = device
         self._preview = preview
@@ -84,7 +84,7 @@ class StepClock:
     ) -> dict[str, torch.Tensor]:
         """As diffusers calls ``callback_on_step_end``; raises ``NonFiniteOutput`` after the last step."""
         if self._device.type == "cuda":
-            self._keep_pace()
+            self._throttle_host()
         if self._preview is not None:
             self._show(self._preview, pipeline, step, tensors["latents"])
         if step == self._last:
@@ -94,7 +94,7 @@ class StepClock:
                 raise NonFiniteOutput("the model drew no picture: not every value is a finite number")
         return tensors
 
-    def _keep_pace(self) -> None:
+    def _throttle_host(self) -> None:
         """Wait for the step of some steps ago; the device has the later ones to do meanwhile."""
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
@@ -102,7 +102,7 @@ class StepClock:
         if len(self._events) > STEPS_AHEAD:
             self._events.popleft().synchronize()
 
-    def _show(self, preview: PreviewTaker, pipeline: Any, step: int, latents: torch.Tensor) -> None:
+    def _show(self, preview: PreviewDecoder, pipeline: Any, step: int, latents: torch.Tensor) -> None:
         if self._device.type == "cuda" and preview.is_due(step):
             torch.cuda.synchronize(self._device)  # the steps' own time is not the preview's
         began = time.perf_counter()

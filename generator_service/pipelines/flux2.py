@@ -36,28 +36,33 @@ from generator_service.lemica import (
     TrajectoryRecorder,
     TransformerMismatch,
     check_transformer,
+    small_example,
 )
-from generator_service.pipelines.callbacks import Previews, PreviewTaker, StepClock
-from generator_service.pipelines.components import CPU, Parts, PartsReader, load_parts
-from generator_service.pipelines.example import small_example
+from generator_service.pipelines.callbacks import DenoisingCallback, PreviewDecoder, Previews
+from generator_service.pipelines.components import (
+    CPU,
+    Components,
+    ComponentsReader,
+    ReferenceCachingPipeline,
+    load_components,
+)
 from generator_service.pipelines.lora import Adapters
-from generator_service.pipelines.model_info import ModelCard
-from generator_service.pipelines.optimizations.apply import Optimised
-from generator_service.pipelines.optimizations.compiled_model import Kind
+from generator_service.pipelines.model_info import ModelInfo
+from generator_service.pipelines.optimizations.apply import Optimizations
+from generator_service.pipelines.optimizations.compiled_model import ShapeKind
 from generator_service.pipelines.optimizations.profiles import EXACT, Performance
 from generator_service.pipelines.params import Params
-from generator_service.pipelines.reference_cache import ReferenceCachingPipeline
 
 TIME_EMBEDDINGS = 1024
 """How many are kept, 12 KB each for FLUX.2 [dev]: a dozen lengths of runs."""
 TEXT_TOKENS = 512
-"""Of the picture that attention is measured for; how many there are is known only with the first prompt."""
+"""Of the image that attention is measured for; how many there are is known only with the first prompt."""
 logger = logging.getLogger("flux2")
 
 REFERENCE_CACHE_BYTES = 256 * 2**20
 """For the latents of reference images, on the device; one of 1024x1024 takes 1 MiB in bfloat16."""
 ATTEMPTS = 2
-"""How often a picture that does not fit into memory is tried as it is."""
+"""How often an image that does not fit into memory is tried as it is."""
 TOO_LARGE = "does not fit into the device's memory now"
 StepListener = Callable[[int, bool], None]
 
@@ -85,8 +90,8 @@ class Flux2Model:
     """The weights of a FLUX.2 model on one device. Use it from one thread at a time.
 
     Args:
-        folder: where ``parts`` come from: their name, revision and fingerprint.
-        parts: on their device. They are changed in place as ``performance`` says.
+        folder: where ``components`` come from: their name, revision and fingerprint.
+        components: on their device. They are changed in place as ``performance`` says.
         lora_dir: where LoRA adapters lie.
         max_loras: how many of them are kept on the device.
         performance: how it is made fast.
@@ -98,35 +103,37 @@ class Flux2Model:
     def __init__(
         self,
         folder: ModelFolder,
-        parts: Parts,
+        components: Components,
         lora_dir: Path | None = None,
         max_loras: int = 1,
         performance: Performance = EXACT,
     ) -> None:
         self.folder = folder
-        self._parts = parts
-        parts.vae.enable_slicing()  # of a batch each picture is decoded as it would be alone
-        self.device: torch.device = parts.vae.device  # an offloaded transformer is in two places
-        self.dtype: torch.dtype = parts.transformer.dtype
+        self._components = components
+        components.vae.enable_slicing()  # of a batch each image is decoded as it would be alone
+        self.device: torch.device = components.vae.device  # an offloaded transformer is in two places
+        self.dtype: torch.dtype = components.transformer.dtype
         self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
         self._references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
-        pipeline = self._pipeline(parts.transformer, parts.scheduler)
-        self.card = ModelCard(
+        pipeline = self._pipeline(components.transformer, components.scheduler)
+        self.info = ModelInfo(
             name=folder.name,
             revision=folder.revision,
             fingerprint=f"transformer {folder.fingerprint('transformer')}",
             dtype=str(self.dtype).removeprefix("torch."),
             libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
-            embedding_width=int(parts.transformer.config.joint_attention_dim),
-            default_side=int(parts.vae.config.sample_size),
+            embedding_width=int(components.transformer.config.joint_attention_dim),
+            default_side=int(components.vae.config.sample_size),
             pixels_per_token=2 * int(pipeline.vae_scale_factor),
         )
-        self._optimised = Optimised(parts, performance, self.card.default_num_tokens + TEXT_TOKENS)
-        self.adapters = Adapters(parts.transformer, lora_dir, max_loras, keeps=not self._optimised.is_compiled)
-        self.card = replace(self.card, adapters=tuple(self.adapters.names))
+        self._optimizations = Optimizations(components, performance, self.info.default_num_tokens + TEXT_TOKENS)
+        self.adapters = Adapters(components.transformer, lora_dir, max_loras, keeps=not self._optimizations.is_compiled)
+        self.info = replace(self.info, adapters=tuple(self.adapters.names))
         try:
-            with self._optimised.serving():
-                check_transformer(parts.transformer, small_example(parts.transformer, self.device, self.dtype))
+            with self._optimizations.serving():
+                check_transformer(
+                    components.transformer, small_example(components.transformer, self.device, self.dtype)
+                )
         except TransformerMismatch as error:
             raise ModelRefused(str(error)) from error
 
@@ -139,7 +146,7 @@ class Flux2Model:
         lora_dir: Path | None = None,
         max_loras: int = 1,
         performance: Performance = EXACT,
-        read: PartsReader = load_parts,
+        read: ComponentsReader = load_components,
     ) -> Self:
         """The model in a checked folder.
 
@@ -155,44 +162,44 @@ class Flux2Model:
         Raises:
             ModelRefused: it is no FLUX.2 pipeline that can be used.
         """
-        is_offloaded = "offload" in performance.optimisations
+        is_offloaded = "offload" in performance.optimizations
         use_device(device)
-        parts = read(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
-        return cls(folder, parts, lora_dir, max_loras, performance)
+        components = read(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
+        return cls(folder, components, lora_dir, max_loras, performance)
 
     @property
-    def parts(self) -> Parts:
+    def components(self) -> Components:
         """The modules that run, as ``performance`` left them."""
-        return self._parts
+        return self._components
 
     @property
     def performance(self) -> Performance:
         """What was done to make it fast."""
-        return self._optimised.performance
+        return self._optimizations.performance
 
-    def prepare(self, params: Params, kind: Kind = "this") -> GeneratedImage:
+    def warm_up(self, params: Params, kind: ShapeKind = "static") -> GeneratedImage:
         """Generate before the first request, and compile what runs.
 
         Args:
             params: of an image like those that will be asked for.
-            kind: compiled for images of ``this`` size, or of ``any`` that was not prepared.
+            kind: compiled for images of this size alone (``static``), or of all other sizes (``dynamic``).
 
         Raises:
             OutOfMemory: the device has too little memory for an image of this size.
         """
-        return self.prepare_batch([params], kind)[0]
+        return self.warm_up_batch([params], kind)[0]
 
-    def prepare_batch(self, batch: Sequence[Params], kind: Kind) -> list[GeneratedImage]:
-        """As ``prepare``, for images that share a run."""
+    def warm_up_batch(self, batch: Sequence[Params], kind: ShapeKind) -> list[GeneratedImage]:
+        """As ``warm_up``, for images that share a run."""
 
-        def prepare() -> list[GeneratedImage]:
+        def generate() -> list[GeneratedImage]:
             try:
                 return self._generate(batch, kind=kind)
             except CompilationFailed as error:
-                self._optimised.give_up_compiling(error)
+                self._optimizations.fall_back_to_eager(error)
             return self._generate(batch)
 
-        return run_within_memory(prepare, refusal_of(batch), num_attempts=ATTEMPTS)
+        return run_within_memory(generate, refusal_of(batch), num_attempts=ATTEMPTS)
 
     def generate(
         self, params: Params, on_step: StepListener | None = None, previews: Previews | None = None
@@ -241,32 +248,32 @@ class Flux2Model:
         batch: Sequence[Params],
         on_step: StepListener | None = None,
         previews: Previews | None = None,
-        kind: Kind | None = None,
+        kind: ShapeKind | None = None,
     ) -> list[GeneratedImage]:
         """One run of the pipeline; compiles only for a ``kind``."""
         params = batch[0]  # what they have in common
         scheduler = self._scheduler()
         transformer = CachedTransformer(
-            self._parts.transformer,
+            self._components.transformer,
             params.schedule,
-            self.card.num_image_tokens(params.width, params.height),
+            self.info.num_image_tokens(params.width, params.height),
             on_step,
             scheduler,
             None if params.adapters else TimeEmbeddings(params.guidance_scale, self._time_embeddings),
         )
-        taker = PreviewTaker(previews, params.width // self.card.pixels_per_token) if previews else None
-        clock = StepClock(params.schedule.num_steps, self.device, taker)
+        preview = PreviewDecoder(previews, params.width // self.info.pixels_per_token) if previews else None
+        callback = DenoisingCallback(params.schedule.num_steps, self.device, preview)
         pipeline = self._pipeline(transformer, scheduler)
-        compilation = self._optimised.preparing(kind) if kind else self._optimised.serving()
+        compilation = self._optimizations.compiling(kind) if kind else self._optimizations.serving()
         began = time.perf_counter()
         with compilation, self.adapters.applied(params.adapters):
-            pixels = pipeline(**self._inputs(batch), callback_on_step_end=clock, output_type="pt").images
+            pixels = pipeline(**self._inputs(batch), callback_on_step_end=callback, output_type="pt").images
         images = [to_pil(row) for row in pixels]
         ended = time.perf_counter()
-        seconds = clock.ended - began, ended - clock.ended
+        seconds = callback.ended - began, ended - callback.ended
         return [
-            GeneratedImage(image, *seconds, latents, clock.previews_s, params.schedule)
-            for image, latents in zip(images, torch.split(clock.latents, 1), strict=True)
+            GeneratedImage(image, *seconds, latents, callback.previews_s, params.schedule)
+            for image, latents in zip(images, torch.split(callback.latents, 1), strict=True)
         ]
 
     def record(
@@ -280,17 +287,17 @@ class Flux2Model:
             storage: the device, or the folder, that keeps it; None for the model's own device.
         """
         scheduler = self._scheduler()
-        recorder = TrajectoryRecorder(self._parts.transformer, feature, storage or self.device)
-        clock = StepClock(params.schedule.num_steps, self.device)
+        recorder = TrajectoryRecorder(self._components.transformer, feature, storage or self.device)
+        callback = DenoisingCallback(params.schedule.num_steps, self.device)
         pipeline = self._pipeline(recorder, scheduler)
-        pipeline(**self._inputs([params]), callback_on_step_end=clock, output_type="latent")
-        return recorder.trajectory(clock.latents, scheduler.sigmas)
+        pipeline(**self._inputs([params]), callback_on_step_end=callback, output_type="latent")
+        return recorder.trajectory(callback.latents, scheduler.sigmas)
 
     def calibration(
         self, trajectories: Sequence[Trajectory], predictor: Predictor, batch_size: int = 64
     ) -> Calibration:
         """The calibration of this model's transformer on recorded runs."""
-        return Calibration(self._parts.transformer, trajectories, predictor, batch_size)
+        return Calibration(self._components.transformer, trajectories, predictor, batch_size)
 
     def _inputs(self, batch: Sequence[Params]) -> dict[str, Any]:
         """The pipeline's arguments for ``batch``; with references or adapters it has one image."""
@@ -310,13 +317,13 @@ class Flux2Model:
 
     def _scheduler(self) -> Any:
         """A scheduler for one run: it counts steps."""
-        scheduler = self._parts.scheduler
+        scheduler = self._components.scheduler
         return type(scheduler).from_config(scheduler.config)
 
     def _pipeline(self, transformer: Any, scheduler: Any) -> Flux2Pipeline:
         pipeline = ReferenceCachingPipeline(
             scheduler=scheduler,
-            vae=self._parts.vae,
+            vae=self._components.vae,
             text_encoder=None,
             tokenizer=None,
             transformer=transformer,

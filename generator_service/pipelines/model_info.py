@@ -8,7 +8,7 @@ from generator_service.pipelines.lora import Adapter
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class ModelInfo:
     """A few words and numbers, which can be sent to where the weights are not."""
 
     name: str

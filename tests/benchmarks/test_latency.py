@@ -36,7 +36,7 @@ def test_tokens_of_a_shape(shape: Shape, num_tokens: int, name: str) -> None:
 def test_a_picture_ends_as_a_png_file() -> None:
     """The time is of the whole way to the file, and holds denoising and decoding."""
     with SOURCE.model("exact") as model, opened_bench(model, SOURCE.embedding()) as bench:
-        bench.prepare(Shape(64, 1))
+        bench.warm_up(Shape(64, 1))
         taken = bench.draw(Shape(64, 1), schedule_for(2, 4), seed=1)
     assert taken.denoise_s > 0
     assert taken.decode_s > 0
@@ -83,7 +83,7 @@ def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytes
     def fail(*_: object) -> None:
         raise CompilationFailed
 
-    monkeypatch.setattr(CompiledModel, "preparing", fail)
+    monkeypatch.setattr(CompiledModel, "compiling", fail)
     report = measure(SOURCE, arguments().parse_args(["--smoke", "--profiles", "fast", "--sides", "64"]))
     assert report.steps == []
     assert report.pictures == []

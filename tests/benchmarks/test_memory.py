@@ -27,10 +27,10 @@ from benchmarks.memory_tables import CARDS, GIB, fitting, needs, verdicts
 from benchmarks.meta_model import META, Fp8Linear, meta_model, num_bytes, on_meta
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.report import RESULTS
-from benchmarks.synthetic import Source, empty_parts
-from generator_service.pipelines.components import Parts
+from benchmarks.synthetic import Source, empty_components
+from generator_service.pipelines.components import Components
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.optimizations.fp8 import quantise_blocks
+from generator_service.pipelines.optimizations.fp8 import quantize_blocks
 from generator_service.pipelines.optimizations.profiles import WORKING_BYTES
 from generator_service.settings import GeneratorSettings
 from tests.benchmarks.resized import resized
@@ -47,9 +47,9 @@ def committed() -> Any:
 
 
 @pytest.fixture(scope="module")
-def full_parts() -> Parts:
+def full_parts() -> Components:
     """FLUX.2 [dev] without memory."""
-    return empty_parts(FULL, torch.bfloat16)
+    return empty_components(FULL, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,10 @@ def test_a_step_takes_what_the_allocator_gives_out(tiny: Flux2Model) -> None:
     }
 
     def step() -> None:
-        tiny.parts.transformer(**inputs)
+        tiny.components.transformer(**inputs)
 
     step()  # what is kept from the first run is no part of a step
-    counted_bytes = tracked_peak(step, tiny.parts.transformer, *inputs.values())
+    counted_bytes = tracked_peak(step, tiny.components.transformer, *inputs.values())
     assert counted_bytes == pytest.approx(allocated_peak(step), rel=0.02)
 
 
@@ -130,11 +130,11 @@ def test_copies_of_convolutions_are_allowed_for(tiny: Flux2Model) -> None:
     latents = torch.zeros(1, 8, 32, 32)
 
     def decode() -> None:
-        tiny.parts.vae.decode(latents)
+        tiny.components.vae.decode(latents)
 
     decode()
-    without = tracked_peak(decode, tiny.parts.vae, latents)
-    allowed = tracked_peak(decode, tiny.parts.vae, latents, workspace=workspace)
+    without = tracked_peak(decode, tiny.components.vae, latents)
+    allowed = tracked_peak(decode, tiny.components.vae, latents, workspace=workspace)
     assert without <= allocated_peak(decode) <= allowed
 
 
@@ -145,7 +145,9 @@ def test_meta_tensors_are_alive_as_long_as_those_of_a_cpu(tiny: Flux2Model, num_
     peaks = []
     for model, device in ((tiny, CPU), (meta_model(TINY, "exact", torch.float32), META)):
         memory = PeakMemory(device)
-        memory.add(t for part in (model.parts.transformer, model.parts.vae) for t in part.state_dict().values())
+        memory.add(
+            t for part in (model.components.transformer, model.components.vae) for t in part.state_dict().values()
+        )
         before = memory.take_peak()
         requests = [request(case, TINY, model.dtype)] * num_images
         if device == META:
@@ -171,7 +173,7 @@ def test_the_committed_count_is_what_the_code_does(
     assert peaks == Peaks(*(row[phase] for phase in ("references", "step", "predicted_step", "decode")))
 
 
-def test_the_committed_weights_are_those_of_the_configurations(committed: Any, full_parts: Parts) -> None:
+def test_the_committed_weights_are_those_of_the_configurations(committed: Any, full_parts: Components) -> None:
     """64.4 GB in the transformer, 34.7 GB in 30 layers of the text encoder, in bfloat16; 64 GiB are pinned."""
     weights = committed["generator"]["weights"]
     everything = num_bytes(full_parts.transformer, full_parts.vae)
@@ -224,16 +226,16 @@ def test_eight_bit_layers_are_stored_as_torchao_stores_them(monkeypatch: pytest.
     import torchao.float8.inference as support  # noqa: PLC0415 - an extra
 
     monkeypatch.setattr(support, "is_MI300", lambda: True)  # its check wants a GPU
-    theirs = empty_parts(TINY, torch.bfloat16).transformer
-    quantise_blocks(theirs)
+    theirs = empty_components(TINY, torch.bfloat16).transformer
+    quantize_blocks(theirs)
     ours = meta_model(TINY, "fastest")
-    replaced = [name for name, module in ours.parts.transformer.named_modules() if isinstance(module, Fp8Linear)]
+    replaced = [name for name, module in ours.components.transformer.named_modules() if isinstance(module, Fp8Linear)]
     assert replaced
     for name in set(replaced) & {name for name, _ in theirs.named_modules()}:  # the others are fused
         weight = theirs.get_submodule(name).weight
         inner, _ = weight.__tensor_flatten__()
         stored = sum(getattr(weight, part).nbytes for part in inner)
-        assert num_bytes(ours.parts.transformer.get_submodule(name)) == stored
+        assert num_bytes(ours.components.transformer.get_submodule(name)) == stored
 
 
 def test_a_card_holds_all_or_a_part_or_nothing() -> None:

@@ -54,7 +54,7 @@ def test_a_stopwatch_measures_at_least_once() -> None:
 def computed_by(peer: Peer, num_steps: int) -> int:
     """How many steps of a picture a cache computes on the tiny model, in its second picture."""
     source = Source(TINY, device="cpu")
-    with source.parts() as parts:
+    with source.components() as parts:
         pipeline = pipeline_of(parts)
         count = peer.install(pipeline, peer.knobs[0])
         for _ in range(2):

@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architectures import FULL, TINY
 from benchmarks.roofline import FLUX2_DEV, step_work
-from benchmarks.synthetic import Source, empty_parts
+from benchmarks.synthetic import Source, empty_components
 
 
 @pytest.fixture(scope="module")
 def full_transformer() -> Flux2Transformer2DModel:
     """FLUX.2 [dev]'s transformer without weights."""
-    return empty_parts(FULL, torch.bfloat16).transformer
+    return empty_components(FULL, torch.bfloat16).transformer
 
 
 def test_full_size_is_flux2_dev(full_transformer: Flux2Transformer2DModel) -> None:
@@ -24,7 +24,7 @@ def test_full_size_is_flux2_dev(full_transformer: Flux2Transformer2DModel) -> No
     assert (config.num_attention_heads, config.attention_head_dim) == (48, 128)
     assert config.joint_attention_dim == 15360
     assert sum(p.numel() for p in full_transformer.parameters()) == pytest.approx(32.22e9, rel=1e-3)
-    vae = empty_parts(FULL, torch.bfloat16).vae
+    vae = empty_components(FULL, torch.bfloat16).vae
     assert 4 * vae.config.latent_channels == config.in_channels == 128
 
 
@@ -57,7 +57,7 @@ def test_work_is_what_torch_counts() -> None:
     source = Source(TINY, device="cpu")
     embedding = source.embedding()
     num_text_tokens = embedding.shape[1]
-    with source.parts() as parts:
+    with source.components() as parts:
         arguments = {
             "hidden_states": torch.randn(1, 64, 32),
             "encoder_hidden_states": embedding,

@@ -25,7 +25,7 @@ def test_activations_stay_finite_over_all_blocks(tmp_path: Path) -> None:
     """In bfloat16, through as many blocks as FLUX.2 [dev] has, random weights give a velocity of ordinary size."""
     deep = resized(TINY, tmp_path / "deep", transformer={"num_layers": 8, "num_single_layers": 48})
     source = Source(deep, device="cpu", dtype="bfloat16")
-    with source.parts() as parts:
+    with source.components() as parts:
         picture = pipeline_of(parts)(
             prompt_embeds=source.embedding(), width=64, height=64, num_inference_steps=3, output_type="latent"
         ).images
@@ -35,10 +35,10 @@ def test_activations_stay_finite_over_all_blocks(tmp_path: Path) -> None:
 
 def test_the_same_parts_again() -> None:
     """A source makes the same weights each time, and those before are gone although somebody still holds the parts."""
-    with SOURCE.parts() as first:
+    with SOURCE.components() as first:
         kept = [parameter.clone() for parameter in first.transformer.parameters()]
     assert list(first.transformer.parameters()) == []
-    with SOURCE.parts() as second:
+    with SOURCE.components() as second:
         for one, other in zip(kept, second.transformer.parameters(), strict=True):
             assert torch.equal(one, other)
 
@@ -52,9 +52,9 @@ def test_a_model_is_loaded_as_the_service_loads_it() -> None:
     expected = service.generate(request).latents
     with source.model("exact") as model:
         assert torch.equal(model.generate(request).latents, expected)
-        assert model.card == service.card
+        assert model.info == service.info
     with SOURCE.model("exact") as model:
-        assert SOURCE.embedding().shape[2] == model.card.embedding_width
+        assert SOURCE.embedding().shape[2] == model.info.embedding_width
         assert SOURCE.embedding().shape[1] == read_prompt_format(model.folder).max_sequence_length
 
 

@@ -15,7 +15,7 @@ from generator_service.engine.generation import Generation, GenerationResult, Ti
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.request import Request
 from generator_service.lemica import schedule_for
-from generator_service.pipelines.model_info import ModelCard
+from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.params import Params
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's own: deprecated calls of pydantic
 ]
 
-CARD = ModelCard("model", "1", "transformer 0", "float32", "none", 4, 64, 16)
+CARD = ModelInfo("model", "1", "transformer 0", "float32", "none", 4, 64, 16)
 REQUEST = Request(Params(None, 64, 64, 4.0, 1, schedule_for("none", 2), prompt="a prompt"), num_tokens=16)
 RESULT = GenerationResult(REQUEST.params, b"file", Timings(0.0, 0.0, 1.0, 0.1))
 BEGUN = StepStarted(0, 0, is_computed=True, seconds_left=None)

@@ -39,7 +39,7 @@ SIGNATURE = Signature("demo", STEPS)
 
 def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> Params:
     """A small picture of some embedding."""
-    embeddings = torch.randn(1, 32, model.card.embedding_width, generator=torch.Generator().manual_seed(seed))
+    embeddings = torch.randn(1, 32, model.info.embedding_width, generator=torch.Generator().manual_seed(seed))
     return Params(embeddings, 64, 64, 4.0, seed, schedule or schedule_for("none", STEPS))
 
 

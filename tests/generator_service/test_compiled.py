@@ -20,7 +20,7 @@ from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.optimizations.profiles import Performance
 from tests.generator_service.test_lora import adapter_file
-from tests.generator_service.test_optimised import OTHER_SIDE, SIDE, loaded, wanted
+from tests.generator_service.test_optimizations import OTHER_SIDE, SIDE, loaded, wanted
 
 BATCHING = Batching(max_batch=3, max_pixels=SIDE * SIDE)
 
@@ -78,7 +78,7 @@ def worker_of(model: Flux2Model, batching: Batching = BATCHING) -> Worker:
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
     """Start ``model`` as the service starts it."""
-    worker_of(model).warm_up((32, model.card.embedding_width), sizes, ignore)
+    worker_of(model).warm_up((32, model.info.embedding_width), sizes, ignore)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: Reco
 
 def test_a_size_is_compiled_once(compiled: Flux2Model, backend: RecordingBackend) -> None:
     """At start two kinds of blocks and the decoder are compiled for each size, and once more for all others."""
-    assert compiled.performance.optimisations == {"compile", "vae"}
+    assert compiled.performance.optimizations == {"compile", "vae"}
     blocks = 2 * 2 + 2 + 2  # for all others, once for a single picture and once for several
     assert backend.graphs - blocks - 2 in {1, 2}  # on some CPUs, convolutions of small inputs are other operations
 
@@ -147,10 +147,10 @@ def test_batches_are_prepared_at_a_size_that_they_are_drawn_at(
     tried: list[tuple[int, ...]] = []
     monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
     monkeypatch.setattr(
-        Flux2Model, "prepare_batch", lambda _, batch, _kind: tried.append((len(batch), batch[0].width, batch[0].height))
+        Flux2Model, "warm_up_batch", lambda _, batch, _kind: tried.append((len(batch), batch[0].width, batch[0].height))
     )
-    monkeypatch.setattr(Flux2Model, "prepare", lambda _, request, _kind="this": demo.generate(request))
-    shape = (32, demo.card.embedding_width)
+    monkeypatch.setattr(Flux2Model, "warm_up", lambda _, request, _kind="static": demo.generate(request))
+    shape = (32, demo.info.embedding_width)
     worker_of(demo, Batching(3, max_pixels)).warm_up(shape, [(SIDE, 2 * SIDE)], ignore)
     assert tried == ([] if side is None else [(2, side, side)])
 
@@ -169,7 +169,7 @@ def test_batches_that_do_not_fit_are_not_drawn(
     monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
     monkeypatch.setattr(demo, "_generate", too_small)
     worker = worker_of(demo, BATCHING)
-    worker.warm_up((32, demo.card.embedding_width), [(SIDE, SIDE)], ignore)
+    worker.warm_up((32, demo.info.embedding_width), [(SIDE, SIDE)], ignore)
     assert "will not share runs: a run of 2 pictures of 64x64 does not fit" in caplog.text
     generation, order = SimpleNamespace(is_followed=False), SimpleNamespace(preview_steps=())
     work = cast("ImageWork", SimpleNamespace(params=wanted(), order=order, index=0, generation=generation))
@@ -215,8 +215,8 @@ def test_a_decoder_that_cannot_be_compiled_runs_uncompiled(demo: Flux2Model, fau
     """The blocks stay compiled, the picture is right from the first one on, and it is said why."""
     backend = BadDecoderBackend(fault)
     model = loaded("compile", "vae", backend=backend)
-    model.prepare(wanted(2))
-    assert model.performance.optimisations == {"compile", "vae"}
+    model.warm_up(wanted(2))
+    assert model.performance.optimizations == {"compile", "vae"}
     assert "the decoder could not be compiled" in str(model.performance)
     assert reason in str(model.performance)
     before = backend.runs
@@ -230,7 +230,7 @@ def test_a_decoder_that_cannot_be_compiled_runs_uncompiled(demo: Flux2Model, fau
 def test_a_decoder_that_gives_no_numbers_is_refused(compiled: Flux2Model, demo: Flux2Model) -> None:
     """If the decoder gives NaN compiled or not, there is no picture; what is compiled is kept."""
     for model in (compiled, demo):
-        bias = model._parts.vae.decoder.conv_out.bias
+        bias = model._components.vae.decoder.conv_out.bias
         before = bias.clone()
         bias[0] = float("nan")
         try:
@@ -256,7 +256,7 @@ def test_a_compiler_that_fails_is_done_without(demo: Flux2Model, fails_at: str) 
 
     model = loaded("compile", "vae", backend=broken)
     warm(model)
-    assert model.performance.optimisations == {"vae"}
+    assert model.performance.optimizations == {"vae"}
     assert "compile is left out: the model could not be compiled" in str(model.performance)
     assert "no C compiler was found" in str(model.performance)
     assert torch.equal(model.generate(wanted(2)).latents, demo.generate(wanted(2)).latents)

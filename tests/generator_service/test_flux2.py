@@ -30,7 +30,7 @@ def pipeline(weights: Path) -> Flux2Pipeline:
 
 def embeddings(model: Flux2Model, seed: int = 0) -> torch.Tensor:
     """Something of the shape of a prompt embedding."""
-    return torch.randn(1, 32, model.card.embedding_width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, 32, model.info.embedding_width, generator=torch.Generator().manual_seed(seed))
 
 
 def request(
@@ -200,7 +200,7 @@ def test_what_is_no_number_is_never_shown(demo: Flux2Model, num_bad_runs: int) -
     def count_runs(step: int, _is_computed: bool) -> None:
         runs[0] += step == 0
 
-    hook = demo._parts.transformer.proj_out.register_forward_hook(spoil)
+    hook = demo._components.transformer.proj_out.register_forward_hook(spoil)
     try:
         if num_bad_runs == 1:
             picture = demo.generate(wanted, count_runs)

@@ -485,7 +485,7 @@ async def test_a_picture_can_be_watched(serve_generator: Serve) -> None:
 def test_the_last_preview_would_be_the_picture(demo: Flux2Model) -> None:
     """After the last step the estimate is the picture itself, up to rounding."""
     shown: list[Image.Image] = []
-    embeds = torch.zeros(1, 32, demo.card.embedding_width)
+    embeds = torch.zeros(1, 32, demo.info.embedding_width)
     request = Params(embeds, 128, 64, 4.0, 1, schedule_for("fast", 6))
     picture = demo.generate(request, previews=Previews(frozenset({0, 5}), shown.append)).image
     assert len(shown) == 1

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from generator_service.pipelines.optimizations.profiles import PROFILES, Machine, Performance, choose
-from generator_service.settings import GeneratorSettings, Optimisation, ProfileName
+from generator_service.settings import GeneratorSettings, Optimization, ProfileName
 from tests.conftest import Serve
 
 CPU = Machine("cpu")
@@ -31,7 +31,7 @@ def test_the_profile_that_is_used(asked: ProfileName, machine: Machine, profile:
     """Auto is fast on a GPU with bfloat16 and exact elsewhere; without 8-bit units, fastest is fast."""
     performance = choose(asked, machine)
     assert performance.profile == profile
-    assert performance.optimisations == PROFILES[profile]
+    assert performance.optimizations == PROFILES[profile]
 
 
 @pytest.mark.parametrize(("memory_gb", "profile"), [(24, "offload"), (48, "offload"), (80, "fast"), (141, "fast")])
@@ -58,17 +58,17 @@ def test_what_cannot_be_done_is_named(machine: Machine, has_adapters: bool, reas
     assert f"fp8 is left out: {reason}" in told
 
 
-@pytest.mark.parametrize("optimisation", sorted(PROFILES["fastest"]))
-def test_each_can_be_left_out_alone(optimisation: Optimisation) -> None:
-    """An unwanted optimisation is not done, all others are, and nothing is said of it."""
-    performance = choose("fastest", HOPPER, without=[optimisation])
-    assert performance.optimisations == PROFILES["fastest"] - {optimisation}
+@pytest.mark.parametrize("optimization", sorted(PROFILES["fastest"]))
+def test_each_can_be_left_out_alone(optimization: Optimization) -> None:
+    """An unwanted optimization is not done, all others are, and nothing is said of it."""
+    performance = choose("fastest", HOPPER, without=[optimization])
+    assert performance.optimizations == PROFILES["fastest"] - {optimization}
     assert performance.left_out == ()
 
 
 def test_adapters_keep_their_layers() -> None:
     """Where LoRA adapters may be applied, the projections that they change stay separate."""
-    assert "fused_qkv" not in choose("fast", HOPPER, has_adapters=True).optimisations
+    assert "fused_qkv" not in choose("fast", HOPPER, has_adapters=True).optimizations
 
 
 def test_exact_says_so() -> None:

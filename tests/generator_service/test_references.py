@@ -132,7 +132,7 @@ def test_the_tokens_are_known_beforehand(size: tuple[int, int], prepared: tuple[
 async def test_an_edit_is_what_the_pipeline_makes(serve_generator: Serve, demo: Flux2Model) -> None:
     """Reference images over HTTP give the pixels of ``Flux2Pipeline`` with the same images, and its size."""
     images = [picture(), picture(96, 96)]
-    embeds = torch.randn(1, 32, demo.card.embedding_width)
+    embeds = torch.randn(1, 32, demo.info.embedding_width)
     text = as_text(dump_safetensors(embeds))
     body = {"prompt_embeds": text, "num_inference_steps": 3, "seed": 7, "cache": "none"}
     async with serve_generator() as http:
@@ -154,7 +154,7 @@ async def test_an_edit_is_what_the_pipeline_makes(serve_generator: Serve, demo: 
 def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same reference image in a later request is not encoded again, and the picture stays the same."""
     calls: list[int] = []
-    vae = demo._parts.vae
+    vae = demo._components.vae
     encode = vae.encode
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(vae, "encode", counted)
-    embeds = torch.zeros(1, 32, demo.card.embedding_width)
+    embeds = torch.zeros(1, 32, demo.info.embedding_width)
     request = Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(picture(112, 64)),))
     first, second = demo.generate(request).latents, demo.generate(request).latents
     assert len(calls) == 1
@@ -171,7 +171,7 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
 
 def test_references_of_other_shapes_are_other_references(demo: Flux2Model) -> None:
     """Two images of equal bytes and different shapes are encoded separately."""
-    embeds = torch.zeros(1, 32, demo.card.embedding_width)
+    embeds = torch.zeros(1, 32, demo.info.embedding_width)
     wide, tall = Image.new("RGB", (128, 64)), Image.new("RGB", (64, 128))
     wanted = [Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(image),)) for image in (wide, tall)]
     first, second = (demo.generate(request).latents for request in wanted)

@@ -17,7 +17,7 @@ from flux2_shared.model.compile_cache import (
     replace_unwritable_caches,
     unwritable_caches,
 )
-from tests.generator_service.test_optimised import loaded
+from tests.generator_service.test_optimizations import loaded
 from tests.text_encoder_service.test_fast_layers import fast_encoder
 
 

@@ -86,7 +86,7 @@ async def model(name: str, state: State) -> dict[str, Any]:
 
 def model_card(state: GeneratorState) -> dict[str, Any]:
     """What OpenAI's API tells of a model."""
-    return {"id": state.engine.card.name, "object": "model", "created": 0, "owned_by": "flux2-services"}
+    return {"id": state.engine.info.name, "object": "model", "created": 0, "owned_by": "flux2-services"}
 
 
 @router.post("/images/generations")
@@ -194,7 +194,7 @@ def common_fields(request: Request) -> dict[str, Any]:
 
 def usage_of(request: Request, state: GeneratorState) -> dict[str, Any]:
     """Tokens of one image, as the transformer counts them."""
-    text, model = state.resolver.embedding_shape[0], state.engine.card
+    text, model = state.resolver.embedding_shape[0], state.engine.info
     output = model.num_image_tokens(request.params.width, request.params.height)
     references = request.num_tokens - output
     return {

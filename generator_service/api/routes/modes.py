@@ -75,7 +75,7 @@ async def modes(
 ) -> Modes:
     """What the picture takes in each cache mode, and the defaults of this service."""
     return Modes(
-        model=state.engine.card.name,
+        model=state.engine.info.name,
         default=defaults(state),
         modes=[described(request) for request in await in_every_mode(query.request(), state)],
     )
@@ -83,7 +83,7 @@ async def modes(
 
 def defaults(state: GeneratorState) -> Defaults:
     """As ``Resolver`` fills them in."""
-    side, blank = state.engine.card.default_side, GenerateRequest(prompt="", images=[])
+    side, blank = state.engine.info.default_side, GenerateRequest(prompt="", images=[])
     return Defaults(
         width=side,
         height=side,

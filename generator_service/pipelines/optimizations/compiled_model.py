@@ -18,7 +18,7 @@ from flux2_shared.model.compilation import CompilerBackend, compiling
 
 Call = Callable[..., Any]
 Shape = tuple[int, ...]
-Kind = Literal["this", "any"]
+ShapeKind = Literal["static", "dynamic"]
 
 
 class Graphs:
@@ -32,19 +32,19 @@ class Graphs:
     def __init__(self, modules: Sequence[nn.Module], backend: CompilerBackend) -> None:
         self._static = compiled_calls(modules, backend, is_dynamic=False)
         self._dynamic = compiled_calls(modules, backend, is_dynamic=True)
-        self._prepared: set[Shape] = set()
+        self._static_shapes: set[Shape] = set()
 
-    def calls(self, shape: Shape, prepares: Kind | None) -> list[Call]:
+    def calls(self, shape: Shape, compiles: ShapeKind | None) -> list[Call]:
         """The compiled calls of the modules.
 
         Args:
             shape: what the modules' own code depends on.
-            prepares: what they are compiled for now; None: they are only run.
+            compiles: what they are compiled for now; None: they are only run.
         """
-        if prepares == "this":
-            self._prepared.add(shape)
-        is_prepared = shape in self._prepared and prepares != "any"
-        return self._static if is_prepared else self._dynamic
+        if compiles == "static":
+            self._static_shapes.add(shape)
+        is_static = shape in self._static_shapes and compiles != "dynamic"
+        return self._static if is_static else self._dynamic
 
 
 class CompiledModel:
@@ -66,7 +66,7 @@ class CompiledModel:
     ) -> None:
         self._blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         self._block_graphs = Graphs(self._blocks, backend)
-        self._prepares: Kind | None = None
+        self._compiles: ShapeKind | None = None
         self._hook = transformer.register_forward_pre_hook(self._choose, with_kwargs=True)
         self._decoder = decoder
         self._on_eager_decoder = on_eager_decoder
@@ -75,15 +75,15 @@ class CompiledModel:
             replace_calls([decoder], [self._decode])
 
     @contextmanager
-    def preparing(self, kind: Kind) -> Iterator[None]:
-        """Within the block what runs is compiled: for its shape alone (``this``), or for ``any``."""
-        self._prepares = kind
+    def compiling(self, kind: ShapeKind) -> Iterator[None]:
+        """Within the block, what runs is compiled: for its shape alone (``static``) or for all others (``dynamic``)."""
+        self._compiles = kind
         try:
             # Numbers that happen to be equal, like text tokens and channels, are not taken to be the same one.
             with compiling(), shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 yield
         finally:
-            self._prepares = None
+            self._compiles = None
 
     def fall_back_to_eager(self) -> None:
         """Let everything run as it was."""
@@ -95,15 +95,15 @@ class CompiledModel:
     def _choose(self, _transformer: Any, _args: Any, arguments: dict[str, Any]) -> None:
         rows, image_tokens, _ = arguments["hidden_states"].shape  # the tokens of reference images included
         shape = (rows, image_tokens, arguments["encoder_hidden_states"].shape[1])
-        replace_calls(self._blocks, self._block_graphs.calls(shape, self._prepares))
+        replace_calls(self._blocks, self._block_graphs.calls(shape, self._compiles))
 
     def _decode(self, latents: Tensor) -> Tensor:
         """The decoder's compiled call. Without it, if it cannot be compiled or makes of numbers what is none."""
-        (call,) = self._decoder_graphs.calls(tuple(latents.shape), self._prepares)
+        (call,) = self._decoder_graphs.calls(tuple(latents.shape), self._compiles)
         try:
             decoded: Tensor = call(latents)
         except Exception as error:
-            if self._prepares is None or is_out_of_memory(error) or is_device_lost(error):
+            if self._compiles is None or is_out_of_memory(error) or is_device_lost(error):
                 raise
             return self._eagerly_decoded(latents, error)
         if is_finite(decoded) or not is_finite(latents):

@@ -17,7 +17,7 @@ MULTIPLE = 16
 """Of which both sides of a matrix must be for 8-bit products."""
 
 
-def quantise_blocks(transformer: Any) -> None:
+def quantize_blocks(transformer: Any) -> None:
     """Replace the weights of the blocks' linear layers, block by block, so that memory only shrinks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How a model is made fast: named profiles of optimisations, each of which can be left out.
+"""How a model is made fast: named profiles of optimizations, each of which can be left out.
 
 ``exact`` changes nothing: pictures equal diffusers' bit for bit. ``fast`` changes how the same numbers are computed,
 so pictures differ by rounding. ``fastest`` computes the blocks' linear layers in 8-bit floating point. ``offload`` is
@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from generator_service.settings import Optimisation, ProfileName
+from generator_service.settings import Optimization, ProfileName
 
 if TYPE_CHECKING:
     import torch
 
     from flux2_shared.model.compilation import CompilerBackend
 
-PROFILES: dict[str, frozenset[Optimisation]] = {
+PROFILES: dict[str, frozenset[Optimization]] = {
     "exact": frozenset(),
     "fast": frozenset({"attention", "compile", "fused_qkv", "vae"}),
     "fastest": frozenset({"attention", "compile", "fp8", "fused_qkv", "vae"}),
@@ -33,7 +33,7 @@ AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class Machine:
-    """What of a machine decides about optimisations."""
+    """What of a machine decides about optimizations."""
 
     device_type: str
     capability: tuple[int, int] = (0, 0)
@@ -60,25 +60,25 @@ class Performance:
 
     profile: str = "exact"
     """The one that is used, which may not be the one that was asked for."""
-    optimisations: frozenset[Optimisation] = field(default_factory=frozenset)
+    optimizations: frozenset[Optimization] = field(default_factory=frozenset)
     left_out: tuple[str, ...] = ()
     """What cannot be done here and why, for people."""
     backend: "CompilerBackend" = "inductor"
     """As ``torch.compile``'s."""
 
-    def without(self, optimisation: Optimisation, reason: str) -> "Performance":
+    def without(self, optimization: Optimization, reason: str) -> "Performance":
         """The same but for one thing that cannot be done."""
-        told = f"{optimisation} is left out: {reason}"
-        profile = "fast" if optimisation == "fp8" and self.profile == "fastest" else self.profile
+        told = f"{optimization} is left out: {reason}"
+        profile = "fast" if optimization == "fp8" and self.profile == "fastest" else self.profile
         return replace(
             self,
             profile=profile,
-            optimisations=self.optimisations - {optimisation},
+            optimizations=self.optimizations - {optimization},
             left_out=(*self.left_out, told),
         )
 
     def __str__(self) -> str:
-        done = ", ".join(sorted(self.optimisations)) or "nothing changed"
+        done = ", ".join(sorted(self.optimizations)) or "nothing changed"
         return "; ".join([f"profile {self.profile}: {done}", *self.left_out])
 
 
@@ -90,7 +90,7 @@ def choose(
     machine: Machine,
     *,
     weight_bytes: int = 0,
-    without: Collection[Optimisation] = (),
+    without: Collection[Optimization] = (),
     has_adapters: bool = False,
     backend: "CompilerBackend" = "inductor",
 ) -> Performance:
@@ -107,9 +107,9 @@ def choose(
     if profile == "auto":
         profile = resolve_auto(machine, weight_bytes)
     performance = Performance(profile, PROFILES[profile] - frozenset(without), backend=backend)
-    for optimisation, reason in _obstacles(machine, has_adapters=has_adapters).items():
-        if optimisation in performance.optimisations:
-            performance = performance.without(optimisation, reason)
+    for optimization, reason in _obstacles(machine, has_adapters=has_adapters).items():
+        if optimization in performance.optimizations:
+            performance = performance.without(optimization, reason)
     return performance
 
 
@@ -122,9 +122,9 @@ def resolve_auto(machine: Machine, weight_bytes: int) -> ProfileName:
     return "fast" if machine.capability >= AMPERE else "exact"
 
 
-def _obstacles(machine: Machine, *, has_adapters: bool) -> dict[Optimisation, str]:
+def _obstacles(machine: Machine, *, has_adapters: bool) -> dict[Optimization, str]:
     """What cannot be done here, and why."""
-    obstacles: dict[Optimisation, str] = {}
+    obstacles: dict[Optimization, str] = {}
     if has_adapters:
         obstacles["fused_qkv"] = "LoRA adapters change the layers that would be joined"
         obstacles["fp8"] = "LoRA adapters cannot be applied to 8-bit layers"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generator_service.pipelines.callbacks import STEPS_AHEAD, StepClock
+from generator_service.pipelines.callbacks import STEPS_AHEAD, DenoisingCallback
 
 
 class Event:
@@ -32,7 +32,7 @@ def test_the_host_is_a_few_steps_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Event, "waited_for", [], raising=False)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    clock = StepClock(10, torch.device("cuda:1"))
+    clock = DenoisingCallback(10, torch.device("cuda:1"))
     for step in range(9):
         clock(None, step, None, {"latents": torch.zeros(1, 4, 8)})
         assert Event.waited_for == list(range(step + 1 - STEPS_AHEAD))

@@ -10,15 +10,14 @@ import torch
 from demo_model.services import WEIGHTS
 from flux2_shared.model.compilation import num_compilations
 from flux2_shared.model.folder import ModelFolder
-from generator_service.lemica import schedule_for
-from generator_service.pipelines.example import small_example
+from generator_service.lemica import schedule_for, small_example
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.optimizations import apply as optimised
 from generator_service.pipelines.optimizations.attention import fastest_attention
 from generator_service.pipelines.optimizations.profiles import PROFILES, Performance
 from generator_service.pipelines.params import Params
-from generator_service.settings import Optimisation
+from generator_service.settings import Optimization
 from tests.conftest import CPU
 
 SIDE = 64
@@ -33,9 +32,9 @@ def fresh_compiler() -> None:
     torch.compiler.reset()
 
 
-def loaded(*optimisations: Optimisation, backend: Any = "inductor", **more: Any) -> Flux2Model:
-    """The demo model with some optimisations."""
-    performance = Performance("fast", frozenset(optimisations), backend=backend)
+def loaded(*optimizations: Optimization, backend: Any = "inductor", **more: Any) -> Flux2Model:
+    """The demo model with some optimizations."""
+    performance = Performance("fast", frozenset(optimizations), backend=backend)
     return Flux2Model.load(
         ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, performance=performance, **more
     )
@@ -54,10 +53,10 @@ def wanted(
     return Params(noise, side, side, 4.0, seed, schedule_for(cache, num_steps), adapters=adapters)
 
 
-@pytest.mark.parametrize("optimisation", ["attention", "fused_qkv", "vae"])
-def test_pictures_stay_the_same_but_for_rounding(optimisation: Optimisation, demo: Flux2Model) -> None:
-    """With one optimisation alone, latents and pixels equal those without up to rounding."""
-    ours, plain = loaded(optimisation).generate(wanted(2)), demo.generate(wanted(2))
+@pytest.mark.parametrize("optimization", ["attention", "fused_qkv", "vae"])
+def test_pictures_stay_the_same_but_for_rounding(optimization: Optimization, demo: Flux2Model) -> None:
+    """With one optimization alone, latents and pixels equal those without up to rounding."""
+    ours, plain = loaded(optimization).generate(wanted(2)), demo.generate(wanted(2))
     torch.testing.assert_close(ours.latents, plain.latents, atol=TOLERANCE, rtol=0)
     pixels = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8).int() for p in (ours, plain)]
     assert (pixels[0] - pixels[1]).abs().max() <= 1
@@ -69,8 +68,8 @@ def test_pictures_stay_the_same_but_for_rounding(optimisation: Optimisation, dem
 def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
     """All of ``fast`` together, compiled by PyTorch's own compiler, equals ``exact`` up to rounding."""
     model = loaded(*PROFILES["fast"])
-    prepared = model.prepare(wanted(2))
-    assert "compile" in model.performance.optimisations
+    prepared = model.warm_up(wanted(2))
+    assert "compile" in model.performance.optimizations
     torch.testing.assert_close(prepared.latents, demo.generate(wanted(2)).latents, atol=TOLERANCE, rtol=0)
     assert torch.equal(prepared.latents, model.generate(wanted(2)).latents)
 
@@ -81,7 +80,7 @@ def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
 def test_really_compiled_code_serves_other_sizes(demo: Flux2Model) -> None:
     """Blocks and decoder, compiled once for any size, give another size's picture without compiling again."""
     model = loaded("compile", "vae")
-    model.prepare(replace(wanted(2), width=128, height=64), "any")
+    model.warm_up(replace(wanted(2), width=128, height=64), "dynamic")
     before = num_compilations()
     ours, plain = (each.generate(wanted(2, side=OTHER_SIDE)) for each in (model, demo))
     assert num_compilations() == before
@@ -93,14 +92,14 @@ def test_really_compiled_code_serves_other_sizes(demo: Flux2Model) -> None:
 
 def test_joined_projections_replace_the_separate_ones() -> None:
     """After joining, no separate projection keeps its memory."""
-    before = sum(weight.numel() for weight in loaded()._parts.transformer.parameters())
-    assert sum(weight.numel() for weight in loaded("fused_qkv")._parts.transformer.parameters()) == before
+    before = sum(weight.numel() for weight in loaded()._components.transformer.parameters())
+    assert sum(weight.numel() for weight in loaded("fused_qkv")._components.transformer.parameters()) == before
 
 
 def test_the_fastest_attention_is_measured(demo: Flux2Model, caplog: pytest.LogCaptureFixture) -> None:
     """A candidate that does not run here is passed over; the times of the others are told."""
     with caplog.at_level("INFO", "flux2"):
-        name = fastest_attention(demo._parts.transformer, 64, CPU, ("native", "_native_math", "_native_cudnn"))
+        name = fastest_attention(demo._components.transformer, 64, CPU, ("native", "_native_math", "_native_cudnn"))
     assert name in {"native", "_native_math"}
     assert "native" in caplog.text
     assert "cudnn" not in caplog.text
@@ -112,7 +111,7 @@ def test_a_library_that_refuses_is_done_without(monkeypatch: pytest.MonkeyPatch,
     def refuse(_transformer: object) -> None:
         raise AssertionError("wrong GPU")
 
-    monkeypatch.setattr(optimised, "quantise_blocks", refuse)
+    monkeypatch.setattr(optimised, "quantize_blocks", refuse)
     model = Flux2Model.load(
         ModelFolder("weights", "local", WEIGHTS),
         CPU,
@@ -148,10 +147,10 @@ def test_torchao_rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         performance=Performance("fastest", frozenset({"fp8", "fused_qkv"})),
     )
     plain = Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.bfloat16)
-    assert "fp8" in fp8.performance.optimisations
-    weight = fp8._parts.transformer.single_transformer_blocks[0].attn.to_out.weight
+    assert "fp8" in fp8.performance.optimizations
+    weight = fp8._components.transformer.single_transformer_blocks[0].attn.to_out.weight
     assert weight.qdata.dtype == torch.float8_e4m3fn
-    example = small_example(plain.parts.transformer, CPU, torch.bfloat16) | {"return_dict": False}
+    example = small_example(plain.components.transformer, CPU, torch.bfloat16) | {"return_dict": False}
     with torch.no_grad():
-        ours, theirs = (model._parts.transformer(**example)[0].float() for model in (fp8, plain))
+        ours, theirs = (model._components.transformer(**example)[0].float() for model in (fp8, plain))
     assert 0 < (ours - theirs).norm() / theirs.norm() < 0.1
