@@ -1,4 +1,4 @@
-"""The generator as a deployment: an engine without the API, which sends events as a stream."""
+"""The generator as a deployment: an engine without the API, which streams events."""
 
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -26,12 +26,12 @@ logger = logging.getLogger("flux2")
 
 @dataclass(frozen=True)
 class GeneratorInfo:
-    """What a generator tells of itself."""
+    """The model of a generator and its speed."""
 
     card: ModelCard
     embedding_shape: tuple[int, int]
     cost: Cost | None
-    """Of a picture of the model's own size, as the warm-up has shown."""
+    """The latency of an image of the model's default size, measured during warm-up."""
 
 
 class GeneratorReplica:
@@ -53,23 +53,23 @@ class GeneratorReplica:
         self._engine = await self._stack.enter_async_context(engine)
 
     def check_health(self) -> None:
-        """Raise if the device is lost: Serve asks every few seconds, and replaces a replica that raises."""
+        """Raise ``DeviceLost`` if the device is lost. Serve polls it and replaces replicas that raise."""
         self._thread.refuse_if_lost()
 
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
-        """The model, and the shape of its prompt embeddings."""
+        """Load the model; also return the shape of its prompt embeddings."""
         return load_model(settings)
 
     async def info(self) -> GeneratorInfo:
-        """What the API needs to know before the first request."""
+        """Return what the API needs before the first request."""
         card = self._engine.card
         cost = self._engine.cost.of(card.default_num_tokens)
         return GeneratorInfo(card, self._shape, cost)
 
     async def generate(self, orders: Sequence[Order]) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
-        """The events of a generation but for its position, which is known elsewhere; at last its results.
+        """Stream the events of a generation except its queue position, which the fleet knows, and finally its results.
 
-        What goes wrong is the last item, not raised: Ray would wrap it in its own errors.
+        An error is yielded as the last item instead of raised, because Ray would wrap it.
         """
         try:
             with self._engine.admit() as permit:
@@ -86,7 +86,7 @@ class GeneratorReplica:
     async def generate_without_events(
         self, orders: Sequence[Order]
     ) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
-        """As ``generate``, but only the first step and the results: messages that nobody reads cost time."""
+        """Like ``generate``, but stream only the first step and the results; messages cost time."""
         has_begun = False
         async for event in self.generate(orders):
             if isinstance(event, GenerationResult | Flux2Error) or (isinstance(event, StepStarted) and not has_begun):
