@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.card import machine_card
 from benchmarks.quality import GUIDANCE, Case, Studio
-from demo_model.checker import mistakes, read_picture
+from demo_model.checker import mistakes, read_image
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder
 from generator_service.engine.similarity import pixels, psnr
@@ -115,7 +115,7 @@ def row(name: str, drawn: Drawn, single: Drawn, half: Drawn, studio: Studio) -> 
     """The figures of one way."""
     to_half = psnrs(drawn.images, half.images)
     shown = [torch.from_numpy(pixels(image)).permute(2, 0, 1) for image in drawn.images]
-    right = [not mistakes(c.scene, read_picture(p)) for c, p in zip(studio.cases, shown, strict=True)]
+    right = [not mistakes(c.scene, read_image(p)) for c, p in zip(studio.cases, shown, strict=True)]
     return Row(
         name,
         relative_error(drawn, single),

@@ -37,7 +37,7 @@ from benchmarks.caches import (
     taylor_seer,
 )
 from benchmarks.plots import plot_errors, plot_quality, plot_schedules
-from demo_model.checker import mistakes, read_picture
+from demo_model.checker import mistakes, read_image
 from demo_model.scenes import Scene, scenes
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder, read_prompt_format
@@ -148,7 +148,7 @@ class Studio:
             ours, full = (np.asarray(p.permute(1, 2, 0), dtype=np.float64) for p in (picture, reference))
             ratios.append(min(psnr(ours, full, peak=1), 120.0))
             similarities.append(ssim(ours, full, peak=1))
-            right += not mistakes(case.scene, read_picture((picture * 255).round()))
+            right += not mistakes(case.scene, read_image((picture * 255).round()))
         ordered = sorted(ratios)
         return Outcome(
             name=name,

@@ -1,6 +1,6 @@
-"""Reads a picture of the demo model and says whether it shows the scene that its prompt asked for.
+"""Checks whether an image of the demo model shows the scene of its prompt.
 
-Knows nothing of models or training: it works on pixels alone, and is itself tested on drawn scenes.
+Independent of models and training: it uses only the pixels, and is tested on rendered scenes.
 """
 
 from dataclasses import dataclass
@@ -23,68 +23,69 @@ from demo_model.scenes import (
 )
 
 FOREGROUND_DISTANCE = 55.0
-"""A pixel belongs to a thing if its color is at least this far from the background's (Euclidean, 0..255)."""
+"""The minimum distance of a thing's pixels from the background's color (Euclidean, 0..255)."""
 COLOR_TOLERANCE = 60.0
-"""The farthest a color may lie from the one it is taken for."""
+"""The maximum distance of a color from the palette's."""
 MIN_AREA = 0.006
-"""Smaller specks, as a share of the picture, are no things."""
+"""The minimum area of a thing, as a share of the image."""
 MIN_OVERLAP = 0.75
-"""Intersection over union with the ideal shape, below which a thing has no shape."""
+"""The minimum intersection over union with an ideal shape."""
 POSITION_TOLERANCE = 0.1
-"""How far, in shorter sides, a thing may lie from the place it is said to be."""
+"""The maximum offset from the prompt's position, as a share of the shorter side."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One thing as it was found; ``center`` is its offset from the picture's center, (x, y)."""
+    """A thing detected in an image."""
 
     thing: Thing
     center: tuple[float, float]
+    """The offset (x, y) from the image's center."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows."""
+    """The background and the things detected in an image."""
 
     background: str
     seen: tuple[Seen, ...]
 
 
-def read_picture(picture: torch.Tensor) -> Reading:
-    """Find background and things in ``picture``, ``[3, H, W]`` in 0..255."""
-    picture = picture.float()
-    border = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], dim=1)
+def read_image(image: torch.Tensor) -> Reading:
+    """Detect the background and the things in ``image``, ``[3, H, W]`` in 0..255."""
+    image = image.float()
+    border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
     backdrop = border.median(dim=1).values
-    mask = (picture - backdrop.view(3, 1, 1)).square().sum(0).sqrt() > FOREGROUND_DISTANCE
-    seen = [read_thing(picture, component) for component in components(mask)]
+    mask = (image - backdrop.view(3, 1, 1)).square().sum(0).sqrt() > FOREGROUND_DISTANCE
+    seen = [read_thing(image, component) for component in components(mask)]
     return Reading(nearest_color(backdrop, BACKGROUNDS), tuple(seen))
 
 
 def components(mask: torch.Tensor) -> list[torch.Tensor]:
-    """The connected areas of ``mask`` ``[H, W]`` that are large enough, largest first."""
+    """Find the connected areas of ``mask`` ``[H, W]`` of at least ``MIN_AREA``, largest first."""
     labels, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3)))
-    found = [torch.from_numpy(labels == label) for label in range(1, count + 1)]
-    large = [area for area in found if area.sum() >= MIN_AREA * mask.numel()]
+    areas = [torch.from_numpy(labels == label) for label in range(1, count + 1)]
+    large = [area for area in areas if area.sum() >= MIN_AREA * mask.numel()]
     return sorted(large, key=lambda area: -int(area.sum()))
 
 
-def read_thing(picture: torch.Tensor, area: torch.Tensor) -> Seen:
-    """Colour, shape, size and place of the thing that covers ``area``."""
-    color = nearest_color(picture[:, area].median(dim=1).values, COLORS)
+def read_thing(image: torch.Tensor, area: torch.Tensor) -> Seen:
+    """Determine color, shape, size and position of the thing that covers ``area``."""
+    color = nearest_color(image[:, area].median(dim=1).values, COLORS)
     shape, radius, center = fit_shape(area)
     size = min(RADII, key=lambda name: abs(RADII[name] - radius))
     return Seen(Thing(size, color, shape), center)
 
 
-def nearest_color(found: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> str:
-    """The palette's nearest name for a color, or ``unknown``."""
-    distances = {name: (found - torch.tensor(rgb)).norm().item() for name, rgb in palette.items()}
+def nearest_color(color: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> str:
+    """Return the name of the nearest color of the palette, or ``unknown``."""
+    distances = {name: (color - torch.tensor(rgb)).norm().item() for name, rgb in palette.items()}
     best = min(distances, key=distances.__getitem__)
     return best if distances[best] <= COLOR_TOLERANCE else "unknown"
 
 
 def fit_shape(area: torch.Tensor) -> tuple[str, float, tuple[float, float]]:
-    """The shape whose ideal form, fitted to the bounding box of ``area``, overlaps it best; its radius and center."""
+    """Fit each shape to the bounding box of ``area``; return the one that overlaps best, its radius and its center."""
     height, width = area.shape
     unit = min(height, width)
     rows, columns = area.any(1).nonzero().flatten(), area.any(0).nonzero().flatten()
@@ -104,7 +105,7 @@ def fit_shape(area: torch.Tensor) -> tuple[str, float, tuple[float, float]]:
 
 
 def _shape_boxes() -> dict[str, tuple[float, float, float]]:
-    """For each shape of radius 1: width and height of its bounding box, and the height of the box's center."""
+    """For each shape of radius 1: width, height and vertical center of its bounding box."""
     side = torch.linspace(-1.3, 1.3, 1301)
     y, x = torch.meshgrid(side, side, indexing="ij")
     boxes = {}
@@ -123,39 +124,39 @@ SHAPE_BOXES = _shape_boxes()
 
 
 def mistakes(scene: Scene, reading: Reading) -> list[str]:
-    """How the picture differs from its prompt: empty if it is wholly right."""
-    found = [] if reading.background == scene.background else ["background"]
+    """List the differences between an image and its prompt."""
+    wrong = [] if reading.background == scene.background else ["background"]
     if len(reading.seen) != len(scene.things):
-        return [*found, "number of things"]
+        return [*wrong, "number of things"]
     pairs = list(zip(scene.things, in_order(scene, reading), strict=True))
-    found += [
+    wrong += [
         attribute
         for attribute in ("color", "shape", "size")
         if any(getattr(want, attribute) != getattr(have.thing, attribute) for want, have in pairs)
     ]
     if not is_in_place(scene, [have.center for _, have in pairs]):
-        found.append("position")
-    return found
+        wrong.append("position")
+    return wrong
 
 
 def in_order(scene: Scene, reading: Reading) -> list[Seen]:
-    """The things that were seen, in the order of the prompt: a pair is told apart by the things themselves."""
+    """Order the detected things as in the prompt, by their similarity to the prompt's things."""
     seen = list(reading.seen)
     if len(seen) == 1:
         return seen
 
-    def likeness(order: list[Seen]) -> int:
+    def similarity(order: list[Seen]) -> int:
         return sum(
             getattr(want, attribute) == getattr(have.thing, attribute)
             for want, have in zip(scene.things, order, strict=True)
             for attribute in ("color", "shape", "size")
         )
 
-    return max((seen, seen[::-1]), key=likeness)
+    return max((seen, seen[::-1]), key=similarity)
 
 
 def is_in_place(scene: Scene, centers: list[tuple[float, float]]) -> bool:
-    """Whether one thing is at its position, or the first of two lies as the relation says."""
+    """Return whether a single thing is at its position, or the first of two in its relation to the second."""
     if len(centers) == 1:
         (x, y), (want_x, want_y) = centers[0], POSITIONS[scene.place]
         return abs(x - want_x) <= POSITION_TOLERANCE and abs(y - want_y) <= POSITION_TOLERANCE

@@ -1,4 +1,4 @@
-"""``make demo``: one prompt in every cache mode, through both services, as pictures and a table."""
+"""``make demo``: generates one prompt in every cache mode through both services, and prints a table."""
 
 import io
 import sys
@@ -23,83 +23,82 @@ CAPTION_HEIGHT = 30
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One mode's picture and how long its denoising took."""
+class Result:
+    """The response of one mode."""
 
     mode: str
     answer: Answer
 
     @property
     def steps(self) -> str:
-        """Computed of all steps."""
+        """Computed steps / all steps."""
         return f"{self.answer.headers['x-steps-computed']}/{self.answer.headers['x-steps-total']}"
 
     @property
     def seconds(self) -> float:
-        """Time in the denoising loop."""
+        """Denoising time."""
         return float(self.answer.headers["x-denoise-ms"]) / 1000
 
     def image(self) -> Image.Image:
-        """The picture."""
         return Image.open(io.BytesIO(self.answer.data)).convert("RGB")
 
     def pixels(self) -> np.ndarray:
-        """The picture as ``[H, W, 3]``, 0..255."""
+        """Return the image as ``[H, W, 3]``, 0..255."""
         return np.asarray(self.image(), dtype=np.float64)
 
 
-def shoot(url: str) -> list[Shot]:
-    """The demo's prompt in every mode, after one picture to warm up."""
+def generate_all(url: str) -> list[Result]:
+    """Generate the prompt in every mode, after one image to warm up."""
     body = {"prompt": PROMPT, "seed": SEED}
     post_generate(url, {**body, "cache": "none"})
-    return [Shot(mode, post_generate(url, {**body, "cache": mode})) for mode in MODES]
+    return [Result(mode, post_generate(url, {**body, "cache": mode})) for mode in MODES]
 
 
-def contact_sheet(shots: Sequence[Shot]) -> Image.Image:
-    """All pictures side by side, each with its mode below."""
-    images = [shot.image() for shot in shots]
+def contact_sheet(results: Sequence[Result]) -> Image.Image:
+    """Place all images side by side, each with its mode below."""
+    images = [result.image() for result in results]
     width, height = images[0].size
     sheet = Image.new("RGB", (width * len(images), height + CAPTION_HEIGHT), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (shot, image) in enumerate(zip(shots, images, strict=True)):
+    for column, (result, image) in enumerate(zip(results, images, strict=True)):
         sheet.paste(image, (column * width, 0))
-        pen.text((column * width + 4, height + 2), f"{shot.mode}\n{shot.steps} steps", fill="black")
+        pen.text((column * width + 4, height + 2), f"{result.mode}\n{result.steps} steps", fill="black")
     return sheet
 
 
-def table(shots: Sequence[Shot]) -> Table:
-    """What each mode computed, took, and changed."""
-    reference = shots[0]
-    result = Table("mode", "computed", "seconds", "speed-up", "PSNR against none", title=PROMPT)
-    for shot in shots:
-        ratio = psnr(shot.pixels(), reference.pixels(), peak=255)
-        result.add_row(
-            shot.mode,
-            shot.steps,
-            f"{shot.seconds:.2f}",
-            f"{reference.seconds / shot.seconds:.2f}x",
+def table(results: Sequence[Result]) -> Table:
+    """Tabulate the computed steps, time and PSNR of each mode."""
+    reference = results[0]
+    rows = Table("mode", "computed", "seconds", "speed-up", "PSNR against none", title=PROMPT)
+    for result in results:
+        ratio = psnr(result.pixels(), reference.pixels(), peak=255)
+        rows.add_row(
+            result.mode,
+            result.steps,
+            f"{result.seconds:.2f}",
+            f"{reference.seconds / result.seconds:.2f}x",
             "same" if ratio == float("inf") else f"{ratio:.1f} dB",
         )
-    return result
+    return rows
 
 
-def save(shots: Sequence[Shot], folder: Path) -> list[Path]:
-    """Write every picture and the contact sheet."""
-    files = [folder / f"{shot.mode}.png" for shot in shots]
-    for file, shot in zip(files, shots, strict=True):
-        file.write_bytes(shot.answer.data)
+def save(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Write every image and the contact sheet."""
+    files = [folder / f"{result.mode}.png" for result in results]
+    for file, result in zip(files, results, strict=True):
+        file.write_bytes(result.answer.data)
     sheet = folder / "contact-sheet.png"
-    contact_sheet(shots).save(sheet)
+    contact_sheet(results).save(sheet)
     return [*files, sheet]
 
 
 def main() -> int:
-    """Run the demo; 0 if all went well."""
+    """Run the demo and return the exit status."""
     try:
-        OUTPUT.mkdir(parents=True, exist_ok=True)  # first: it may be impossible
+        OUTPUT.mkdir(parents=True, exist_ok=True)  # fails before the services are started
         with running_services() as services:
-            shots = shoot(services.generator_url)
-        files = save(shots, OUTPUT)
+            results = generate_all(services.generator_url)
+        files = save(results, OUTPUT)
     except KeyboardInterrupt:
         return 130
     except (DemoError, GeneratorError) as error:
@@ -108,8 +107,8 @@ def main() -> int:
     except OSError as error:
         print(f"flux2: {error.filename or OUTPUT} cannot be written: {error.strerror}", file=sys.stderr)
         return 1
-    Console().print(table(shots))
-    print("pictures:", *files, sep="\n  ")
+    Console().print(table(results))
+    print("images:", *files, sep="\n  ")
     return 0
 
 

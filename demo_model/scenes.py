@@ -1,7 +1,7 @@
-"""The world of the demo model: scenes of one or two colored shapes, their prompts, and how they are drawn.
+"""The demo model's training data: scenes of one or two colored shapes, their prompts, and their rendering.
 
-Knows nothing about models. A ``Scene`` is what a prompt says; ``Layout`` adds what it leaves open (exact places and
-sizes); ``draw`` turns layouts into pictures. All lengths are fractions of the picture's shorter side, y points down.
+Independent of models. A ``Scene`` is the content of a prompt, a ``Layout`` adds exact positions and sizes, and
+``render`` makes an image of both. All lengths are fractions of the image's shorter side; y points down.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 RADII = {"small": 0.115, "large": 0.195}
 RADIUS_JITTER = 0.08
-"""Sizes differ by up to this fraction of their radius."""
+"""The maximum deviation from a nominal radius, as a fraction of it."""
 POSITIONS: dict[str, tuple[float, float]] = {
     "in the center": (0.0, 0.0),
     "on the left": (-0.25, 0.0),
@@ -40,7 +40,7 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "in the bottom left corner": (-0.25, 0.25),
     "in the bottom right corner": (0.25, 0.25),
 }
-"""Offset of an object's center from the picture's center, (x, y)."""
+"""Offset of an object's center from the image's center, (x, y)."""
 RELATIONS: dict[str, tuple[float, float]] = {
     "above": (0.0, -1.0),
     "below": (0.0, 1.0),
@@ -68,7 +68,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing at a position, or two things in a relation (first *relation* second), on a background."""
+    """One thing at a position, or two things in a relation (first *relation* second), and a background."""
 
     things: tuple[Thing, ...]
     place: str
@@ -76,7 +76,6 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """The sentence that describes the scene."""
         ending = f"on a {self.background} background"
         if len(self.things) == 1:
             return f"a {self.things[0]} {self.place} {ending}"
@@ -85,13 +84,13 @@ class Scene:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether the training must never see this scene's prompt (a fixed tenth of all prompts)."""
+        """Whether the prompt is excluded from training, as a fixed tenth of all prompts is."""
         digest = hashlib.sha256(self.prompt.encode()).digest()
         return digest[0] < HELD_OUT_SHARE * 256
 
 
 def random_scene(rng: random.Random, num_things: int) -> Scene:
-    """A scene drawn uniformly; the two things of a pair differ in color."""
+    """Sample a scene uniformly; the two things of a pair have different colors."""
     colors = rng.sample(list(COLORS), num_things)
     things = tuple(Thing(rng.choice(list(RADII)), color, rng.choice(SHAPES)) for color in colors)
     places = POSITIONS if num_things == 1 else RELATIONS
@@ -99,25 +98,26 @@ def random_scene(rng: random.Random, num_things: int) -> Scene:
 
 
 def scenes(rng: random.Random, count: int, num_things: int, *, held_out: bool) -> list[Scene]:
-    """``count`` random scenes, all of them held out from training or none of them."""
-    found: list[Scene] = []
-    while len(found) < count:
+    """Sample ``count`` scenes that are all held out from training, or all not."""
+    samples: list[Scene] = []
+    while len(samples) < count:
         scene = random_scene(rng, num_things)
         if scene.is_held_out == held_out:
-            found.append(scene)
-    return found
+            samples.append(scene)
+    return samples
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a prompt leaves open: for each thing its center (x, y) from the picture's center, and its radius."""
+    """The exact position and size of each thing, which a prompt does not specify."""
 
     centers: tuple[tuple[float, float], ...]
+    """Offsets (x, y) from the image's center."""
     radii: tuple[float, ...]
 
 
 def random_layout(scene: Scene, rng: random.Random) -> Layout:
-    """Places and sizes that fit the scene's words, with some jitter."""
+    """Sample positions and sizes that match the scene's prompt."""
     if len(scene.things) == 1:
         anchors = [POSITIONS[scene.place]]
     else:
@@ -130,7 +130,7 @@ def random_layout(scene: Scene, rng: random.Random) -> Layout:
 
 
 def signed_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Signed distance to the edge of each of ``SHAPES`` of radius 1 at the origin, negative inside.
+    """Compute signed distances to the edge of each of ``SHAPES`` with radius 1 at the origin, negative inside.
 
     ``x`` and ``y`` have any one shape ``[...]``; the result is ``[len(SHAPES), ...]``.
     """
@@ -145,7 +145,7 @@ def signed_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def shape_masks(center: tuple[float, float], radius: float, height: int, width: int) -> torch.Tensor:
-    """Coverage in 0..1 of each of ``SHAPES`` at a place, ``[len(SHAPES), height, width]``, anti-aliased."""
+    """Compute the anti-aliased coverage in 0..1 of each of ``SHAPES``: ``[len(SHAPES), height, width]``."""
     unit = min(height, width)
     rows = (torch.arange(height) + 0.5 - height / 2) / unit
     columns = (torch.arange(width) + 0.5 - width / 2) / unit
@@ -153,8 +153,8 @@ def shape_masks(center: tuple[float, float], radius: float, height: int, width: 
     return (0.5 - signed_distances(x, y) * radius * unit).clamp(0, 1)
 
 
-def draw(scene: Scene, layout: Layout, height: int, width: int) -> torch.Tensor:
-    """The picture, float32 ``[3, height, width]`` in -1..1."""
+def render(scene: Scene, layout: Layout, height: int, width: int) -> torch.Tensor:
+    """Render a scene: float32 ``[3, height, width]`` in -1..1."""
     objects = [COLORS[thing.color] for thing in scene.things]
     masks = [
         shape_masks(center, radius, height, width)[SHAPES.index(thing.shape)]
@@ -166,9 +166,9 @@ def draw(scene: Scene, layout: Layout, height: int, width: int) -> torch.Tensor:
 def paint(
     background: tuple[int, int, int], colors: Sequence[tuple[int, int, int]], masks: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Fill a background and lay each color over it where its mask is, float32 ``[3, height, width]`` in -1..1."""
+    """Blend each color over the background according to its mask: float32 ``[3, height, width]`` in -1..1."""
     height, width = masks[0].shape
-    picture = torch.tensor(background, dtype=torch.float32).view(3, 1, 1).expand(3, height, width)
+    image = torch.tensor(background, dtype=torch.float32).view(3, 1, 1).expand(3, height, width)
     for color, mask in zip(colors, masks, strict=True):
-        picture = torch.lerp(picture, torch.tensor(color, dtype=torch.float32).view(3, 1, 1), mask)
-    return picture / 127.5 - 1
+        image = torch.lerp(image, torch.tensor(color, dtype=torch.float32).view(3, 1, 1), mask)
+    return image / 127.5 - 1

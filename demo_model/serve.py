@@ -1,4 +1,4 @@
-"""``make serve``: both services with the demo model in the foreground, until Ctrl-C."""
+"""``make serve``: runs both services with the demo model in the foreground, until Ctrl-C."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from demo_model.services import DemoError, running_services
 
 
 def main() -> int:
-    """Serve until Ctrl-C, SIGTERM, or the end of one of the services."""
+    """Serve until Ctrl-C, SIGTERM, or until one of the services exits."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with running_services(log_level="info") as services:
@@ -21,7 +21,7 @@ def main() -> int:
     except DemoError as error:
         print(f"flux2: {error}", file=sys.stderr)
         return 1
-    print("flux2: a service has ended, so both are stopped", file=sys.stderr)
+    print("flux2: a service has exited, so both are stopped", file=sys.stderr)
     return 1
 
 

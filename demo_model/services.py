@@ -1,4 +1,4 @@
-"""Both services on loopback with the demo model, as processes of their own, for as long as a ``with`` block lasts."""
+"""Runs both services with the demo model on the loopback interface, as subprocesses, within a ``with`` block."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ OPENMP: OpenMP = {
 
 
 class DemoError(RuntimeError):
-    """The demo cannot run here; the text is one line for people."""
+    """The demo cannot run here; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,17 @@ class Services:
     processes: tuple[subprocess.Popen[bytes], ...]
 
     def wait(self) -> None:
-        """Return when one of the services has ended."""
+        """Wait until one of the services exits."""
         while all(process.poll() is None for process in self.processes):
             time.sleep(0.2)
 
 
 def port_setting(name: str, default: int) -> int:
-    """The port in the environment variable ``name``; it must be free."""
+    """Read a port from the environment variable ``name``, and check that it is free.
+
+    Raises:
+        DemoError: the port is invalid or in use.
+    """
     text = os.environ.get(name, str(default))
     if not text.isdigit() or not 0 < int(text) < 65536:
         raise DemoError(f"{name} is {text!r}: give a port number from 1 to 65535")
@@ -56,15 +60,16 @@ def port_setting(name: str, default: int) -> int:
         try:
             probe.bind((LOOPBACK, int(text)))
         except OSError as error:
-            told = f"port {text} cannot be used ({error.strerror}): stop what uses it, or set {name} to another"
-            raise DemoError(told) from error
+            raise DemoError(
+                f"port {text} cannot be used ({error.strerror}): stop what uses it, or set {name} to another"
+            ) from error
     return int(text)
 
 
 def openmp_environment(defaults: Mapping[str, str]) -> dict[str, str]:
-    """OpenMP's variables for a service: those of this process's environment win over ``defaults``.
+    """Return OpenMP's variables for a service; this process's environment overrides ``defaults``.
 
-    ``OMP_WAIT_POLICY`` also wins over ``GOMP_SPINCOUNT``, which would make libgomp ignore it.
+    ``OMP_WAIT_POLICY`` also overrides a default ``GOMP_SPINCOUNT``, with which libgomp would ignore it.
     """
     chosen = {**defaults, **{name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_"))}}
     if "OMP_WAIT_POLICY" in chosen and "GOMP_SPINCOUNT" not in os.environ:
@@ -74,14 +79,14 @@ def openmp_environment(defaults: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def running_services(log_level: str = "warning", openmp: OpenMP = OPENMP) -> Iterator[Services]:
-    """Start both services, wait until they are ready, and stop them at the end.
+    """Start both services, wait until they are ready, and stop them at the end of the block.
 
     Args:
-        log_level: of both.
-        openmp: how their threads wait, and how many there are, where the environment does not say it.
+        log_level: log level of both services.
+        openmp: defaults of OpenMP's variables for each service.
 
     Raises:
-        DemoError: a port is taken, or a service does not start.
+        DemoError: a port is in use, or a service does not start.
     """
     encoder_port = port_setting("TEXT_ENCODER_PORT", 8006)
     generator_port = port_setting("GENERATOR_PORT", 8000)
@@ -98,8 +103,8 @@ def running_services(log_level: str = "warning", openmp: OpenMP = OPENMP) -> Ite
         "HF_HUB_OFFLINE": "1",
     }
     processes = tuple(
-        # A session of its own: Ctrl-C reaches this process alone, which then stops both in order.
-        subprocess.Popen(  # noqa: S603 - ours
+        # In a new session, Ctrl-C reaches only this process, which then stops both services in order.
+        subprocess.Popen(  # noqa: S603 - this project's programs
             [sys.executable, "-m", module],
             env=environment | openmp_environment(openmp.get(module, {})),
             start_new_session=True,
@@ -115,12 +120,16 @@ def running_services(log_level: str = "warning", openmp: OpenMP = OPENMP) -> Ite
 
 
 def wait_until_ready(services: Services) -> None:
-    """Return when the generator, and with it the encoder, says that it is ready."""
+    """Wait until the generator is ready, which includes the text encoder.
+
+    Raises:
+        DemoError: a service exits, or they are not ready in time.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         for process in services.processes:
             if process.poll() is not None:
-                raise DemoError(f"a service ended with status {process.returncode}: its own message is above")
+                raise DemoError(f"a service exited with status {process.returncode}: see its message above")
         try:
             if httpx.get(f"{services.generator_url}/health/ready", timeout=2).status_code == httpx.codes.OK:
                 return
@@ -131,7 +140,7 @@ def wait_until_ready(services: Services) -> None:
 
 
 def stop(processes: tuple[subprocess.Popen[bytes], ...]) -> None:
-    """End the services: politely first."""
+    """Terminate the services, and kill them if they do not exit in time."""
     for process in reversed(processes):
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)

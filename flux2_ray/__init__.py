@@ -1,1 +1,1 @@
-"""Both services on many machines, with Ray Serve. Nothing else imports ray."""
+"""Both services on several machines with Ray Serve. Only this package imports ray."""

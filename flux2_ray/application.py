@@ -1,7 +1,7 @@
 """The Serve application: ``flux2_ray.application:application``, as ``serve.yaml`` names it.
 
-How many replicas there are, and on what, is said in the configuration file; what a service needs to know is said in the
-same variables as everywhere, which the machines' Ray processes must have in their environment.
+The configuration file defines the number of replicas and their resources. The services are configured by the same
+environment variables as without Ray, which must be set for the Ray processes of all machines.
 """
 
 from ray import serve

@@ -1,4 +1,4 @@
-"""The text encoder as a deployment: embeddings lie in Ray's object store, and callers get references."""
+"""The text encoder as a deployment: embeddings are in Ray's object store, and callers get references to them."""
 
 import logging
 from contextlib import AsyncExitStack
@@ -20,15 +20,15 @@ logger = logging.getLogger("flux2")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """An embedding in the object store. In an object, so that Ray does not fetch it where only its name is wanted."""
+class StoredEmbedding:
+    """A reference to an embedding in the object store, wrapped so that Ray does not resolve it automatically."""
 
     reference: ray.ObjectRef = field(repr=False)
     nbytes: int
 
 
 class EncoderReplica:
-    """One text encoder on one GPU. What goes wrong is returned, not raised: Ray would wrap it in its own errors."""
+    """One text encoder on one GPU. Errors are returned instead of raised, because Ray would wrap them."""
 
     async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
         settings = TextEncoderSettings()
@@ -38,27 +38,27 @@ class EncoderReplica:
         self._thread = await self._stack.enter_async_context(DeviceThread())
         encoder = running_encoder(settings, Metrics(), self._thread, logger.info)
         self._state = await self._stack.enter_async_context(encoder)
-        self._stored = ByteBoundedCache[Stored](settings.embedding_cache_bytes)
+        self._stored = ByteBoundedCache[StoredEmbedding](settings.embedding_cache_bytes)
 
     def check_health(self) -> None:
-        """Raise if the device is lost: Serve asks every few seconds, and replaces a replica that raises."""
+        """Raise ``DeviceLost`` if the device is lost. Serve polls it and replaces replicas that raise."""
         self._thread.refuse_if_lost()
 
     async def info(self) -> EncoderInfo:
-        """What its embeddings are."""
+        """Describe the model and its embeddings."""
         return self._state.info
 
-    async def embed(self, prompt: str) -> Stored | Flux2Error:
-        """The prompt's embedding: the same object for everybody who asks for the same prompt."""
+    async def embed(self, prompt: str) -> StoredEmbedding | Flux2Error:
+        """Encode a prompt; all callers with the same prompt get the same object."""
         stored = self._stored.get(prompt)
         if stored is not None:
             return stored
         try:
             with self._state.queue.admit():
-                answer = await self._state.queue.submit(prompt)
+                completed = await self._state.queue.submit(prompt)
         except Flux2Error as error:
             return error
-        stored = Stored(ray.put(answer.value.tensor), answer.value.nbytes)
+        stored = StoredEmbedding(ray.put(completed.value.tensor), completed.value.nbytes)
         self._stored.put(prompt, stored)
         return stored
 

@@ -1,7 +1,7 @@
-"""Many generators behind the API of one: who waits, who draws, and what happens when a machine is lost.
+"""A fleet of generators behind one API: queueing, dispatching, and retries when a machine is lost.
 
-Stands where a single machine has its engine. A request whose generator dies is drawn again by another: the seed is part
-of the order, so the picture is the same.
+It replaces the engine of a single machine. If a generator dies, its requests are generated again by another one; the
+result is the same, because the seed is part of the order.
 """
 
 import logging
@@ -27,11 +27,11 @@ logger = logging.getLogger("flux2")
 
 MAX_ATTEMPTS = 4
 FIRST_GUESS_S = 10.0
-"""How long an image is taken to last before one was generated."""
+"""The assumed time per image before one was generated."""
 
 
 class Fleet:
-    """Generates images by whichever generator is free.
+    """Dispatches generations to the replicas of a deployment.
 
     Args:
         handle: of the deployment of ``GeneratorReplica``.
@@ -58,17 +58,18 @@ class Fleet:
         metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
 
     def admit(self) -> AbstractContextManager[Permit]:
-        """As ``Engine.admit``.
+        """Like ``Engine.admit``.
 
         Raises:
-            Busy: too many wait.
+            Busy: the queue is full.
+            ShuttingDown: the fleet is closed.
         """
         return self._queue.admit()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """As ``Engine.submit``. Serve's router picks the next request, so positions are estimates.
 
-        The generation fails with ``GeneratorUnavailable`` if one generator after the other is lost.
+        The generation fails with ``GeneratorUnavailable`` if ``MAX_ATTEMPTS`` generators are lost in a row.
         """
         generation = Generation(request, on_end=self._queue.leave)
         self._queue.enter(generation, permit)
@@ -105,8 +106,8 @@ class Fleet:
         return results
 
     async def _events(self, ask: Callable[[], Any]) -> AsyncGenerator[ProgressEvent | GenerationResult, None]:
-        """What some generator sends."""
-        # Outside of the HTTP request's context: Serve would cancel a job when the client that began it leaves.
+        """Stream the events of one generator."""
+        # Outside of the HTTP request's context: Serve would cancel a job when the client that started it disconnects.
         stream = Context().run(ask)
         try:
             async for event in stream:
@@ -116,13 +117,13 @@ class Fleet:
                     raise event
                 yield event
         except RayTaskError:
-            raise  # not the machines but the code
+            raise  # an error in the code, not of a machine
         except BackPressureError as error:
             raise Busy("the service is busy: the queue is full", retry_after_s=FIRST_GUESS_S) from error
         except (RayError, RayServeException) as error:
             raise GeneratorUnavailable("a generator was lost") from error
         finally:
-            stream.cancel()  # of a stream that has ended there is nothing left to cancel
+            stream.cancel()  # does nothing if the stream has ended
 
     def _learn(self, request: Request, result: GenerationResult) -> None:
         if request.params.adapters or request.preview_steps:

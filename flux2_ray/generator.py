@@ -1,4 +1,4 @@
-"""The generator as a deployment: an engine without the API, which sends events as a stream."""
+"""The generator as a deployment: an engine without the API, which streams events."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ logger = logging.getLogger("flux2")
 
 @dataclass(frozen=True)
 class GeneratorInfo:
-    """What a generator tells of itself."""
+    """The model of a generator and its speed."""
 
     model: ModelInfo
     embedding_shape: tuple[int, int]
@@ -55,11 +55,11 @@ class GeneratorReplica:
         self._engine = await self._stack.enter_async_context(engine)
 
     def check_health(self) -> None:
-        """Raise if the device is lost: Serve asks every few seconds, and replaces a replica that raises."""
+        """Raise ``DeviceLost`` if the device is lost. Serve polls it and replaces replicas that raise."""
         self._thread.refuse_if_lost()
 
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
-        """The model, and the shape of its prompt embeddings."""
+        """Load the model; also return the shape of its prompt embeddings."""
         return load_model(settings)
 
     async def info(self) -> GeneratorInfo:
@@ -70,7 +70,7 @@ class GeneratorReplica:
     async def generate(self, request: Request) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
         """The events of a generation but for its position, which is known elsewhere; at last its results.
 
-        What goes wrong is the last item, not raised: Ray would wrap it in its own errors.
+        An error is yielded as the last item instead of raised, because Ray would wrap it.
         """
         try:
             with self._engine.admit() as permit:
@@ -87,7 +87,7 @@ class GeneratorReplica:
     async def generate_without_events(
         self, request: Request
     ) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
-        """As ``generate``, but only the first step and the results: messages that nobody reads cost time."""
+        """Like ``generate``, but stream only the first step and the results; messages cost time."""
         has_begun = False
         async for event in self.generate(request):
             if isinstance(event, GenerationResult | Flux2Error) or (isinstance(event, StepStarted) and not has_begun):

@@ -1,4 +1,4 @@
-"""The generator's own app over a fleet: the same routes, jobs and streams, in a deployment without a GPU."""
+"""The generator's app on top of a fleet: the same routes, jobs and streams, in a deployment without a GPU."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +22,7 @@ INGRESS = "api"
 
 
 def create_app() -> FastAPI:
-    """The app of the one replica of the ingress, which holds the jobs and the line."""
+    """Create the app of the ingress, whose single replica holds the jobs and the queue."""
     settings = GeneratorSettings()
     set_up_logs(settings.log_level, settings.log_format)
 
@@ -57,14 +57,12 @@ def create_app() -> FastAPI:
 
 
 class WithoutRequestId:
-    """Takes ``x-request-id`` out of the answers: Serve's proxy puts the same one in again."""
+    """Middleware that removes ``x-request-id`` from responses, because Serve's proxy adds it again."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-
         async def send_without(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]

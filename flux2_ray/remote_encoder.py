@@ -1,4 +1,4 @@
-"""The text encoder as others see it: a handle that gives references to embeddings."""
+"""The client of the text encoder's deployment, which returns references to embeddings."""
 
 import asyncio
 from contextvars import Context
@@ -38,7 +38,7 @@ class RemoteEncoder:
             async with asyncio.timeout(INFO_TIMEOUT_S):
                 info: EncoderInfo = await self._handle.info.remote()
         except TimeoutError as error:
-            raise EncoderTimeout("no text encoder answers") from error
+            raise EncoderTimeout("no text encoder responds") from error
         except (RayError, RayServeException) as error:
             raise EncoderUnavailable("the text encoder was lost") from error
         return info
@@ -46,16 +46,16 @@ class RemoteEncoder:
     async def embed(self, prompt: str) -> torch.Tensor:
         """The prompt's embedding ``[1, L, D]``; the errors are those of ``RetryingEncoder.embed``."""
         try:
-            # Outside of the caller's context: who cancels is this task's business, not Serve's.
+            # Outside of the caller's context, because this task handles cancellation, not Serve.
             stored = await Context().run(self._handle.embed.remote, prompt)
             if isinstance(stored, OutOfMemory):
-                raise stored  # asking again would end in the same way
+                raise stored  # retrying would not help
             if isinstance(stored, Flux2Error):
                 raise EncoderUnavailable(str(stored), retry_after_s=stored.retry_after_s) from stored
-            tensor: torch.Tensor = await stored.reference  # from the encoder's machine to this one, past all others
+            tensor: torch.Tensor = await stored.reference  # copied directly from the encoder's machine
         except RayTaskError:
-            raise  # not the machines but the code
-        except (RayError, RayServeException) as error:  # the encoder, or the machine that kept the embedding, is gone
+            raise  # an error in the code, not of a machine
+        except (RayError, RayServeException) as error:  # the encoder or the machine that stored the embedding died
             raise EncoderUnavailable("the text encoder was lost", retry_after_s=5) from error
         return tensor
 

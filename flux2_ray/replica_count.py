@@ -1,4 +1,4 @@
-"""How many replicas of each deployment run now, as Serve's controller says."""
+"""Counts the running replicas of each deployment, as reported by Serve's controller."""
 
 import asyncio
 import logging
@@ -9,11 +9,11 @@ from ray.serve.schema import ReplicaState
 
 logger = logging.getLogger("flux2")
 
-EVERY_S = 0.5
+INTERVAL_S = 0.5
 
 
 class ReplicaCount:
-    """Counts again and again while it is entered. Before the first count there is one of each.
+    """Polls the number of replicas within its context. Before the first poll it assumes one of each deployment.
 
     Args:
         application: the name of the Serve application.
@@ -34,7 +34,7 @@ class ReplicaCount:
         await asyncio.gather(self._task, return_exceptions=True)
 
     def running(self, deployment: str) -> int:
-        """How many replicas of it run."""
+        """Return the number of running replicas of a deployment."""
         return self._counts.get(deployment, 1)
 
     async def _count_again(self) -> None:
@@ -42,9 +42,9 @@ class ReplicaCount:
             try:
                 self._counts = await asyncio.to_thread(self._count)
             except Exception:
-                logger.exception("the replicas cannot be counted now")  # the last count holds
-            await asyncio.sleep(EVERY_S)
+                logger.exception("the replicas could not be counted")  # the last count remains valid
+            await asyncio.sleep(INTERVAL_S)
 
     def _count(self) -> dict[str, int]:
         deployments = serve.status().applications[self._application].deployments
-        return {name: found.replica_states.get(ReplicaState.RUNNING, 0) for name, found in deployments.items()}
+        return {name: status.replica_states.get(ReplicaState.RUNNING, 0) for name, status in deployments.items()}

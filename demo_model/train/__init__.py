@@ -1,1 +1,1 @@
-"""How the demo model was made, from nothing: ``python -m demo_model.train``."""
+"""Training of the demo model from scratch: ``python -m demo_model.train``."""

@@ -1,4 +1,4 @@
-"""Make the demo model from nothing: ``python -m demo_model.train``. Continues where an interrupted run stopped."""
+"""Trains the demo model from scratch: ``python -m demo_model.train``. Resumes an interrupted run."""
 
 import argparse
 import random
@@ -20,7 +20,7 @@ WEIGHTS = ROOT.parent / "weights"
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """FLUX.2's noise schedule."""
+    """Create FLUX.2's scheduler."""
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
         max_image_seq_len=4096, time_shift_type="exponential",
@@ -34,7 +34,7 @@ def save(
     text_encoder: Mistral3ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Write a standard diffusers pipeline folder in bfloat16, but for the small autoencoder."""
+    """Write a diffusers pipeline folder in bfloat16, except for the small autoencoder."""
     shutil.rmtree(folder, ignore_errors=True)
     half: Any = text_encoder
     pipeline = Flux2Pipeline(

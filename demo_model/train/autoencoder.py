@@ -1,4 +1,4 @@
-"""Stage 1: train the demo model's ``AutoencoderKLFlux2`` to reproduce drawn scenes, then its decoder alone."""
+"""Stage 1: train the demo model's ``AutoencoderKLFlux2`` on rendered scenes, then its decoder only."""
 
 import math
 import random
@@ -13,25 +13,35 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
-from demo_model.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, draw, paint, random_layout, random_scene, shape_masks
+from demo_model.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    SHAPES,
+    Scene,
+    paint,
+    random_layout,
+    random_scene,
+    render,
+    shape_masks,
+)
 from demo_model.train.checkpoint import load_checkpoint, save_checkpoint
 
 KL_WEIGHT = 2e-4
-"""Against the mean error per value: small enough for sharp edges, large enough for a smooth latent space."""
+"""Relative to the mean error per value: small enough for sharp edges, large enough for a smooth latent space."""
 RANDOM_COLOR_SHARE = 0.3
-PICTURES_IN_POOL = 4096
+NUM_POOL_IMAGES = 4096
 LATENT_CHANNELS = 8
 FIRST_LOG_VARIANCE = -4.0
-PICTURE_SIZE = 128
+IMAGE_SIZE = 128
 CROP_SIZE = 64
 LATENT_NOISE = 0.1
-"""While the decoder is trained alone, latents carry noise of up to this share of their standard deviation."""
+"""Maximum noise on latents while only the decoder is trained, as a share of their standard deviation."""
 WHOLE_SHARE = 0.15
-"""The last part of the training sees whole pictures, the rest crops, which cost a quarter."""
+"""The last part of the training uses whole images, the rest crops, which cost a quarter."""
 
 
 def make_autoencoder() -> AutoencoderKLFlux2:
-    """FLUX.2's autoencoder, small: 8 times smaller latents of 8 channels, patched 2 x 2 into tokens of 32."""
+    """Create a small FLUX.2 autoencoder: latents of 8 channels at 1/8 of the size, patched 2 x 2 into 32 channels."""
     model = AutoencoderKLFlux2(
         block_out_channels=(8, 16, 32, 64),
         decoder_block_out_channels=(16, 16, 48, 96),
@@ -46,7 +56,7 @@ def make_autoencoder() -> AutoencoderKLFlux2:
 
 
 def add_identity(conv: nn.Conv2d, kernel: torch.Tensor) -> None:
-    """Make ``conv`` pass on each of its inputs through ``kernel``, on top of a tenth of its random start."""
+    """Initialize ``conv`` to apply ``kernel`` to each channel, plus a tenth of its random weights."""
     conv.weight.mul_(0.1)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
@@ -56,11 +66,11 @@ def add_identity(conv: nn.Conv2d, kernel: torch.Tensor) -> None:
 
 @torch.no_grad()
 def start_as_blur(model: AutoencoderKLFlux2) -> None:
-    """Start the network near the identity on 8 x 8 averages, with little noise, instead of at random.
+    """Initialize the network near the identity on 8 x 8 averages, with little noise, instead of at random.
 
-    Normalisation hides a flat picture's color from a deep random network: after 300 steps it had reached 14 dB,
-    from this start 23 dB. The trunk carries the three colors, their negatives (so that SiLU loses nothing) and a
-    constant pair that pins the scale of the norms; residual branches start small.
+    Normalization hides a flat image's color from a deep random network: after 300 steps it reached 14 dB, with this
+    initialization 23 dB. The trunk carries the three colors, their negatives (so that SiLU loses nothing) and a
+    constant pair that fixes the scale of the norms; residual branches start small.
     """
     center = functional.pad(torch.ones(1, 1), (1, 1, 1, 1))
     for module in model.modules():
@@ -89,17 +99,17 @@ def start_as_blur(model: AutoencoderKLFlux2) -> None:
 
 
 def training_scene(rng: random.Random) -> Scene:
-    """A scene with one or two things that is not held out."""
+    """Sample a scene with one or two things that is not held out."""
     while (scene := random_scene(rng, rng.choice((1, 2)))).is_held_out:
         pass
     return scene
 
 
-def training_picture(rng: random.Random, size: int) -> torch.Tensor:
-    """A drawn scene, or loose shapes in random colors so that the autoencoder is not bound to the palette."""
+def training_image(rng: random.Random, size: int) -> torch.Tensor:
+    """Render a scene, or shapes in random colors so that the autoencoder is not limited to the palette."""
     if rng.random() > RANDOM_COLOR_SHARE:
         scene = training_scene(rng)
-        return draw(scene, random_layout(scene, rng), size, size)
+        return render(scene, random_layout(scene, rng), size, size)
     palette = list(COLORS.values()) + list(BACKGROUNDS.values())
     colors = [(rng.randrange(256), rng.randrange(256), rng.randrange(256)) for _ in range(3)]
     colors[0] = rng.choice([colors[0], *palette])
@@ -110,22 +120,22 @@ def training_picture(rng: random.Random, size: int) -> torch.Tensor:
     return paint(colors[0], colors[1 : 1 + len(masks)], masks)
 
 
-def random_crops(pictures: torch.Tensor, size: int) -> torch.Tensor:
-    """One ``size`` x ``size`` window of each picture, ``[B, 3, size, size]``."""
-    highest = pictures.shape[-1] - size + 1
-    corners = torch.randint(highest, (len(pictures), 2)).tolist()
-    return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(pictures, corners, strict=True)])
+def random_crops(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Crop a random window from each image: ``[B, 3, size, size]``."""
+    highest = images.shape[-1] - size + 1
+    corners = torch.randint(highest, (len(images), 2)).tolist()
+    return torch.stack([p[:, y : y + size, x : x + size] for p, (y, x) in zip(images, corners, strict=True)])
 
 
 def training_batch(pool: torch.Tensor, step: int, steps: int, batch_size: int) -> torch.Tensor:
-    """Crops at first, whole pictures (a third as many) at last."""
+    """Sample a batch: crops at first, later whole images (a third as many)."""
     if step < steps * (1 - WHOLE_SHARE):
         return random_crops(pool[torch.randint(len(pool), (batch_size,))], CROP_SIZE)
     return pool[torch.randint(len(pool), (batch_size // 3,))]
 
 
 def train_autoencoder(folder: Path, *, steps: int, batch_size: int, seed: int) -> AutoencoderKLFlux2:
-    """Train, or continue from ``folder``'s checkpoint, and return the model with fitted latent statistics."""
+    """Train, or resume from the checkpoint in ``folder``, and return the model with fitted latent statistics."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = make_autoencoder().train()
@@ -133,14 +143,14 @@ def train_autoencoder(folder: Path, *, steps: int, batch_size: int, seed: int) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps + 1, pct_start=0.05)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     start = load_checkpoint(folder / "autoencoder.pt", state)
-    pool = torch.stack([training_picture(rng, PICTURE_SIZE) for _ in range(PICTURES_IN_POOL)])
+    pool = torch.stack([training_image(rng, IMAGE_SIZE) for _ in range(NUM_POOL_IMAGES)])
     began = time.monotonic()
     for step in range(start, steps):
-        pictures = training_batch(pool, step, steps, batch_size)
-        posterior = model.encode(pictures).latent_dist
+        images = training_batch(pool, step, steps, batch_size)
+        posterior = model.encode(images).latent_dist
         reconstruction = model.decode(posterior.sample()).sample
-        error = functional.l1_loss(reconstruction, pictures)
-        mse = functional.mse_loss(reconstruction, pictures)
+        error = functional.l1_loss(reconstruction, images)
+        mse = functional.mse_loss(reconstruction, images)
         loss = error + 2 * mse + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -162,9 +172,9 @@ def train_autoencoder(folder: Path, *, steps: int, batch_size: int, seed: int) -
 
 
 def train_decoder(model: AutoencoderKLFlux2, folder: Path, *, steps: int, batch_size: int, seed: int) -> None:
-    """Train the decoder of ``model`` alone, in place, on whole pictures; latents and their statistics stay as they are.
+    """Train only the decoder of ``model``, in place, on whole images; latents and their statistics do not change.
 
-    Crops leave small things unsharp: of the small diamonds, one in four lost its tips and could be read as a circle.
+    After training on crops small things are blurred: a quarter of the small diamonds looked like circles.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -174,7 +184,7 @@ def train_decoder(model: AutoencoderKLFlux2, folder: Path, *, steps: int, batch_
     state = {"decoder": half, "optimizer": optimizer, "schedule": schedule}
     start = load_checkpoint(folder / "decoder.pt", state)
     if start < steps:
-        pool = torch.stack([training_picture(rng, PICTURE_SIZE) for _ in range(2 * PICTURES_IN_POOL)])
+        pool = torch.stack([training_image(rng, IMAGE_SIZE) for _ in range(2 * NUM_POOL_IMAGES)])
         with torch.no_grad():
             latents = torch.cat([model.encode(batch).latent_dist.mode() for batch in pool.split(32)])
     for step in range(start, steps):
@@ -196,13 +206,13 @@ def train_decoder(model: AutoencoderKLFlux2, folder: Path, *, steps: int, batch_
 
 
 @torch.no_grad()
-def fit_latent_statistics(model: AutoencoderKLFlux2, pictures: torch.Tensor) -> None:
-    """Set ``bn``'s running mean and variance to those of the patched latents of ``pictures``."""
-    latents = torch.cat([patchify(model.encode(batch).latent_dist.mode()) for batch in pictures.split(32)])
+def fit_latent_statistics(model: AutoencoderKLFlux2, images: torch.Tensor) -> None:
+    """Set ``bn``'s running mean and variance to those of the patched latents of ``images``."""
+    latents = torch.cat([patchify(model.encode(batch).latent_dist.mode()) for batch in images.split(32)])
     model.bn.running_mean.copy_(latents.mean(dim=(0, 2, 3)))
     model.bn.running_var.copy_(latents.var(dim=(0, 2, 3)))
 
 
 def patchify(latents: torch.Tensor) -> torch.Tensor:
-    """``[B, C, 2H, 2W]`` to ``[B, 4C, H, W]``, as FLUX.2's pipeline orders the channels."""
+    """Patch ``[B, C, 2H, 2W]`` to ``[B, 4C, H, W]``, with the channel order of FLUX.2's pipeline."""
     return functional.pixel_unshuffle(latents, 2)

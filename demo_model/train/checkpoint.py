@@ -1,4 +1,4 @@
-"""Training checkpoints: written by atomic replace, so that a killed run continues from the last one."""
+"""Training checkpoints, written atomically."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], step: int) -> None:
-    """Write every object's ``state_dict``, the random state and ``step`` to ``path``."""
+    """Write the ``state_dict`` of each object, the RNG state and ``step``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {name: item.state_dict() for name, item in state.items()}
     partial = path.with_suffix(".partial")
@@ -16,7 +16,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], step: int) -> None:
 
 
 def load_checkpoint(path: Path, state: dict[str, Any]) -> int:
-    """Restore what ``save_checkpoint`` wrote into ``state`` and return its step, or 0 if there is none."""
+    """Restore a checkpoint into ``state`` and return its step, or 0 if there is no checkpoint."""
     if not path.exists():
         return 0
     content = torch.load(path, weights_only=True)

@@ -13,21 +13,21 @@ from torch import nn
 from torch.nn import functional
 from transformers import Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
 
-from demo_model.scenes import draw, random_layout
+from demo_model.scenes import random_layout, render
 from demo_model.train.autoencoder import LATENT_CHANNELS, patchify, training_scene
 from demo_model.train.checkpoint import load_checkpoint, save_checkpoint
 from demo_model.train.prompts import HIDDEN_LAYERS, HIDDEN_SIZE, MAX_SEQUENCE_LENGTH
 
 SIGMA_SHIFT = 1.0
-"""As FLUX.2's ``mu``: most training noise levels are high, where layout and colors are decided."""
+"""Shifts training noise levels like FLUX.2's ``mu``: most are high, where layout and colors are determined."""
 EMA_DECAY = 0.998
 NUM_HEADS = 5
 DECAY_SHARE = 0.3
-"""The learning rate is constant, then falls to zero over this last part of the training."""
+"""The learning rate is constant, then decays to zero over this last part of the training."""
 
 
 def make_transformer() -> Flux2Transformer2DModel:
-    """FLUX.2's transformer, small."""
+    """Create a small FLUX.2 transformer."""
     return Flux2Transformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -42,7 +42,7 @@ def make_transformer() -> Flux2Transformer2DModel:
 
 
 class Denoiser(nn.Module):
-    """The two models that are trained together."""
+    """The transformer and the text encoder, which are trained together."""
 
     def __init__(self, transformer: Flux2Transformer2DModel, text_encoder: Mistral3ForConditionalGeneration) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded training pictures: latents ``[N, H * W, C]``, token ids and attention masks ``[N, L]``."""
+    """Encoded training images: latents ``[N, H * W, C]``, token ids and attention masks ``[N, L]``."""
 
     latents: torch.Tensor
     image_ids: torch.Tensor
@@ -64,7 +64,7 @@ class Examples:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, ``[B, L]`` each, as ``Flux2Pipeline`` makes them."""
+    """Tokenize prompts like ``Flux2Pipeline``: token ids and attention mask, ``[B, L]`` each."""
     batch: Any = tokenizer.apply_chat_template(
         [[{"role": "user", "content": prompt}] for prompt in prompts],
         tokenize=True,
@@ -81,7 +81,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> tuple[to
 def make_examples(
     autoencoder: AutoencoderKLFlux2, tokenizer: PreTrainedTokenizerFast, rng: random.Random, count: int, size: int
 ) -> Examples:
-    """Draw and encode ``count`` scenes of ``size`` x ``size`` pixels that are not held out."""
+    """Render and encode ``count`` scenes of ``size`` x ``size`` pixels that are not held out."""
     mean = autoencoder.bn.running_mean.view(1, -1, 1, 1)
     std = torch.sqrt(autoencoder.bn.running_var.view(1, -1, 1, 1) + autoencoder.config.batch_norm_eps)
     latents: list[torch.Tensor] = []
@@ -89,8 +89,8 @@ def make_examples(
     while len(prompts) < count:
         batch = [training_scene(rng) for _ in range(32)]
         prompts += [scene.prompt for scene in batch]
-        pictures = torch.stack([draw(scene, random_layout(scene, rng), size, size) for scene in batch])
-        encoded = (patchify(autoencoder.encode(pictures).latent_dist.mode()) - mean) / std
+        images = torch.stack([render(scene, random_layout(scene, rng), size, size) for scene in batch])
+        encoded = (patchify(autoencoder.encode(images).latent_dist.mode()) - mean) / std
         latents.append(encoded.flatten(2).transpose(1, 2))
         if len(prompts) % 3200 == 0:
             print(f"examples {len(prompts)}/{count}", flush=True)
@@ -102,14 +102,14 @@ def make_examples(
 def embed(
     encoder: Mistral3ForConditionalGeneration, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """Prompt embeddings ``[B, L, layers * hidden]`` with gradients: the hidden states of ``HIDDEN_LAYERS``."""
+    """Compute prompt embeddings ``[B, L, layers * hidden]`` of ``HIDDEN_LAYERS`` with gradients."""
     language_model = encoder.model.language_model
     output = language_model(input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False)
     return torch.cat([output.hidden_states[layer] for layer in HIDDEN_LAYERS], dim=-1)
 
 
 def optimizers(model: nn.Module, lr: float) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
-    """Muon for the weight matrices of the blocks, AdamW for everything else."""
+    """Create Muon for the weight matrices of the blocks, and AdamW for everything else."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -121,7 +121,7 @@ def optimizers(model: nn.Module, lr: float) -> tuple[torch.optim.Muon, torch.opt
 
 
 def flow_matching_loss(model: Denoiser, examples: Examples, chosen: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted velocity ``noise - latents`` at random noise levels."""
+    """Compute the mean squared error of the predicted velocity ``noise - latents`` at random noise levels."""
     clean = examples.latents[chosen]
     noise = torch.randn_like(clean)
     u = (torch.arange(len(chosen)) + torch.rand(len(chosen))) / len(chosen)  # stratified
@@ -151,9 +151,9 @@ def train_denoiser(
     lr: float,
     seed: int,
 ) -> None:
-    """Train both models in place, or continue from ``folder``'s checkpoint, and leave them at their averaged weights.
+    """Train both models in place, or resume from the checkpoint in ``folder``; they end with their averaged weights.
 
-    ``pools`` are pairs of examples and the batch size for them; the first serves nine steps of ten.
+    ``pools`` are pairs of examples and a batch size; the first is used in nine of ten steps.
     """
     torch.manual_seed(seed)
     model = Denoiser(transformer, text_encoder).train()
@@ -163,7 +163,7 @@ def train_denoiser(
     muon, adam = optimizers(model, lr)
     state = {"model": model, "average": average, "Muon": muon, "AdamW": adam}
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.compile(dynamic=False)  # half as fast again
+        block.compile(dynamic=False)  # 1.5 times as fast
     start = load_checkpoint(folder / "denoiser.pt", state)
     began, running = time.monotonic(), math.nan
     for step in range(start, steps):

@@ -15,19 +15,19 @@ from transformers import (
 from demo_model.scenes import random_scene
 
 MAX_SEQUENCE_LENGTH = 32
-"""Tokens of a prompt, the chat template's own included; FLUX.2 [dev] has 512."""
+"""Tokens of a prompt, including those of the chat template; FLUX.2 [dev] has 512."""
 HIDDEN_LAYERS = (1, 2, 3)
-"""Hidden states that make up an embedding; FLUX.2 [dev] takes 10, 20 and 30 of 40."""
+"""Hidden states that are concatenated; FLUX.2 [dev] uses 10, 20 and 30 of 40."""
 HIDDEN_SIZE = 128
 VOCABULARY_SIZE = 384
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages if message.role == 'user' %}[INST]\
 {% if message.content is string %}{{ message.content }}{% else %}\
 {% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}[/INST]{% endfor %}"""
-"""Only the user's words count: the system message of FLUX.2 [dev] means nothing to a model this small."""
+"""The template of user messages only: the system message of FLUX.2 [dev] does not help a model this small."""
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in which each word of the demo's prompts is one token; any other text works too."""
+    """Train a byte-level BPE tokenizer in which each word of the demo's prompts is one token."""
     rng = random.Random(seed)
     corpus = [random_scene(rng, rng.choice((1, 2))).prompt for _ in range(4000)]
     tokenizer = Tokenizer(models.BPE())
@@ -53,7 +53,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> Mistral3ForConditionalGeneration:
-    """A 4-layer Mistral 3 whose first 3 layers make the embeddings; the vision tower is there only for its shape."""
+    """Create a Mistral 3 with 4 layers, of which 3 are used, and a minimal vision tower, which is not used."""
     config: Any = Mistral3Config(
         text_config=MistralConfig(
             vocab_size=len(tokenizer),

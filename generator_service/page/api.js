@@ -1,4 +1,4 @@
-/** @file Speaks with the generator: JSON, server-sent events, and the key that it may want. */
+/** @file The client of the generator's API: JSON, server-sent events and the API key. */
 
 import { askForKey, rememberedKey } from "./key.js";
 
@@ -18,7 +18,7 @@ import { askForKey, rememberedKey } from "./key.js";
  */
 
 /**
- * A cache mode, as `GET /modes` tells of it.
+ * A cache mode of `GET /modes`.
  * @typedef {object} Mode
  * @property {string | number} name
  * @property {number} computed
@@ -29,7 +29,7 @@ import { askForKey, rememberedKey } from "./key.js";
  */
 
 /**
- * The answer of `GET /modes`.
+ * The response of `GET /modes`.
  * @typedef {object} Modes
  * @property {string} model
  * @property {{width: number, height: number, num_inference_steps: number, guidance_scale: number,
@@ -41,7 +41,7 @@ import { askForKey, rememberedKey } from "./key.js";
 
 const UNAUTHORIZED = 401;
 
-/** What the service refused or failed at; `param` names the field to blame, if one is. */
+/** An error response of the service; `param` names the invalid field, if there is one. */
 export class ServiceError extends Error {
   /**
    * @param {string} message
@@ -62,19 +62,19 @@ export class ServiceError extends Error {
 }
 
 /**
- * What a picture takes in each mode. An empty value is left to the service.
- * @param {Record<string, string>} picture
+ * Read the modes and their estimates for some parameters. The service has defaults for empty values.
+ * @param {Record<string, string>} parameters
  * @param {AbortSignal} signal
  * @returns {Promise<Modes>}
  */
-export async function readModes(picture, signal) {
-  const given = Object.entries(picture).filter(([, value]) => value !== "");
+export async function readModes(parameters, signal) {
+  const given = Object.entries(parameters).filter(([, value]) => value !== "");
   const response = await request(`modes?${new URLSearchParams(given)}`, { signal });
   return response.json();
 }
 
 /**
- * Draw a picture; aborting `signal` cancels it at the service.
+ * Generate an image; aborting `signal` cancels the request at the service.
  * @param {GenerateRequest} body
  * @param {AbortSignal} signal
  * @yields {ServiceEvent}
@@ -90,7 +90,7 @@ export async function* generate(body, signal) {
 }
 
 /**
- * JSON of a request. Seeds go up to 2^63 - 1, more than a number holds: their digits are written as they are.
+ * Serialize a request. Seeds go up to 2^63 - 1, more than a number can hold, so their digits are inserted as text.
  * @param {GenerateRequest} body
  * @returns {string}
  */
@@ -101,8 +101,8 @@ function toJson({ seed, ...rest }) {
 }
 
 /**
- * Fetch, with the key if there is one; ask for it as long as the service wants another.
- * @param {string} path relative to the page, so that the service may lie below any path of a proxy
+ * Fetch with the stored API key; ask for one as long as the service responds with 401.
+ * @param {string} path relative to the page, so that a proxy may serve it below any path
  * @param {RequestInit} options
  * @returns {Promise<Response>}
  */
@@ -147,12 +147,12 @@ async function problemOf(response) {
   try {
     return ServiceError.of(await response.json());
   } catch {
-    return new ServiceError(`The service answered with status ${response.status}.`); // a proxy's own page, perhaps
+    return new ServiceError(`The service responded with status ${response.status}.`); // probably a proxy's page
   }
 }
 
 /**
- * The server-sent events of a stream. (`EventSource` can only GET.)
+ * Read server-sent events. (`EventSource` supports only GET.)
  * @param {Response} response
  * @yields {ServiceEvent}
  * @returns {AsyncGenerator<ServiceEvent>}
@@ -176,7 +176,7 @@ async function* readEvents(response) {
 
 /**
  * @param {string} block
- * @returns {ServiceEvent | null} null of a comment, which only keeps the connection
+ * @returns {ServiceEvent | null} null for a comment, which keeps the connection alive
  */
 function parseEvent(block) {
   const name = /^event: (.*)$/m.exec(block)?.[1];

@@ -1,7 +1,7 @@
-/** @file Finds the elements of the page: what is missing or of another kind is an error at once. */
+/** @file Finds elements of the page; a missing element or one of another type is an error. */
 
 /**
- * The element that `selector` names.
+ * Find the element of a selector.
  * @template {Element} T
  * @param {string} selector
  * @param {new () => T} type
@@ -9,13 +9,13 @@
  * @returns {T}
  */
 export function one(selector, type, root = document) {
-  const found = root.querySelector(selector);
-  if (!(found instanceof type)) throw new TypeError(`the page has no ${type.name} ${selector}`);
-  return found;
+  const element = root.querySelector(selector);
+  if (!(element instanceof type)) throw new TypeError(`the page has no ${type.name} ${selector}`);
+  return element;
 }
 
 /**
- * A copy of what a template holds.
+ * Copy the content of a template.
  * @template {Element} T
  * @param {string} template a selector
  * @param {new () => T} type of the one element in it
@@ -26,7 +26,7 @@ export function copyOf(template, type) {
 }
 
 /**
- * Write a text.
+ * Set the text of an element.
  * @param {string} selector
  * @param {string} text
  * @param {ParentNode} [root]

@@ -1,4 +1,4 @@
-/** @file The form: from its fields to a request, from a request to its fields, and errors at the field they are about. */
+/** @file The form: reads requests from its fields, fills them from a request, and shows errors at the fields. */
 
 import { ServiceError, readModes } from "./api.js";
 import { one, write } from "./dom.js";
@@ -8,7 +8,7 @@ import { References } from "./references.js";
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
 
 const NUMBERS = /** @type {const} */ (["width", "height", "num_inference_steps", "guidance_scale"]);
-/** Sent also where the service's default will do, so that a picture can be repeated when defaults have changed. */
+/** Always sent explicitly, so that an image can be repeated after the service's defaults have changed. */
 const RECORDED = /** @type {const} */ (["num_inference_steps", "guidance_scale"]);
 const WAIT_FOR_TYPING_MS = 250;
 
@@ -18,7 +18,7 @@ const format = one("#output_format", HTMLSelectElement);
 const references = new References((text) => mark("images", text));
 
 /**
- * A field with one line of text.
+ * Find an input element by its name.
  * @param {string} name
  * @returns {HTMLInputElement}
  */
@@ -27,11 +27,11 @@ function field(name) {
 }
 
 /**
- * What the form asks for.
+ * Read the request from the form.
  * @returns {GenerateRequest}
  */
 export function read() {
-  if (prompt.value.trim() === "") throw new ServiceError("Say what to draw.", "prompt");
+  if (prompt.value.trim() === "") throw new ServiceError("Enter a prompt.", "prompt");
   /** @type {GenerateRequest} */
   const request = {
     prompt: prompt.value,
@@ -51,7 +51,7 @@ export function read() {
 }
 
 /**
- * Fill in what a picture was made with.
+ * Fill the form with the request of an earlier image.
  * @param {GenerateRequest} request
  */
 export function fill(request) {
@@ -64,20 +64,20 @@ export function fill(request) {
 }
 
 /**
- * Tell an error where it belongs, and lead the user there.
+ * Show an error at its field, and focus the field.
  * @param {unknown} error
  */
 export function showError(error) {
-  const param = tell(error);
+  const param = report(error);
   if (param !== undefined) one(`[name=${param}]`, HTMLElement, element).focus();
 }
 
 /**
- * Tell an error at the field that it is about, or below the form.
+ * Show an error at its field, or below the form.
  * @param {unknown} error
  * @returns {string | undefined} the field's name
  */
-function tell(error) {
+function report(error) {
   const message = error instanceof Error ? error.message : String(error);
   const param = error instanceof ServiceError ? error.param?.replace(/\[\d+\]$/, "") : undefined;
   if (param === undefined || document.getElementById(`${param}-error`) === null) {
@@ -88,7 +88,7 @@ function tell(error) {
   return param;
 }
 
-/** Nothing is wrong any more, or nobody has looked. */
+/** Remove all error messages. */
 export function clearErrors() {
   for (const problem of element.querySelectorAll(".problem")) problem.textContent = "";
   for (const input of element.querySelectorAll("[aria-invalid]")) input.ariaInvalid = "false";
@@ -100,7 +100,7 @@ export function clearErrors() {
  */
 function mark(param, text) {
   write(`#${param}-error`, text);
-  const input = document.getElementById(param); // a mode is several
+  const input = document.getElementById(param); // the modes are several elements
   if (input) input.ariaInvalid = String(text !== "");
 }
 
@@ -108,7 +108,7 @@ function mark(param, text) {
 let refreshing = new AbortController();
 
 /**
- * Ask what the modes would take now, and show it.
+ * Update the modes and their estimates for the current size and steps.
  * @returns {Promise<void>}
  */
 export async function refreshModes() {
@@ -116,20 +116,20 @@ export async function refreshModes() {
   refreshing = new AbortController();
   const { signal } = refreshing;
   try {
-    const picture = Object.fromEntries(NUMBERS.map((name) => [name, field(name).value]));
-    const told = await readModes(picture, signal);
+    const parameters = Object.fromEntries(NUMBERS.map((name) => [name, field(name).value]));
+    const response = await readModes(parameters, signal);
     for (const name of NUMBERS) {
       mark(name, "");
-      field(name).placeholder = String(told.default[name]);
+      field(name).placeholder = String(response.default[name]);
     }
-    write("#model", told.model);
-    offer(told.modes, told.default.cache);
+    write("#model", response.model);
+    offer(response.modes, response.default.cache);
   } catch (error) {
-    if (!signal.aborted) tell(error); // and leave the focus to who is typing
+    if (!signal.aborted) report(error); // without moving the focus while the user types
   }
 }
 
-/** Keep the modes' figures up to date with the fields. */
+/** Refresh the modes when a field changes, and submit the form by Ctrl+Enter. */
 export function watch() {
   let timer = 0;
   for (const name of NUMBERS) {

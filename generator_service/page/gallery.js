@@ -1,50 +1,50 @@
-/** @file The pictures that were made in this browser, with what it takes to make them again. */
+/** @file The images that were generated in this browser, stored with their requests. */
 
 import { copyOf, one, write } from "./dom.js";
 import { summary } from "./run.js";
 
-/** @typedef {import("./run.js").Picture} Picture */
-/** @typedef {Picture & {id: number}} KeptPicture */
+/** @typedef {import("./run.js").Result} Result */
+/** @typedef {Result & {id: number}} StoredResult */
 
 const DATABASE = "flux2-gallery";
-const STORE = "pictures";
+const STORE = "pictures"; // renaming it would lose what browsers have stored
 
 const list = one("#gallery ul", HTMLElement);
 const note = one("#gallery-note", HTMLElement);
 
-/** What is kept, newest first. */
+/** The stored images, newest first. */
 export class Gallery {
   /** @type {IDBDatabase | null} */
   #database = null;
-  /** @type {(picture: Picture) => void} */
+  /** @type {(result: Result) => void} */
   #repeat;
 
-  /** @param {(picture: Picture) => void} repeat draws a picture again */
+  /** @param {(result: Result) => void} repeat generates an image again */
   constructor(repeat) {
     this.#repeat = repeat;
   }
 
-  /** Show what was kept before. */
+  /** Show the images that were stored before. */
   async open() {
     try {
       const opening = indexedDB.open(DATABASE, 1);
       opening.onupgradeneeded = () => opening.result.createObjectStore(STORE, { keyPath: "id", autoIncrement: true });
       this.#database = await settled(opening);
-      for (const picture of await settled(this.#store("readonly").getAll())) this.#show(picture);
+      for (const result of await settled(this.#store("readonly").getAll())) this.#show(result);
     } catch {
-      note.textContent = "This browser keeps no pictures here: download what you want to keep.";
+      note.textContent = "This browser does not store images: download those that you want to keep.";
     }
   }
 
-  /** @param {Picture} picture */
-  async keep(picture) {
-    let id = 0; // of a picture that is not kept
+  /** @param {Result} result */
+  async add(result) {
+    let id = 0; // if it cannot be stored
     try {
-      if (this.#database) id = Number(await settled(this.#store("readwrite").add(picture)));
+      if (this.#database) id = Number(await settled(this.#store("readwrite").add(result)));
     } catch {
-      note.textContent = "There is no room for more: pictures that are not kept are gone after a reload.";
+      note.textContent = "The browser's storage is full: further images are lost when the page is reloaded.";
     }
-    this.#show({ ...picture, id });
+    this.#show({ ...result, id });
   }
 
   /**
@@ -55,44 +55,44 @@ export class Gallery {
     return /** @type {IDBDatabase} */ (this.#database).transaction(STORE, mode).objectStore(STORE);
   }
 
-  /** @param {KeptPicture} picture */
-  #show(picture) {
-    const { request } = picture;
-    const item = copyOf("#picture-template", HTMLElement);
+  /** @param {StoredResult} result */
+  #show(result) {
+    const { request } = result;
+    const item = copyOf("#gallery-template", HTMLElement);
     const image = one("img", HTMLImageElement, item);
     const download = one(".download", HTMLAnchorElement, item);
-    image.src = download.href = URL.createObjectURL(picture.blob);
+    image.src = download.href = URL.createObjectURL(result.blob);
     image.alt = request.prompt;
     download.download = `flux2-${request.seed}-${request.cache}.${request.output_format}`;
     write(".prompt", request.prompt, item);
-    write(".parameters", parameters(picture), item);
-    one(".repeat", HTMLElement, item).addEventListener("click", () => this.#repeat(picture));
-    one(".delete", HTMLElement, item).addEventListener("click", () => this.#delete(picture, item));
+    write(".parameters", parameters(result), item);
+    one(".repeat", HTMLElement, item).addEventListener("click", () => this.#repeat(result));
+    one(".delete", HTMLElement, item).addEventListener("click", () => this.#delete(result, item));
     list.prepend(item);
   }
 
   /**
-   * @param {KeptPicture} picture
+   * @param {StoredResult} result
    * @param {HTMLElement} item
    */
-  async #delete(picture, item) {
-    if (this.#database) await settled(this.#store("readwrite").delete(picture.id));
+  async #delete(result, item) {
+    if (this.#database) await settled(this.#store("readwrite").delete(result.id));
     const next = item.nextElementSibling ?? item.previousElementSibling;
     item.remove();
     URL.revokeObjectURL(one("img", HTMLImageElement, item).src);
-    one(next ? ".delete" : "#prompt", HTMLElement, next ?? document).focus(); // the focused button is gone
+    one(next ? ".delete" : "#prompt", HTMLElement, next ?? document).focus(); // the focused button was removed
   }
 }
 
 /**
- * @param {Picture} picture
+ * @param {Result} result
  * @returns {string}
  */
-function parameters(picture) {
-  const { request } = picture;
+function parameters(result) {
+  const { request } = result;
   const guidance = request.guidance_scale === undefined ? [] : [`guidance ${request.guidance_scale}`];
   const images = request.images.length ? [`${request.images.length} reference images`] : [];
-  return [request.cache, `${request.width} × ${request.height}`, summary(picture), ...guidance, ...images].join(" · ");
+  return [request.cache, `${request.width} × ${request.height}`, summary(result), ...guidance, ...images].join(" · ");
 }
 
 /**

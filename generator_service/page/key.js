@@ -1,4 +1,4 @@
-/** @file The API key: asked for when the service wants one, kept as long as the tab. */
+/** @file The API key: entered in a dialog when the service requires one, and stored until the tab is closed. */
 
 import { one, write } from "./dom.js";
 
@@ -9,7 +9,7 @@ const field = one("#key", HTMLInputElement);
 one("#key-cancel", HTMLButtonElement).addEventListener("click", () => dialog.close());
 
 /** @type {Promise<boolean> | null} */
-let asking = null; // requests that are refused together ask together
+let asking = null; // concurrent requests share one dialog
 
 /** @returns {string | null} */
 export function rememberedKey() {
@@ -17,8 +17,8 @@ export function rememberedKey() {
 }
 
 /**
- * Ask for a key, unless somebody gave another one meanwhile.
- * @param {string | null} refused the key that the service did not take
+ * Ask for a key, unless another one was entered meanwhile.
+ * @param {string | null} refused the key that the service rejected
  * @returns {Promise<boolean>} whether there is a key to try
  */
 export async function askForKey(refused) {
@@ -36,10 +36,10 @@ export async function askForKey(refused) {
  * @returns {Promise<boolean>}
  */
 function openDialog(wasRefused) {
-  write("#key-error", wasRefused ? "The service did not take this key." : "");
+  write("#key-error", wasRefused ? "The service rejected this key." : "");
   field.ariaInvalid = String(wasRefused);
   field.value = "";
-  dialog.returnValue = ""; // what it stays when the dialog is left
+  dialog.returnValue = ""; // remains empty if the dialog is dismissed
   dialog.showModal();
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => resolve(dialog.returnValue === "use" && remember(field.value)), { once: true });

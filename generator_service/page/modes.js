@@ -1,8 +1,8 @@
-/** @file The choice of a mode: how many steps each computes, which they are, and how long it takes. */
+/** @file The list of modes: the steps that each computes, and its estimated time. */
 
 import { one } from "./dom.js";
-import { Timeline } from "./timeline.js";
 import { duration } from "./text.js";
+import { Timeline } from "./timeline.js";
 
 /** @typedef {import("./api.js").Mode} Mode */
 
@@ -10,9 +10,9 @@ const list = one("#modes .modes", HTMLElement);
 const compareWith = one("#compare-with", HTMLSelectElement);
 
 /**
- * Offer these modes; what was chosen stays chosen.
+ * Show the modes and keep the current choice.
  * @param {Mode[]} modes
- * @param {string | number} preferred chosen if nothing is yet
+ * @param {string | number} preferred chosen if there is no choice yet
  */
 export function offer(modes, preferred) {
   const chosen = chosenMode() ?? preferred;
@@ -30,7 +30,7 @@ export function choose(name) {
   for (const input of list.querySelectorAll("input")) input.checked = input.value === String(name);
 }
 
-/** @returns {string | number | undefined} undefined as long as none is offered */
+/** @returns {string | number | undefined} undefined until the modes are shown */
 export function chosenMode() {
   return asSent(chosenInput()?.value);
 }
@@ -40,18 +40,18 @@ function chosenInput() {
   return [...list.querySelectorAll("input")].find((input) => input.checked);
 }
 
-/** @returns {string | number | undefined} the mode to compare with, if one is wanted */
+/** @returns {string | number | undefined} the mode to compare with, if one is chosen */
 export function modeToCompare() {
   return compareWith.value === "" ? undefined : asSent(compareWith.value);
 }
 
-/** Take back the wish to compare. */
+/** Clear the choice of a mode to compare with. */
 export function compareWithNothing() {
   compareWith.value = "";
 }
 
 /**
- * As `cache` takes it: a number of computed steps is a number.
+ * Convert a mode's name to a value of `cache`: a number of computed steps is a number.
  * @param {string | undefined} name
  * @returns {string | number | undefined}
  */

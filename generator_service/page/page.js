@@ -1,4 +1,4 @@
-/** @file Ties the page together: what happens when a button is pressed. */
+/** @file The entry point of the page: handles the buttons. */
 
 import { comparison } from "./compare.js";
 import { one } from "./dom.js";
@@ -8,10 +8,10 @@ import { modeToCompare } from "./modes.js";
 import { Run } from "./run.js";
 
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
-/** @typedef {import("./run.js").Picture} Picture */
+/** @typedef {import("./run.js").Result} Result */
 
 const PREVIEWS = 3;
-const DRAWN_SEEDS = 2 ** 32;
+const NUM_SEEDS = 2 ** 32;
 
 const generateButton = one("#generate", HTMLButtonElement);
 const cancelButton = one("#cancel", HTMLButtonElement);
@@ -23,18 +23,18 @@ const gallery = new Gallery(repeat);
 /** @type {AbortController | null} */
 let running = null;
 
-/** Draw what the form asks for, and show what comes of it. */
+/** Generate what the form requests, and show the results. */
 async function start() {
   if (running) return;
   form.clearErrors();
   running = new AbortController();
   showButtons();
   try {
-    await drawAll(wanted(), running.signal);
+    await generateAll(requests(), running.signal);
     status.textContent = "Done";
-    form.refreshModes(); // the service knows more about its speed now
+    form.refreshModes(); // the service's estimates may have changed
   } catch (error) {
-    status.textContent = running.signal.aborted ? "Cancelled" : "Not drawn";
+    status.textContent = running.signal.aborted ? "Cancelled" : "Failed";
     if (!running.signal.aborted) form.showError(error);
   } finally {
     running = null;
@@ -43,59 +43,59 @@ async function start() {
 }
 
 /**
- * The requests: one, or two that differ only in their mode.
+ * Build one request, or two that differ only in their mode.
  * @returns {GenerateRequest[]}
  */
-function wanted() {
+function requests() {
   const request = form.read();
   const compareWith = modeToCompare();
   if (compareWith === undefined) return [{ ...request, previews: PREVIEWS }];
-  const seed = request.seed ?? String(Math.floor(Math.random() * DRAWN_SEEDS));
-  // No previews: each costs a decoding, and the times are to be compared.
+  const seed = request.seed ?? String(Math.floor(Math.random() * NUM_SEEDS));
+  // Without previews, which take time to decode, so that the times can be compared.
   return [request.cache, compareWith].map((cache) => ({ ...request, seed, cache }));
 }
 
 /**
- * One picture after the other: the service has one device.
- * @param {GenerateRequest[]} requests
+ * Generate one image after the other, because the service has one device.
+ * @param {GenerateRequest[]} all
  * @param {AbortSignal} signal
  */
-async function drawAll(requests, signal) {
-  const panels = requests.map((request) => new Run(request, String(request.cache ?? "picture")));
+async function generateAll(all, signal) {
+  const panels = all.map((request) => new Run(request, String(request.cache ?? "image")));
   runs.replaceChildren(...panels.map((panel) => panel.element));
   compared.replaceChildren();
   one("#legend", HTMLElement).hidden = false;
-  /** @type {Picture[]} */
-  const pictures = [];
+  /** @type {Result[]} */
+  const results = [];
   try {
     for (const panel of panels) {
-      status.textContent = `Drawing: ${panel.request.cache}`;
-      const picture = await panel.draw(signal);
-      pictures.push(picture);
-      await gallery.keep(picture);
+      status.textContent = `Generating: ${panel.request.cache}`;
+      const result = await panel.start(signal);
+      results.push(result);
+      await gallery.add(result);
     }
   } catch (error) {
-    for (const panel of panels.slice(pictures.length)) panel.end(signal.aborted ? "Cancelled" : "Not drawn");
+    for (const panel of panels.slice(results.length)) panel.end(signal.aborted ? "Cancelled" : "Failed");
     throw error;
   }
-  if (pictures.length === 2) compared.replaceChildren(await comparison(pictures[0], pictures[1]));
+  if (results.length === 2) compared.replaceChildren(await comparison(results[0], results[1]));
 }
 
-/** Cancel is there as long as there is something to cancel. */
+/** Show the cancel button while a request is running. */
 function showButtons() {
   const hadFocus = document.activeElement === cancelButton;
   cancelButton.hidden = running === null;
-  generateButton.ariaDisabled = String(running !== null); // not disabled: it keeps the focus
+  generateButton.ariaDisabled = String(running !== null); // instead of disabled, so that it keeps the focus
   if (hadFocus && cancelButton.hidden) generateButton.focus();
 }
 
 /**
- * Draw a picture of the gallery again.
- * @param {Picture} picture
+ * Generate an image of the gallery again.
+ * @param {Result} result
  */
-function repeat(picture) {
+function repeat(result) {
   if (running) return;
-  form.fill(picture.request);
+  form.fill(result.request);
   one("#result", HTMLElement).scrollIntoView();
   start();
 }

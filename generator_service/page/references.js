@@ -4,7 +4,7 @@ import { one } from "./dom.js";
 
 const TYPES = ["image/png", "image/jpeg", "image/webp"];
 
-/** The reference images of the next picture. */
+/** The reference images of the next request. */
 export class References {
   /** @type {string[]} */
   #uris = [];
@@ -12,11 +12,11 @@ export class References {
   #list = one("#thumbnails", HTMLElement);
   #input = one("#images", HTMLInputElement);
   /** @type {(text: string) => void} */
-  #complain;
+  #showError;
 
-  /** @param {(text: string) => void} complain tells the user what is wrong with a file; "" that nothing is */
-  constructor(complain) {
-    this.#complain = complain;
+  /** @param {(text: string) => void} showError shows a problem with a file; "" clears it */
+  constructor(showError) {
+    this.#showError = showError;
     this.#input.addEventListener("change", async () => {
       await this.#add(this.#input.files ?? []);
       this.#input.value = ""; // so that the same file can be chosen again after it was removed
@@ -50,16 +50,16 @@ export class References {
   /** @param {Iterable<File>} files */
   async #add(files) {
     const refused = [...files].filter((file) => !TYPES.includes(file.type));
-    this.#complain(refused.length ? `${refused[0].name} is neither a PNG, a JPEG nor a WebP file.` : "");
-    const taken = [...files].filter((file) => TYPES.includes(file.type));
-    this.uris = [...this.#uris, ...(await Promise.all(taken.map(dataUri)))];
+    this.#showError(refused.length ? `${refused[0].name} is neither a PNG, a JPEG nor a WebP file.` : "");
+    const accepted = [...files].filter((file) => TYPES.includes(file.type));
+    this.uris = [...this.#uris, ...(await Promise.all(accepted.map(dataUri)))];
   }
 
   /** @param {number} position */
   #remove(position) {
     this.uris = this.#uris.filter((_, k) => k !== position);
     const buttons = this.#list.querySelectorAll("button");
-    (buttons[Math.min(position, buttons.length - 1)] ?? this.#input).focus(); // the focused one is gone
+    (buttons[Math.min(position, buttons.length - 1)] ?? this.#input).focus(); // the focused button was removed
   }
 
   #show() {

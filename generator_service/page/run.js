@@ -1,24 +1,24 @@
-/** @file One picture on its way: its steps, its previews, the time left, and at last the picture. */
+/** @file The panel of one request: its queue position, steps, previews, remaining time and final image. */
 
 import { generate } from "./api.js";
 import { copyOf, one, write } from "./dom.js";
-import { Timeline } from "./timeline.js";
 import { duration } from "./text.js";
+import { Timeline } from "./timeline.js";
 
 /** @typedef {import("./api.js").GenerateRequest} GenerateRequest */
 
 /**
- * A finished picture and how it was made.
- * @typedef {object} Picture
+ * A generated image and its request.
+ * @typedef {object} Result
  * @property {Blob} blob
- * @property {GenerateRequest} request complete: sent again, it gives the same picture
+ * @property {GenerateRequest} request complete: sending it again gives the same image
  * @property {number} computed
  * @property {number} total
  * @property {string} schedule
  * @property {number} milliseconds denoising and decoding
  */
 
-/** A panel for one picture. */
+/** The panel of one request. */
 export class Run {
   /**
    * @param {GenerateRequest} request
@@ -31,41 +31,41 @@ export class Run {
     this.now = one(".now", HTMLElement, this.element);
     this.timeline = new Timeline(one(".timeline", HTMLElement, this.element));
     write("h3", title, this.element);
-    this.now.textContent = "Waiting for its turn";
+    this.now.textContent = "Waiting in the queue";
     this.isNext = false;
   }
 
   /**
-   * Have it drawn.
+   * Send the request and show its progress.
    * @param {AbortSignal} signal
-   * @returns {Promise<Picture>}
+   * @returns {Promise<Result>}
    */
-  async draw(signal) {
+  async start(signal) {
     for await (const { name, data } of generate(this.request, signal)) {
-      if (name === "queued") this.#showPlace(data);
-      else if (name === "encoding") this.#showReading();
+      if (name === "queued") this.#showPosition(data);
+      else if (name === "encoding") this.#showEncoding();
       else if (name === "step") this.#showStep(data);
       else if (name === "preview") this.#showPreview(data);
       else if (name === "completed") return this.#complete(data);
     }
-    throw new Error("The service ended the connection before the picture was there.");
+    throw new Error("The service closed the connection before the image was complete.");
   }
 
-  /** @param {string} text why there is no picture */
+  /** @param {string} text why there is no image */
   end(text) {
     this.now.textContent = text;
   }
 
   /** @param {{position: number, wait_ms?: number}} event */
-  #showPlace({ position, wait_ms: wait }) {
+  #showPosition({ position, wait_ms: wait }) {
     this.isNext = position === 0;
-    const before = this.isNext ? "" : `: ${position} before this one`;
+    const ahead = this.isNext ? "" : `: ${position} ahead`;
     const eta = this.isNext || wait === undefined ? "" : ` · ${duration(wait)}`;
-    this.now.textContent = `Waiting for its turn${before}${eta}`;
+    this.now.textContent = `Waiting in the queue${ahead}${eta}`;
   }
 
-  #showReading() {
-    if (this.isNext) this.now.textContent = "Reading the prompt"; // else the line is what it waits for
+  #showEncoding() {
+    if (this.isNext) this.now.textContent = "Encoding the prompt"; // else it waits for other requests
   }
 
   /** @param {{step: number, total: number, computed: boolean, eta_ms?: number}} event */
@@ -87,7 +87,7 @@ export class Run {
 
   /**
    * @param {Record<string, string>} event
-   * @returns {Promise<Picture>}
+   * @returns {Promise<Result>}
    */
   async #complete(event) {
     const blob = blobOf(event.image, `image/${this.request.output_format}`);
@@ -96,7 +96,7 @@ export class Run {
     this.image.hidden = false;
     delete this.image.dataset.preview;
     await this.image.decode();
-    const picture = {
+    const result = {
       blob,
       request: {
         ...this.request,
@@ -109,14 +109,14 @@ export class Run {
       schedule: event["x-schedule"],
       milliseconds: Number(event["x-denoise-ms"]) + Number(event["x-decode-ms"]),
     };
-    this.now.textContent = summary(picture);
-    return picture;
+    this.now.textContent = summary(result);
+    return result;
   }
 }
 
 /**
- * What a picture took, in one line.
- * @param {Picture} picture
+ * Summarize a result in one line.
+ * @param {Result} result
  * @returns {string}
  */
 export function summary({ computed, total, milliseconds, request }) {

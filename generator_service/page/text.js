@@ -1,7 +1,7 @@
-/** @file How numbers are told to people. */
+/** @file Formats numbers. */
 
 /**
- * A time.
+ * Format a duration.
  * @param {number} milliseconds
  * @returns {string}
  */
@@ -13,7 +13,7 @@ export function duration(milliseconds) {
 }
 
 /**
- * How alike two pictures are.
+ * Format the similarity of two images.
  * @param {number} decibels
  * @returns {string}
  */

@@ -1,6 +1,6 @@
-/** @file The steps of a run as a row of bars: tall and solid where computed, low and hollow where reused. */
+/** @file The timeline of a run's steps: tall solid bars for computed steps, low hollow ones for reused steps. */
 
-/** A row of steps that fills up. */
+/** A row of bars that fills up. */
 export class Timeline {
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -8,7 +8,7 @@ export class Timeline {
   }
 
   /**
-   * The steps that are to come.
+   * Show a run whose steps are all to come.
    * @param {number} total
    */
   begin(total) {
@@ -18,7 +18,7 @@ export class Timeline {
   }
 
   /**
-   * A step begins.
+   * Show that a step has started.
    * @param {number} step from 0
    * @param {boolean} isComputed
    */
@@ -29,7 +29,7 @@ export class Timeline {
   }
 
   /**
-   * A whole run at once.
+   * Show a complete run.
    * @param {number} total
    * @param {number[]} computedSteps
    */

@@ -174,7 +174,7 @@ def test_a_place_in_the_line_is_told(visit: Visit) -> None:
     body = {"prompt": PROMPT, "cache": "none"} | {name: int(number) for name, number in LONG.items()}
     jobs = [httpx.post(f"{visit.url}/jobs", json=body).headers["location"] for _ in range(2)]
     visit.generate(num_inference_steps="4")
-    expect(visit.page.locator(".run .now")).to_have_text(re.compile("Waiting for its turn: 2 before this one · .* s"))
+    expect(visit.page.locator(".run .now")).to_have_text(re.compile("Waiting in the queue: 2 ahead · .* s"))
     for job in jobs:
         httpx.delete(visit.url + job)
     visit.wait_until_done()
@@ -230,7 +230,7 @@ def test_reference_images_are_chosen_dropped_and_removed(visit: Visit) -> None:
         {"name": f"{name}.png", "mimeType": "image/png", "buffer": picture_file(width)}
         for name, width in (("a", 96), ("b", 64))
     ]
-    visit.page.get_by_label("Drop pictures here").set_input_files(files)  # type: ignore[arg-type]
+    visit.page.get_by_label("Drop images here").set_input_files(files)  # type: ignore[arg-type]
     expect(visit.page.get_by_role("img", name=re.compile("^Reference image"))).to_have_count(2)
     visit.page.get_by_role("button", name="Remove reference image 1").click()
     expect(visit.page.get_by_role("img", name=re.compile("^Reference image"))).to_have_count(1)
@@ -252,18 +252,18 @@ def test_reference_images_are_chosen_dropped_and_removed(visit: Visit) -> None:
 def test_a_file_that_is_no_picture_is_refused_at_once(visit: Visit) -> None:
     """The error names the file and stands at the field."""
     file = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
-    visit.page.get_by_label("Drop pictures here").set_input_files(file)  # type: ignore[arg-type]
+    visit.page.get_by_label("Drop images here").set_input_files(file)  # type: ignore[arg-type]
     expect(visit.page.locator("#images-error")).to_have_text("notes.txt is neither a PNG, a JPEG nor a WebP file.")
 
 
 def test_a_reference_image_that_cannot_be_used_is_told_there(visit: Visit) -> None:
     """What the service says of one of them stands at all of them."""
     file = {"name": "flat.png", "mimeType": "image/png", "buffer": picture_file(96, 32)}
-    visit.page.get_by_label("Drop pictures here").set_input_files(file)  # type: ignore[arg-type]
+    visit.page.get_by_label("Drop images here").set_input_files(file)  # type: ignore[arg-type]
     expect(visit.page.get_by_role("img", name="Reference image 1")).to_be_visible()
     visit.generate()
     expect(visit.page.locator("#images-error")).to_have_text(re.compile(r"images\[0\]: must have each side 64 pixels"))
-    expect(visit.page.get_by_label("Drop pictures here")).to_be_focused()
+    expect(visit.page.get_by_label("Drop images here")).to_be_focused()
     visit.expect_refusals(422)
 
 
@@ -293,7 +293,7 @@ def test_an_error_stands_at_its_field(visit: Visit, name: str, text: str, told: 
 def test_a_prompt_is_asked_for(visit: Visit) -> None:
     """Without one nothing is sent."""
     visit.generate(prompt="")
-    expect(visit.page.locator("#prompt-error")).to_have_text("Say what to draw.")
+    expect(visit.page.locator("#prompt-error")).to_have_text("Enter a prompt.")
     expect(visit.page.get_by_label("Prompt")).to_be_focused()
 
 
@@ -339,7 +339,7 @@ def test_a_key_is_asked_for_when_the_service_wants_one(keyed_visit: Visit) -> No
     expect(key).to_be_focused()
     key.fill("mellon")
     key.press("Enter")
-    expect(page.locator("#key-error")).to_have_text("The service did not take this key.")
+    expect(page.locator("#key-error")).to_have_text("The service rejected this key.")
     key.fill("open sesame")
     page.get_by_role("button", name="Use this key").click()
     keyed_visit.generate(num_inference_steps="4")
@@ -375,7 +375,7 @@ def test_every_control_has_a_name(visit: Visit) -> None:
     for control in controls:
         expect(control).to_have_accessible_name(re.compile(r"\S"))
     assert visit.page.locator("img:visible:not([alt])").count() == 0
-    for name in ("What to draw", "Result", "Gallery"):
+    for name in ("Generation request", "Result", "Gallery"):
         assert re.search(rf'(form|region) "{name}"', visit.page.locator("main").aria_snapshot())
 
 
