@@ -21,8 +21,8 @@ LEFT_OUT = ("profile", "picture", "mode", "why", "estimated from per-step")
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
+    first, *rest = ("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in (header, *rows))
+    return "".join([first, "|", "---|" * len(header), "\n", *rest])
 
 
 def spread(value: Mapping[str, float], *, in_ms: bool = False) -> str:
