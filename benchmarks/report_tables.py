@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Told = Mapping[str, Any]
-PICTURES = ("profile", "picture", "mode", "computed", "seconds", "floor", "of the floor", "energy", "power, clock")
+PICTURES = ("profile", "image", "mode", "computed", "seconds", "floor", "of the floor", "energy", "power, clock")
 STEPS = (
     "profile",
-    "picture",
+    "image",
     "a computed step",
     "floor",
     "of the floor",
@@ -16,7 +16,7 @@ STEPS = (
     "rest",
     "memory",
 )
-LEFT_OUT = ("profile", "picture", "mode", "why", "estimated from per-step")
+LEFT_OUT = ("profile", "image", "mode", "why", "estimated from per-step")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -44,10 +44,10 @@ def latency(told: Told) -> Iterator[str]:
     done = (f"- asked for `{profile}`: {performance}\n" for profile, performance in told["performance"].items())
     yield f"\nIn {told['dtype'].removeprefix('torch.')}, but for what a profile changes:\n\n" + "".join(done)
     if told["pictures"]:
-        yield "\nWhole pictures, end to end; the floor is of their computed steps alone.\n\n"
+        yield "\nWhole images, end to end. The floor counts their computed steps alone.\n\n"
         header = (
             "profile",
-            "picture",
+            "image",
             "mode",
             "computed",
             "seconds",
@@ -58,7 +58,7 @@ def latency(told: Told) -> Iterator[str]:
         )
         yield markdown(header, [picture_row(row) for row in told["pictures"]])
     if told["steps"]:
-        yield "\nWhat steps cost, from runs of different length, and what a picture takes beside them.\n\n"
+        yield "\nSeconds per step, from runs of different length, and of an image beside its steps.\n\n"
         yield markdown(STEPS, [steps_row(row) for row in told["steps"]])
     if told["left_out"]:
         yield "\nNot measured in this run; estimates are from the cost of steps above.\n\n"
@@ -101,11 +101,11 @@ def left_out_row(row: Told) -> tuple[str, ...]:
 def peers(told: Told) -> Iterator[str]:
     """Ratios, and seconds where there are any."""
     yield (
-        f"\nOne run, the same weights and embedding, {told['side']}x{told['side']}, {told['num_steps']} steps, from the"
-        "\nembedding to the picture. Ratios of times, above 1 is faster; ours computed as many steps as the other."
+        f"\nOne run with equal weights and embeddings, {told['side']}x{told['side']}, {told['num_steps']} steps, from"
+        "\nthe embedding to the image. Ratios of times: above 1 is faster, at equal numbers of computed steps."
     )
     has_seconds = any("seconds" in row for row in told["rows"])
-    yield "\n\n" if has_seconds else " Times\nare of the processor.\n\n"
+    yield "\n\n" if has_seconds else " They are of\nCPU time.\n\n"
     rows = []
     for row in told["rows"]:
         ratio = row["speedup_over_diffusers"]
@@ -146,7 +146,7 @@ def reuse(told: Told) -> Iterator[str]:
         ("`exact` equals diffusers bit for bit", "yes" if told["exact_equals_diffusers"] else "no"),
     ]
     if "compilations_after_warm_up" in told:
-        rows.append(("graphs that `fast` compiled after it was warm", str(told["compilations_after_warm_up"])))
+        rows.append(("graphs that `fast` compiled after its warm-up", str(told["compilations_after_warm_up"])))
     yield f"\n{told['side']}x{told['side']}, schedule {told['mode']}; a step with the scheduler's part.\n\n"
     yield markdown(("figure", "value"), rows)
 
@@ -156,24 +156,27 @@ def load(told: Told) -> Iterator[str]:
     size = f"{told['width']}x{told['height']}, {told['num_inference_steps']} steps, cache {told['cache']}"
     shared = f", {told['batch']} of which may share a run" if told["batch"] > 1 else ""
     yield (
-        f"\n{told['clients']} clients over HTTP for {told['seconds']:.0f} s, each with a picture after the other"
+        f"\n{told['clients']} clients over HTTP for {told['seconds']:.0f} s, each with one image after the other"
         f"{shared}: {size}.\nThey and a bare loop over diffusers' pipeline took turns.\n\n"
     )
     rows = [
         *((f"OpenMP of `{module}`", openmp(found)) for module, found in told.get("openmp", {}).items()),
-        ("answers", ", ".join(f"{count} x {status}" for status, count in told["statuses"].items())),
-        ("pictures a second over those of the bare loop: the median turn's", f"{told['ratio']:.3f}"),
-        ("each turn's", ", ".join(f"{ratio:.3f}" for ratio in told["ratios"])),
-        ("an answer's estimate is off by: median, 90 %", percents(told, "estimate_error_median", "estimate_error_p90")),
-        ("memory of the generator, half way and at the end", "{} MB, {} MB".format(*told["memory_mb_half_and_end"])),
+        ("responses", ", ".join(f"{count} x {status}" for status, count in told["statuses"].items())),
+        ("images per second over those of the bare loop: median of the turns", f"{told['ratio']:.3f}"),
+        ("each turn", ", ".join(f"{ratio:.3f}" for ratio in told["ratios"])),
+        (
+            "error of the estimates: median, 90th percentile",
+            percents(told, "estimate_error_median", "estimate_error_p90"),
+        ),
+        ("memory of the generator, halfway and at the end", "{} MB, {} MB".format(*told["memory_mb_half_and_end"])),
     ]
     if told["device_idle_share"] is not None:
-        rows.append(("share of the time in which nothing is drawn", percents(told, "device_idle_share")))
+        rows.append(("share of the time in which the device is idle", percents(told, "device_idle_share")))
     if "gpu" in told["card"]["machine"]:
         seconds = ", ".join(f"{value:.2f} s" for value in told["latency_s"].values())
         rows += [
-            ("pictures a second", f"{told['pictures_per_s']:.2f}"),
-            ("a picture, refusals before it included: median, 95 %, 99 %", seconds),
+            ("images per second", f"{told['pictures_per_s']:.2f}"),
+            ("latency including refusals before it: median, 95th, 99th percentile", seconds),
         ]
     yield markdown(("figure", "value"), rows)
 
@@ -214,9 +217,9 @@ def precision(told: Told) -> Iterator[str]:
     size = f"{told['side']}x{told['side']}, {told['steps']} steps, every one computed"
     yield (
         f"\n{told['prompts']} held-out prompts, {size}. A step's error is the mean of `|a - b| / |b|` of its velocity"
-        " on\nthe same latents; pictures have 8 bits a channel; right is the share that shows what its prompt says.\n\n"
+        " on\nthe same latents. Images have 8 bits per channel; `right` is the share that follows its prompt.\n\n"
     )
-    header = ("computed in", "step to float32", "to bfloat16", "picture to float32", "to bfloat16", "worst", "right")
+    header = ("computed in", "step to float32", "to bfloat16", "image to float32", "to bfloat16", "worst", "right")
     rows = []
     for row in told["rows"]:
         steps = (f"{100 * row[f'step_error_to_{other}']:.2f} %" for other in ("float32", "bfloat16"))

@@ -170,7 +170,7 @@ def test_what_ended_early_says_so(tmp_path: Path) -> None:
 def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     """Answers, the ratio to the bare loop, estimates and memory are told; seconds only of a GPU."""
     page = told(tmp_path, "load.json", LOAD | {"card": CARD})
-    assert "4 clients over HTTP for 100 s, each with a picture after the other: 64x32, 50 steps, cache none." in page
+    assert "4 clients over HTTP for 100 s, each with one image after the other: 64x32, 50 steps, cache none." in page
     for row in (
         "178 x 200, 3 x 429",
         "0.992",
@@ -185,7 +185,7 @@ def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     page = told(tmp_path, "load.json", LOAD | shared)
     assert "after the other, 4 of which may share a run: 64x32" in page
     assert "2.26 s" not in page
-    assert "nothing is drawn" not in page
+    assert "device is idle" not in page
 
 
 def test_the_settings_are_beside_each_ratio(tmp_path: Path) -> None:
