@@ -22,8 +22,8 @@ PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images" / "performance"
 TITLES = {
     "memory": "Memory",
-    "latency": "A picture, from the request to the bytes of its PNG file",
-    "peers": "Beside other ways to draw it",
+    "latency": "An image, from the request to its PNG file",
+    "peers": "Comparison with other methods",
     "trace": "Inside the denoising loop",
     "encoder": "The text encoder",
     "precision": "Fewer bits",
@@ -152,7 +152,7 @@ def floors() -> str:
                 f"{50 * bf16_s:.1f} / {50 * fp8_s:.1f} s",
             )
         )
-    header = ("picture + references", "image tokens", "linear PFLOP", "attention PFLOP", "bf16", "fp8", "50 steps")
+    header = ("image + references", "image tokens", "linear PFLOP", "attention PFLOP", "bf16", "fp8", "50 steps")
     text = f"""
 ## The floor
 

@@ -7,7 +7,7 @@ Report = Mapping[str, Any]
 PICTURES = ("profile", "picture", "mode", "computed", "seconds", "floor", "of the floor", "energy", "power, clock")
 STEPS = (
     "profile",
-    "picture",
+    "image",
     "a computed step",
     "floor",
     "of the floor",
@@ -16,13 +16,13 @@ STEPS = (
     "rest",
     "memory",
 )
-LEFT_OUT = ("profile", "picture", "mode", "why", "estimated from per-step")
+LEFT_OUT = ("profile", "image", "mode", "why", "estimated from per-step")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
+    first, *rest = ("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in (header, *rows))
+    return "".join([first, "|", "---|" * len(header), "\n", *rest])
 
 
 def spread(value: Mapping[str, float], *, in_ms: bool = False) -> str:
@@ -47,7 +47,7 @@ def latency(report: Report) -> Iterator[str]:
         yield "\nWhole pictures, end to end; the floor is of their computed steps alone.\n\n"
         header = (
             "profile",
-            "picture",
+            "image",
             "mode",
             "computed",
             "seconds",
@@ -220,7 +220,7 @@ def precision(report: Report) -> Iterator[str]:
         f"\n{report['prompts']} held-out prompts, {size}. A step's error is the mean of `|a - b| / |b|` of its velocity"
         " on\nthe same latents; pictures have 8 bits a channel; right is the share that shows what its prompt says.\n\n"
     )
-    header = ("computed in", "step to float32", "to bfloat16", "picture to float32", "to bfloat16", "worst", "right")
+    header = ("computed in", "step to float32", "to bfloat16", "image to float32", "to bfloat16", "worst", "right")
     rows = []
     for row in report["rows"]:
         steps = (f"{100 * row[f'step_error_to_{other}']:.2f} %" for other in ("float32", "bfloat16"))

@@ -185,7 +185,7 @@ def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
     page = page_with(tmp_path, "load.json", LOAD | shared)
     assert "after the other, 4 of which may share a run: 64x32" in page
     assert "2.26 s" not in page
-    assert "nothing is drawn" not in page
+    assert "device is idle" not in page
 
 
 def test_the_settings_are_beside_each_ratio(tmp_path: Path) -> None:
