@@ -85,7 +85,7 @@ class Bench:
         began = time.perf_counter()
         for schedule in (schedule_for("none", 1), schedule_for(1, 2)):
             params = self._request(shape, schedule, 0).params
-            self.engine.model.warm_up(replace(params, prompt_embeds=self._embedding))
+            self.engine.model.warm_up([replace(params, prompt_embeds=self._embedding)])
         return time.perf_counter() - began
 
     def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Timing:

@@ -92,8 +92,8 @@ class Fp8Linear(nn.Module):
 class MetaModel(Flux2Model):
     """The service's model; only the places of square images' tokens, which are values, are known without reading."""
 
-    def _pipeline(self, transformer: Any, scheduler: Any) -> Any:
-        pipeline = super()._pipeline(transformer, scheduler)
+    def pipeline(self, transformer: Any, scheduler: Any) -> Any:
+        pipeline = super().pipeline(transformer, scheduler)
         pipeline._unpack_latents_with_ids = unpack_square  # noqa: SLF001 - on this object alone
         return pipeline
 

@@ -151,7 +151,7 @@ class Comparison:
             embedding = self._source.embedding()
             check_whole(model)
             for num_computed in (2, 1):
-                model.warm_up(self._request(embedding, num_computed, 2))
+                model.warm_up([self._request(embedding, num_computed, 2)])
             check_whole(model)
             for count in sorted(counts):
 

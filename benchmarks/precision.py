@@ -77,7 +77,7 @@ def draw(dtype: torch.dtype, performance: Performance, studio: Studio) -> Drawn:
 @torch.no_grad()
 def velocity(model: Flux2Model, case: Case, side: int) -> torch.Tensor:
     """The transformer's answer to latents that depend on the case alone, in float32."""
-    transformer = model._components.transformer  # noqa: SLF001 - the one step of it
+    transformer = model.components.transformer
     tokens = side // model.info.pixels_per_token
     noise = torch.Generator().manual_seed(case.seed)
     ranges = (1, tokens, tokens, 1), (1, 1, 1, case.embedding.shape[1])

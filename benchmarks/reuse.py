@@ -92,8 +92,8 @@ def compilations_after_warm_up(source: Source, side: int) -> int:
     with source.model("fast") as model:
         embedding = source.embedding()
         once = Params(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
-        model.warm_up(once)
-        model.warm_up(once, "dynamic")
+        model.warm_up([once])
+        model.warm_up([once], "dynamic")
         check_whole(model)
         before = num_compilations()
         for mode, num_steps in AFTER_WARM_UP:

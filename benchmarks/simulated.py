@@ -1,6 +1,7 @@
 """Generators that take a given time and draw nothing, so that many fit on few cores: the engine's work is left."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from PIL import Image
 
 from flux2_ray.generator import GeneratorReplica
 from flux2_shared.model.folder import find_model, read_prompt_format
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from generator_service.pipelines.callbacks import Previews
-from generator_service.pipelines.components import PARTS, load_components
+from generator_service.pipelines.components import load_components
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, StepListener
 from generator_service.pipelines.optimizations.compiled_model import ShapeKind
 from generator_service.pipelines.params import Params
@@ -34,10 +36,10 @@ class SimulatedModel(Flux2Model):
         image = Image.effect_noise((params.width, params.height), 64).convert("RGB")
         return GeneratedImage(image, time.perf_counter() - began, 0.0, torch.empty(0), 0.0, params.schedule)
 
-    def warm_up(self, params: Params, kind: ShapeKind = "static") -> GeneratedImage:
+    def warm_up(self, batch: Sequence[Params], kind: ShapeKind = "static") -> list[GeneratedImage]:
         """There is nothing to compile."""
         del kind
-        return self.generate(params)
+        return [self.generate(params) for params in batch]
 
 
 class SimulatedGenerator(GeneratorReplica):
@@ -54,7 +56,7 @@ class SimulatedGenerator(GeneratorReplica):
 
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
         """The demo model, simulated."""
-        folder = find_model(settings.model, settings.revision, PARTS)
+        folder = find_model(settings.model, settings.revision, SUBFOLDERS[Service.GENERATOR])
         model = SimulatedModel(folder, load_components(folder, settings.torch_device(), settings.torch_dtype()))
         model.step_s = self._step_s
         return model, (read_prompt_format(folder).max_sequence_length, model.info.embedding_width)

@@ -22,8 +22,9 @@ from torch import nn
 from benchmarks.architectures import FULL, TINY
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder, find_model, read_prompt_format
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from generator_service.app import load_model
-from generator_service.pipelines.components import PARTS, Components, ComponentsReader, load_components
+from generator_service.pipelines.components import Components, ComponentsReader, load_components
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.settings import GeneratorSettings, ProfileName
 
@@ -85,7 +86,7 @@ class Source:
     def components(self) -> Iterator[Components]:
         """Fresh parts alone, for other code than the service's; likewise freed after the block."""
         settings = self.settings()
-        folder = find_model(settings.model, settings.revision, PARTS)
+        folder = find_model(settings.model, settings.revision, SUBFOLDERS[Service.GENERATOR])
         parts = self._read(folder, settings.torch_device(), settings.torch_dtype())
         try:
             yield parts

@@ -172,7 +172,7 @@ def main() -> None:
     with source.model(args.profile) as model:
         embedding = source.embedding()
         runs = [Params(embedding, side, side, GUIDANCE, 0, alternating(count)) for count in (2, 4, 12, 6)]
-        model.warm_up(runs[0])
+        model.warm_up(runs[:1])
         model.generate(runs[1])
         about = {"benchmark": "trace", "card": card, "weights": source.name, "side": side}
         result = Result(about | {"performance": str(model.performance)}, args.so_far)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from demo_model.services import DemoError, running_services
-from generator_service.cli.client import Answer, GeneratorError, post_generate
+from generator_service.cli.client import GeneratedFile, GeneratorError, post_generate
 from generator_service.engine.similarity import psnr
 
 PROMPT = "a small red circle above a large blue square on a white background"
@@ -27,7 +27,7 @@ class Result:
     """The response of one mode."""
 
     mode: str
-    answer: Answer
+    answer: GeneratedFile
 
     @property
     def steps(self) -> str:

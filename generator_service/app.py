@@ -14,6 +14,7 @@ from flux2_shared.device.thread import DeviceThread
 from flux2_shared.errors import Flux2Error, ModelRefused
 from flux2_shared.model.compilation import CompilerBackend
 from flux2_shared.model.folder import find_model, read_prompt_format
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from flux2_shared.report import Report, ignore
 from flux2_shared.schemas import EncoderInfo
 from flux2_shared.thread_pool import ThreadPool
@@ -31,7 +32,7 @@ from generator_service.clients.upsampler import Upsampler
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.worker import Batching
-from generator_service.pipelines.components import PARTS, ComponentsReader, load_components
+from generator_service.pipelines.components import ComponentsReader, load_components
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.optimizations.profiles import Machine, choose
@@ -178,7 +179,7 @@ def load_model(
     """
     report("loading the model")
     device, dtype = settings.torch_device(), settings.torch_dtype()  # refused before anything is downloaded
-    folder = find_model(settings.model, settings.revision, PARTS)
+    folder = find_model(settings.model, settings.revision, SUBFOLDERS[Service.GENERATOR])
     performance = choose(
         settings.performance,
         Machine.of(device),

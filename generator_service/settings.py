@@ -1,21 +1,12 @@
 """Settings of the generator, from ``GENERATOR_...`` and, for the encoder it asks, ``TEXT_ENCODER_...``."""
 
 import re
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, FilePath, SecretStr
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from flux2_shared.settings import ServiceSettings, read_keys
-
-
-class Service(StrEnum):
-    """The two services, as commands name them."""
-
-    TEXT_ENCODER = "text-encoder"
-    GENERATOR = "generator"
-
 
 CacheName = str
 """``none``, or the name of a schedule."""

@@ -93,7 +93,7 @@ def test_it_is_loaded_in_either_dtype(dev: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     model, _ = load_model(GeneratorSettings(model=str(dev), dtype=name))
     text_encoder, info = load_encoder(TextEncoderSettings(model=str(dev), dtype=name))
-    assert (model.dtype, model._components.vae.dtype, text_encoder.dtype, info.dtype) == (dtype, dtype, dtype, name)
+    assert (model.dtype, model.components.vae.dtype, text_encoder.dtype, info.dtype) == (dtype, dtype, dtype, name)
 
 
 def test_the_text_encoder_loads_it(plain: Path, dev: Path) -> None:

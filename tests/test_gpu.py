@@ -19,7 +19,8 @@ from benchmarks.synthetic import source_of
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder, read_prompt_format
 from generator_service.app import create_app as create_generator
-from generator_service.lemica import PREDICTORS
+from generator_service.cli.calibration import record
+from generator_service.lemica import PREDICTORS, Calibration
 from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
@@ -235,8 +236,8 @@ def test_calibrations_run_there(predictor: str, keep: str, tmp_path: Path, demo:
     for model in (on_gpu(), demo):
         chosen = PREDICTORS[predictor]
         where = {"gpu": None, "host": CPU, "files": tmp_path}[keep]
-        runs = [model.record(wanted(num_steps=5, seed=seed), chosen.feature, where) for seed in (0, 1)]
-        calibration = model.calibration(runs, chosen)
+        runs = [record(model, wanted(num_steps=5, seed=seed), chosen.feature, where) for seed in (0, 1)]
+        calibration = Calibration(model.components.transformer, runs, chosen)
         signature = wanted(num_steps=5).schedule.signature
         graphs = [calibration.measure(signature, 3, is_exact=is_exact) for is_exact in (True, False)]
         schedule = wanted(3, num_steps=5).schedule

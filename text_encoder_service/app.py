@@ -10,6 +10,7 @@ from flux2_shared.device.queue import DeviceQueue
 from flux2_shared.device.thread import DeviceThread
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.folder import find_model, read_prompt_format
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.report import Report, ignore
 from flux2_shared.schemas import EncoderInfo
@@ -19,7 +20,6 @@ from text_encoder_service.encoder import Embedding, LanguageModelReader, Mistral
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
 
-SUBFOLDERS = ("text_encoder", "tokenizer")
 WARM_UP_PROMPT = "a red circle"
 
 
@@ -84,7 +84,7 @@ def load_encoder(
     """
     report("loading the model")
     device, dtype = settings.torch_device(), settings.torch_dtype()  # may be invalid: before the download
-    folder = find_model(settings.model, settings.revision, SUBFOLDERS)
+    folder = find_model(settings.model, settings.revision, SUBFOLDERS[Service.TEXT_ENCODER])
     prompt_format = read_prompt_format(folder)
     encoder = MistralEncoder(folder, prompt_format, device, dtype, settings.weights, read)
     if settings.profile() == "fast":

@@ -12,14 +12,17 @@ from flux2_shared.device.memory import run_within_memory
 from flux2_shared.device.resolve import resolve_device
 from flux2_shared.errors import InvalidRequest, ModelRefused
 from flux2_shared.model.folder import find_model
+from flux2_shared.model.subfolders import ALL_SUBFOLDERS
 from generator_service.lemica import (
     Calibration,
     CalibrationMismatch,
     ErrorGraph,
+    FeatureKind,
     Predictor,
     Schedule,
     Signature,
     Trajectory,
+    TrajectoryRecorder,
     lexicographic_minimax_path,
     lexicographic_minimax_paths,
     minimum_total_error_path,
@@ -30,9 +33,9 @@ from generator_service.lemica import (
     with_step_added,
     with_step_removed,
 )
-from generator_service.pipelines import components as parts
 from generator_service.pipelines import flux2, prompt
-from generator_service.pipelines.params import Params
+from generator_service.pipelines.callbacks import DenoisingCallback
+from generator_service.pipelines.params import Params, pipeline_arguments
 from generator_service.settings import GeneratorSettings
 
 TOO_LARGE = "the runs and a batch do not fit into the device's memory together: try a smaller --batch, or --keep cpu"
@@ -94,7 +97,7 @@ def choose_storage(num_bytes: int, device: torch.device) -> torch.device:
     """Return the GPU ``device`` if the trajectories take at most half of its free memory, else the CPU."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return device if 2 * num_bytes <= free else parts.CPU
+    return device if 2 * num_bytes <= free else torch.device("cpu")
 
 
 class CalibrationRun:
@@ -118,7 +121,7 @@ class CalibrationRun:
         self._predictor = predictor
         self._storage = None if storage is None else resolve_storage(storage)
         device, dtype = settings.torch_device(), settings.torch_dtype()
-        folder = find_model(settings.model, settings.revision, (*parts.PARTS, *prompt.PARTS))
+        folder = find_model(settings.model, settings.revision, ALL_SUBFOLDERS)
         self._embeddings = prompt.embed_prompts(folder, samples.prompts, device, dtype)
         self._model = flux2.Flux2Model.load(folder, device, dtype)
 
@@ -147,7 +150,7 @@ class CalibrationRun:
             _, num_bytes = self._one_run
             storage = choose_storage(num_bytes * self._samples.count, device)
         runs = [self._run(e, seed, storage) for e in self._embeddings for seed in range(self._samples.num_seeds)]
-        return self._model.calibration(runs, self._predictor, batch_size)
+        return Calibration(self._model.components.transformer, runs, self._predictor, batch_size)
 
     @cached_property
     def _one_run(self) -> tuple[float, int]:
@@ -161,7 +164,29 @@ class CalibrationRun:
         params = Params(
             embedding, size.width, size.height, size.guidance_scale, seed, schedule_for("none", size.num_steps)
         )
-        return run_within_memory(lambda: self._model.record(params, self._predictor.feature, storage), TOO_LARGE)
+        return run_within_memory(lambda: record(self._model, params, self._predictor.feature, storage), TOO_LARGE)
+
+
+def record(
+    model: flux2.Flux2Model,
+    params: Params,
+    feature: FeatureKind = "residual",
+    storage: torch.device | Path | None = None,
+) -> Trajectory:
+    """Record the full run of an image, whatever its schedule.
+
+    Args:
+        model: generates the image.
+        params: of the image.
+        feature: what to keep of each step.
+        storage: the device, or the folder, that keeps it; None for the model's own device.
+    """
+    scheduler = model.components.new_scheduler()
+    recorder = TrajectoryRecorder(model.components.transformer, feature, storage or model.device)
+    callback = DenoisingCallback(params.schedule.num_steps, model.device)
+    arguments = pipeline_arguments([params], model.device, model.dtype)
+    model.pipeline(recorder, scheduler)(**arguments, callback_on_step_end=callback, output_type="latent")
+    return recorder.trajectory(callback.latents, scheduler.sigmas)
 
 
 def calibrate(

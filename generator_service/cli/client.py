@@ -18,8 +18,8 @@ class GeneratorError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A picture file and the headers that came with it."""
+class GeneratedFile:
+    """An image file and the headers that came with it."""
 
     data: bytes
     headers: dict[str, str]
@@ -27,7 +27,7 @@ class Answer:
 
 def post_generate(
     url: str, body: dict[str, Any], token: str | None = None, transport: httpx.BaseTransport | None = None
-) -> Answer:
+) -> GeneratedFile:
     """``POST /generate``.
 
     Raises:
@@ -37,7 +37,7 @@ def post_generate(
         response = http.post("/generate", json=body)
     if response.status_code != httpx.codes.OK:
         raise GeneratorError(_detail(response))
-    return Answer(response.content, dict(response.headers))
+    return GeneratedFile(response.content, dict(response.headers))
 
 
 def stream_generate(
@@ -46,7 +46,7 @@ def stream_generate(
     on_step: Callable[[int, bool], None],
     token: str | None = None,
     transport: httpx.BaseTransport | None = None,
-) -> Answer:
+) -> GeneratedFile:
     """As ``post_generate``, with ``on_step`` called for every step as the generator tells of it."""
     headers = {"Accept": "text/event-stream"}
     with (
@@ -62,7 +62,7 @@ def stream_generate(
             elif name == "error":
                 raise GeneratorError(data["detail"])
             elif name == "completed":
-                return Answer(base64.b64decode(data.pop("image")), data)
+                return GeneratedFile(base64.b64decode(data.pop("image")), data)
     raise GeneratorError("the generator's answer broke off")
 
 

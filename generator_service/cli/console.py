@@ -7,11 +7,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flux2_shared.errors import Flux2Error
-from generator_service.cli.client import GeneratorError
-from generator_service.engine.imaging import NoProvenance
-from generator_service.lemica import LemicaError
-
 err = Console(stderr=True)
 
 
@@ -22,9 +17,19 @@ class one_line_errors:  # noqa: N801 - reads as the statement it is
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, Flux2Error | GeneratorError | LemicaError | NoProvenance | OSError):
+        if error is not None and is_expected(error):
             err.print(f"flux2: {error}", highlight=False, markup=False)
             raise typer.Exit(1) from None
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether a user can cause ``error``. The classes are imported only once something has failed."""
+    from flux2_shared.errors import Flux2Error  # noqa: PLC0415
+    from generator_service.cli.client import GeneratorError  # noqa: PLC0415
+    from generator_service.engine.imaging import NoProvenance  # noqa: PLC0415
+    from generator_service.lemica import LemicaError  # noqa: PLC0415
+
+    return isinstance(error, Flux2Error | GeneratorError | LemicaError | NoProvenance | OSError)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -7,12 +7,12 @@ from pydantic import ValidationError
 
 from flux2_shared.errors import InvalidRequest
 from flux2_shared.model.folder import find_model
+from flux2_shared.model.subfolders import ALL_SUBFOLDERS
 from generator_service.api.resolve import Resolver, open_registry
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.imaging import encode_image
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.provenance import provenance
-from generator_service.pipelines import components as parts
 from generator_service.pipelines import flux2, prompt
 from generator_service.pipelines.params import Params
 from generator_service.settings import GeneratorSettings
@@ -39,7 +39,7 @@ def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.S
     except ValidationError as error:
         raise InvalidRequest("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
     device, dtype = settings.torch_device(), settings.torch_dtype()
-    folder = find_model(settings.model, settings.revision, (*parts.PARTS, *prompt.PARTS))
+    folder = find_model(settings.model, settings.revision, ALL_SUBFOLDERS)
     assert valid.prompt is not None  # the command line gives no embeddings
     (embeddings,) = prompt.embed_prompts(folder, [valid.prompt], device, dtype)
     model = flux2.Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from generator_service.settings import Service
+from flux2_shared.model.subfolders import Service
 
 out = Console()
 err = Console(stderr=True)

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 from dotenv.parser import Binding, parse_stream
 from pydantic import ValidationError
 
+from flux2_shared.model.subfolders import Service
 from flux2_shared.settings import ServiceSettings
 from generator_service.doctor.check import Check, describe, failed, ok, one_line, warning
 from generator_service.doctor.host import Host
 from generator_service.doctor.model import Model
 from generator_service.doctor.weights_files import BrokenFile, read_shapes
 from generator_service.lemica import SHIPPED, LemicaError, ScheduleRegistry, load_schedules
-from generator_service.settings import GeneratorSettings, Service
+from generator_service.settings import GeneratorSettings
 from text_encoder_service.settings import TextEncoderSettings
 
 ENV_FILE = Path(".env")

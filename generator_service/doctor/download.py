@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flux2_shared.model.subfolders import Service
 from flux2_shared.settings import FLUX2_DEV
 from generator_service.doctor.check import Check, failed, ok, skipped, warning
 from generator_service.doctor.host import Host, existing_folder
 from generator_service.doctor.model import Model, hub_cache, hub_home
-from generator_service.settings import Service
 
 YES = {"1", "ON", "YES", "TRUE"}
 """Values that huggingface_hub reads as true."""

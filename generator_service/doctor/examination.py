@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from flux2_shared.settings import ServiceSettings
 from generator_service.doctor import configuration, download, gpus, libraries, memory, network, nvidia, profiles
 from generator_service.doctor import model as models
@@ -12,7 +13,7 @@ from generator_service.doctor.host import Host
 from generator_service.doctor.libraries import Libraries
 from generator_service.doctor.weights_files import BrokenFile
 from generator_service.pipelines.optimizations.profiles import Performance
-from generator_service.settings import GeneratorSettings, Service
+from generator_service.settings import GeneratorSettings
 from text_encoder_service.settings import TextEncoderSettings
 
 
@@ -75,7 +76,7 @@ def _check_settings(findings: Findings) -> Iterator[Check]:
 
 def _check_model(findings: Findings) -> Iterator[Check]:
     host, any_settings = findings.host, next(iter(findings.settings.values()))
-    parts = tuple(part for service in findings.settings for part in models.SUBFOLDERS[service])
+    parts = tuple(part for service in findings.settings for part in SUBFOLDERS[service])
     findings.model = models.Model(any_settings.model, any_settings.revision)
     try:
         findings.model = models.find(any_settings.model, any_settings.revision, parts, host)

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from flux2_shared.model.subfolders import Service
 from flux2_shared.settings import ServiceSettings
 from generator_service.doctor.check import Check, failed, ok, one_line, skipped, warning
 from generator_service.doctor.host import Host
 from generator_service.doctor.libraries import Gpu, Libraries
 from generator_service.doctor.nvidia import Driver
-from generator_service.settings import Service
 
 DEVICE = re.compile(r"cpu|auto|cuda(?::(?P<index>0|[1-9][0-9]*))?")
 ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")

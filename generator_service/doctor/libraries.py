@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flux2_shared.model.subfolders import Service
 from generator_service.doctor.check import Check, failed, ok, one_line, skipped
 from generator_service.doctor.host import Host, Output
-from generator_service.settings import Service
 
 PROJECT = "flux2-services"
 INSTALL = "pip install -c constraints.txt '.[text-encoder,generator]'"

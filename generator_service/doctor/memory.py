@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
 
+from flux2_shared.model.subfolders import Service
 from flux2_shared.settings import FLUX2_DEV
 from generator_service.doctor.check import Check, failed, ok, skipped, warning
 from generator_service.doctor.gpus import Placement
@@ -16,7 +17,6 @@ from generator_service.doctor.host import Memory
 from generator_service.doctor.libraries import Gpu
 from generator_service.doctor.model import Model
 from generator_service.pipelines.optimizations.profiles import WORKING_BYTES
-from generator_service.settings import Service
 
 BLOCK = re.compile(r"((?:single_)?transformer_blocks\.\d+)\.")
 LANGUAGE_MODEL = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")

@@ -20,13 +20,7 @@ from flux2_shared.model.folder import (
 from generator_service.doctor.check import Check, describe, failed, ok, warning
 from generator_service.doctor.host import Host
 from generator_service.doctor.weights_files import BrokenFile, Weights, read_json, read_weights
-from generator_service.settings import Service
 
-SUBFOLDERS: Mapping[Service, tuple[str, ...]] = {
-    Service.GENERATOR: ("scheduler", "transformer", "vae"),
-    Service.TEXT_ENCODER: ("text_encoder", "tokenizer"),
-}
-"""The subfolders that each service loads. The services' own constants cannot be imported without torch."""
 WEIGHT_STEMS = {
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",

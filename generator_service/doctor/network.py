@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 from pydantic import SecretStr, ValidationError
 
+from flux2_shared.model.subfolders import Service
 from flux2_shared.schemas import EncoderInfo
 from flux2_shared.settings import ServiceSettings
 from generator_service.doctor.check import Check, describe, failed, ok, one_line, warning
 from generator_service.doctor.model import Model
-from generator_service.settings import GeneratorSettings, Service
+from generator_service.settings import GeneratorSettings
 
 TIMEOUT_S = 5.0
 MAX_BYTES = 4 * 2**20

@@ -150,7 +150,7 @@ class Worker:
             params = Params(nothing, width, height, 4.0, 0, schedule)
             stages.append((f"{width}x{height}", partial(self._warm_up_size, params)))
         if "compile" in self.model.performance.optimizations:
-            stages.append(("other sizes", partial(self.model.warm_up, params, "dynamic")))
+            stages.append(("other sizes", partial(self.model.warm_up, [params], "dynamic")))
             stages += self._batch_stages(params)
         with alone_on_gpu(self.model.device, report):
             for number, (name, run) in enumerate(stages, 1):
@@ -160,11 +160,12 @@ class Worker:
 
     def _warm_up_size(self, params: Params) -> None:
         """Generate at one size with each kind of step; the first run also pays for what happens once."""
-        self.model.warm_up(replace(params, schedule=schedule_for("none", 1)))
+        self.model.warm_up([replace(params, schedule=schedule_for("none", 1))])
         for schedule in (schedule_for("none", WARM_UP_STEPS), params.schedule):
             timed = replace(params, schedule=schedule)
             num_tokens = self.model.info.num_image_tokens(params.width, params.height)
-            self._learn(timed, num_tokens, self.model.warm_up(timed))
+            (image,) = self.model.warm_up([timed])
+            self._learn(timed, num_tokens, image)
 
     def _batch_stages(self, params: Params) -> list[WarmUpStage]:
         """What runs of several images like ``params`` need, at the largest size that may share a run."""
@@ -176,7 +177,7 @@ class Worker:
 
     def _warm_up_batch(self, params: Params) -> None:
         try:
-            self.model.warm_up_batch([params] * BATCHED_ROWS, "dynamic")
+            self.model.warm_up([params] * BATCHED_ROWS, "dynamic")
         except OutOfMemory as error:
             self.batching = ALONE
             logger.warning("images will not share runs: %s", error)

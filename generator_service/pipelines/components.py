@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging as diffusers_logging
 
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.folder import ModelFolder
 from flux2_shared.model.loading import loading_errors
+from generator_service.pipelines.model_info import ModelInfo
 
-PARTS = ("scheduler", "transformer", "vae")
 CPU = torch.device("cpu")
 logger = logging.getLogger("flux2")
 
@@ -26,7 +27,28 @@ class Components:
     transformer: Any
     vae: Any
     scheduler: Any
-    """For its configuration: every generation makes one of its own."""
+    """For its configuration: each run has its own scheduler."""
+
+    def new_scheduler(self) -> Any:
+        """A scheduler for one run: it counts steps."""
+        return type(self.scheduler).from_config(self.scheduler.config)
+
+    def pipeline(
+        self, transformer: Any, scheduler: Any, reference_cache: ByteBoundedCache[torch.Tensor]
+    ) -> Flux2Pipeline:
+        """Diffusers' pipeline for one run: it embeds no prompts, and encodes each reference image once.
+
+        Args:
+            transformer: what computes each step.
+            scheduler: of ``new_scheduler``.
+            reference_cache: latents of reference images.
+        """
+        pipeline = ReferenceCachingPipeline(
+            scheduler=scheduler, vae=self.vae, text_encoder=None, tokenizer=None, transformer=transformer
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.reference_cache = reference_cache
+        return pipeline
 
 
 class ComponentsReader(Protocol):
@@ -93,3 +115,19 @@ class ReferenceCachingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffuser
             latents = super()._encode_vae_image(image=image, generator=generator)
             self.reference_cache.put(key, latents)
         return latents
+
+
+def describe_model(folder: ModelFolder, components: Components) -> ModelInfo:
+    """What the API and the schedules need to know about a model."""
+    vae, transformer = components.vae, components.transformer
+    scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # as Flux2Pipeline.vae_scale_factor
+    return ModelInfo(
+        name=folder.name,
+        revision=folder.revision,
+        fingerprint=f"transformer {folder.fingerprint('transformer')}",
+        dtype=str(transformer.dtype).removeprefix("torch."),
+        libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
+        embedding_width=int(transformer.config.joint_attention_dim),
+        default_side=int(vae.config.sample_size),
+        pixels_per_token=2 * scale_factor,
+    )

@@ -16,24 +16,17 @@ from typing import Any, Self
 import torch
 from cachetools import LRUCache
 from diffusers import Flux2Pipeline
-from diffusers import __version__ as diffusers_version
 from PIL.Image import Image, fromarray
 
 from flux2_shared.device.memory import run_within_memory
 from flux2_shared.device.resolve import use_device
 from flux2_shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
 from flux2_shared.model.byte_cache import ByteBoundedCache
-from flux2_shared.model.compilation import CompilationFailed
 from flux2_shared.model.folder import ModelFolder
 from generator_service.lemica import (
     CachedTransformer,
-    Calibration,
-    FeatureKind,
-    Predictor,
     Schedule,
     TimeEmbeddings,
-    Trajectory,
-    TrajectoryRecorder,
     TransformerMismatch,
     check_transformer,
     small_example,
@@ -43,15 +36,14 @@ from generator_service.pipelines.components import (
     CPU,
     Components,
     ComponentsReader,
-    ReferenceCachingPipeline,
+    describe_model,
     load_components,
 )
 from generator_service.pipelines.lora import Adapters
-from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.optimizations.apply import Optimizations
 from generator_service.pipelines.optimizations.compiled_model import ShapeKind
 from generator_service.pipelines.optimizations.profiles import EXACT, Performance
-from generator_service.pipelines.params import Params
+from generator_service.pipelines.params import Params, pipeline_arguments
 
 TIME_EMBEDDINGS = 1024
 """How many are kept, 12 KB each for FLUX.2 [dev]: a dozen lengths of runs."""
@@ -97,7 +89,7 @@ class Flux2Model:
         performance: how it is made fast.
 
     Raises:
-        ModelRefused: a reused step would not mean on this transformer what it must.
+        ModelRefused: reused steps do not work on this transformer.
     """
 
     def __init__(
@@ -109,33 +101,18 @@ class Flux2Model:
         performance: Performance = EXACT,
     ) -> None:
         self.folder = folder
-        self._components = components
+        self.components = components
         components.vae.enable_slicing()  # of a batch each image is decoded as it would be alone
         self.device: torch.device = components.vae.device  # an offloaded transformer is in two places
         self.dtype: torch.dtype = components.transformer.dtype
         self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
         self._references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
-        pipeline = self._pipeline(components.transformer, components.scheduler)
-        self.info = ModelInfo(
-            name=folder.name,
-            revision=folder.revision,
-            fingerprint=f"transformer {folder.fingerprint('transformer')}",
-            dtype=str(self.dtype).removeprefix("torch."),
-            libraries=f"torch {torch.__version__}, diffusers {diffusers_version}",
-            embedding_width=int(components.transformer.config.joint_attention_dim),
-            default_side=int(components.vae.config.sample_size),
-            pixels_per_token=2 * int(pipeline.vae_scale_factor),
-        )
-        self._optimizations = Optimizations(components, performance, self.info.default_num_tokens + TEXT_TOKENS)
+        info = describe_model(folder, components)
+        self._optimizations = Optimizations(components, performance, info.default_num_tokens + TEXT_TOKENS)
         self.adapters = Adapters(components.transformer, lora_dir, max_loras, keeps=not self._optimizations.is_compiled)
-        self.info = replace(self.info, adapters=tuple(self.adapters.names))
-        try:
-            with self._optimizations.serving():
-                check_transformer(
-                    components.transformer, small_example(components.transformer, self.device, self.dtype)
-                )
-        except TransformerMismatch as error:
-            raise ModelRefused(str(error)) from error
+        self.info = replace(info, adapters=tuple(self.adapters.names))
+        with self._optimizations.serving():
+            check_reuse(components)
 
     @classmethod
     def load(
@@ -148,66 +125,39 @@ class Flux2Model:
         performance: Performance = EXACT,
         read: ComponentsReader = load_components,
     ) -> Self:
-        """The model in a checked folder.
-
-        Args:
-            folder: a diffusers pipeline.
-            device: where it computes.
-            dtype: of its weights.
-            lora_dir: where LoRA adapters lie.
-            max_loras: how many of them are kept on the device.
-            performance: how it is made fast.
-            read: where the weights come from; benchmarks make some up.
+        """Load a checked folder onto ``device`` by ``read``; the other arguments are those of the class.
 
         Raises:
-            ModelRefused: it is no FLUX.2 pipeline that can be used.
+            ModelRefused: it is not a FLUX.2 pipeline that can be used.
+            OutOfMemory: the weights do not fit.
         """
-        is_offloaded = "offload" in performance.optimizations
         use_device(device)
-        components = read(folder, device, dtype, transformer_device=CPU if is_offloaded else None)
+        transformer_device = CPU if "offload" in performance.optimizations else None
+        components = read(folder, device, dtype, transformer_device)
         return cls(folder, components, lora_dir, max_loras, performance)
-
-    @property
-    def components(self) -> Components:
-        """The modules that run, as ``performance`` left them."""
-        return self._components
 
     @property
     def performance(self) -> Performance:
         """What was done to make it fast."""
         return self._optimizations.performance
 
-    def warm_up(self, params: Params, kind: ShapeKind = "static") -> GeneratedImage:
+    def warm_up(self, batch: Sequence[Params], kind: ShapeKind = "static") -> list[GeneratedImage]:
         """Generate before the first request, and compile what runs.
 
         Args:
-            params: of an image like those that will be asked for.
+            batch: parameters like those of the images that will share a run.
             kind: compiled for images of this size alone (``static``), or of all other sizes (``dynamic``).
 
         Raises:
-            OutOfMemory: the device has too little memory for an image of this size.
+            OutOfMemory: the device has too little memory for such images.
         """
-        return self.warm_up_batch([params], kind)[0]
-
-    def warm_up_batch(self, batch: Sequence[Params], kind: ShapeKind) -> list[GeneratedImage]:
-        """As ``warm_up``, for images that share a run."""
-
-        def generate() -> list[GeneratedImage]:
-            try:
-                return self._generate(batch, kind=kind)
-            except CompilationFailed as error:
-                self._optimizations.fall_back_to_eager(error)
-            return self._generate(batch)
-
-        return run_within_memory(generate, refusal_of(batch), num_attempts=ATTEMPTS)
+        attempt = partial(self._optimizations.run_compiled, partial(self._generate, batch), kind)
+        return run_within_memory(attempt, refusal_of(batch), num_attempts=ATTEMPTS)
 
     def generate(
         self, params: Params, on_step: StepListener | None = None, previews: Previews | None = None
     ) -> GeneratedImage:
-        """Generate one image.
-
-        What does not fit into memory is tried once more with nothing cached by the allocator. If it still does not
-        fit, or the latents are not finite, it is tried with every step computed and no cached features.
+        """Generate one image; if it does not fit into memory, or is not finite, once more without cached features.
 
         Args:
             params: of the image.
@@ -231,11 +181,7 @@ class Flux2Model:
         return run_within_memory(partial(attempt, [params.uncached()]), refusal)[0]
 
     def generate_batch(self, batch: Sequence[Params], on_step: StepListener | None = None) -> list[GeneratedImage]:
-        """Generate several images in one run; each equals the one that is generated alone up to rounding.
-
-        Args:
-            batch: parameters with one ``batch_key``.
-            on_step: as for ``generate``.
+        """Generate images with equal ``batch_key`` in one run; each equals the one generated alone up to rounding.
 
         Raises:
             OutOfMemory: the device has too little memory for so many.
@@ -252,9 +198,9 @@ class Flux2Model:
     ) -> list[GeneratedImage]:
         """One run of the pipeline; compiles only for a ``kind``."""
         params = batch[0]  # what they have in common
-        scheduler = self._scheduler()
+        scheduler = self.components.new_scheduler()
         transformer = CachedTransformer(
-            self._components.transformer,
+            self.components.transformer,
             params.schedule,
             self.info.num_image_tokens(params.width, params.height),
             on_step,
@@ -263,11 +209,13 @@ class Flux2Model:
         )
         preview = PreviewDecoder(previews, params.width // self.info.pixels_per_token) if previews else None
         callback = DenoisingCallback(params.schedule.num_steps, self.device, preview)
-        pipeline = self._pipeline(transformer, scheduler)
+        pipeline = self.pipeline(transformer, scheduler)
         compilation = self._optimizations.compiling(kind) if kind else self._optimizations.serving()
         began = time.perf_counter()
         with compilation, self.adapters.applied(params.adapters):
-            pixels = pipeline(**self._inputs(batch), callback_on_step_end=callback, output_type="pt").images
+            pixels = pipeline(
+                **pipeline_arguments(batch, self.device, self.dtype), callback_on_step_end=callback, output_type="pt"
+            ).images
         images = [to_pil(row) for row in pixels]
         ended = time.perf_counter()
         seconds = callback.ended - began, ended - callback.ended
@@ -276,61 +224,18 @@ class Flux2Model:
             for image, latents in zip(images, torch.split(callback.latents, 1), strict=True)
         ]
 
-    def record(
-        self, params: Params, feature: FeatureKind = "residual", storage: torch.device | Path | None = None
-    ) -> Trajectory:
-        """The full run of an image, whatever its schedule, for calibration.
+    def pipeline(self, transformer: Any, scheduler: Any) -> Flux2Pipeline:
+        """Diffusers' pipeline around ``transformer``, which stands in for the model's own."""
+        return self.components.pipeline(transformer, scheduler, self._references)
 
-        Args:
-            params: of the image.
-            feature: what to keep of each step.
-            storage: the device, or the folder, that keeps it; None for the model's own device.
-        """
-        scheduler = self._scheduler()
-        recorder = TrajectoryRecorder(self._components.transformer, feature, storage or self.device)
-        callback = DenoisingCallback(params.schedule.num_steps, self.device)
-        pipeline = self._pipeline(recorder, scheduler)
-        pipeline(**self._inputs([params]), callback_on_step_end=callback, output_type="latent")
-        return recorder.trajectory(callback.latents, scheduler.sigmas)
 
-    def calibration(
-        self, trajectories: Sequence[Trajectory], predictor: Predictor, batch_size: int = 64
-    ) -> Calibration:
-        """The calibration of this model's transformer on recorded runs."""
-        return Calibration(self._components.transformer, trajectories, predictor, batch_size)
-
-    def _inputs(self, batch: Sequence[Params]) -> dict[str, Any]:
-        """The pipeline's arguments for ``batch``; with references or adapters it has one image."""
-        params = batch[0]
-        embeds = [each.prompt_embeds for each in batch if each.prompt_embeds is not None]
-        assert len(embeds) == len(batch)  # images are generated once the prompt is embedded
-        return {
-            "prompt_embeds": torch.cat(embeds).to(self.device, self.dtype),
-            "image": [reference.image for reference in params.references] or None,
-            "width": params.width,
-            "height": params.height,
-            "num_inference_steps": params.schedule.num_steps,
-            "guidance_scale": params.guidance_scale,
-            # On the CPU, so that a seed means the same noise on every device.
-            "generator": [torch.Generator("cpu").manual_seed(each.seed) for each in batch],
-        }
-
-    def _scheduler(self) -> Any:
-        """A scheduler for one run: it counts steps."""
-        scheduler = self._components.scheduler
-        return type(scheduler).from_config(scheduler.config)
-
-    def _pipeline(self, transformer: Any, scheduler: Any) -> Flux2Pipeline:
-        pipeline = ReferenceCachingPipeline(
-            scheduler=scheduler,
-            vae=self._components.vae,
-            text_encoder=None,
-            tokenizer=None,
-            transformer=transformer,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.reference_cache = self._references
-        return pipeline
+def check_reuse(components: Components) -> None:
+    """Raise ``ModelRefused`` if reused steps do not work on this transformer."""
+    transformer, device = components.transformer, components.vae.device
+    try:
+        check_transformer(transformer, small_example(transformer, device, transformer.dtype))
+    except TransformerMismatch as error:
+        raise ModelRefused(str(error)) from error
 
 
 def refusal_of(batch: Sequence[Params]) -> str:

@@ -1,7 +1,9 @@
 """What an image depends on, beside the model's weights."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -82,3 +84,20 @@ class Params:
             return None
         embeds = self.prompt_embeds
         return self.width, self.height, self.guidance_scale, self.schedule, embeds.shape, embeds.dtype
+
+
+def pipeline_arguments(batch: Sequence[Params], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of diffusers' pipeline for ``batch``; one with references or adapters has one image."""
+    params = batch[0]  # what they have in common
+    embeds = [each.prompt_embeds for each in batch if each.prompt_embeds is not None]
+    assert len(embeds) == len(batch)  # images are generated once the prompt is embedded
+    return {
+        "prompt_embeds": torch.cat(embeds).to(device, dtype),
+        "image": [reference.image for reference in params.references] or None,
+        "width": params.width,
+        "height": params.height,
+        "num_inference_steps": params.schedule.num_steps,
+        "guidance_scale": params.guidance_scale,
+        # On the CPU, so that a seed means the same noise on every device.
+        "generator": [torch.Generator("cpu").manual_seed(each.seed) for each in batch],
+    }

@@ -19,7 +19,6 @@ from flux2_shared.model.folder import ModelFolder, PromptFormat, read_prompt_for
 from flux2_shared.model.loading import loading_errors
 from flux2_shared.model.tokenizer import load_tokenizer
 
-PARTS = ("text_encoder", "tokenizer")
 UPSAMPLING_MESSAGE: str = SYSTEM_MESSAGE_UPSAMPLING_T2I
 UPSAMPLING_MESSAGE_EDIT: str = SYSTEM_MESSAGE_UPSAMPLING_I2I
 """What FLUX.2's authors tell a chat model that rewrites prompts."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
+from generator_service.cli.calibration import record
 from generator_service.lemica import (
     PREDICTORS,
     Calibration,
@@ -45,8 +46,8 @@ def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> P
 
 def calibration(model: Flux2Model, predictor: Predictor, num_samples: int = 2) -> Calibration:
     """Two small samples."""
-    runs = [model.record(request(model, seed), predictor.feature) for seed in range(num_samples)]
-    return model.calibration(runs, predictor)
+    runs = [record(model, request(model, seed), predictor.feature) for seed in range(num_samples)]
+    return Calibration(model.components.transformer, runs, predictor)
 
 
 @pytest.mark.parametrize("predictor", [Reuse(), PREDICTORS["velocity"]], ids=lambda p: p.name)
@@ -87,9 +88,9 @@ def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
 
 def test_runs_can_be_kept_on_disk(demo: Flux2Model, tmp_path: Path) -> None:
     """Runs that lie in files give the same errors, and leave no file behind."""
-    runs = [demo.record(request(demo, seed), storage=tmp_path) for seed in range(2)]
+    runs = [record(demo, request(demo, seed), storage=tmp_path) for seed in range(2)]
     assert list(tmp_path.iterdir()) == []
-    kept = demo.calibration(runs, Reuse()).measure(SIGNATURE, 3)
+    kept = Calibration(demo.components.transformer, runs, Reuse()).measure(SIGNATURE, 3)
     assert kept.samples == calibration(demo, Reuse()).measure(SIGNATURE, 3).samples
 
 
@@ -121,8 +122,8 @@ def test_the_cost_is_known_beforehand(num_steps: int, cap: int, count: int) -> N
 
 def test_fitted_weights_are_the_least_squares(demo: Flux2Model) -> None:
     """A fitted predictor comes nearer to the true features of the samples than a line, and a line nearer than reuse."""
-    runs = [demo.record(request(demo, seed)) for seed in range(2)]
-    graph = demo.calibration(runs, Reuse()).measure(SIGNATURE, 2)
+    runs = [record(demo, request(demo, seed)) for seed in range(2)]
+    graph = Calibration(demo.components.transformer, runs, Reuse()).measure(SIGNATURE, 2)
     schedule = with_fitted_predictor(Schedule("test", STEPS, (0, 1, 2, 4), "test", SIGNATURE), graph)
     assert isinstance(schedule.predictor, Fitted)
     assert set(schedule.predictor.weights) == {3, 5, 6, 7}
@@ -136,10 +137,10 @@ def test_fitted_weights_are_the_least_squares(demo: Flux2Model) -> None:
 
 def test_samples_must_belong_together(demo: Flux2Model) -> None:
     """Runs of different lengths are refused, and so is the checkpoint of another calibration."""
-    first = demo.record(request(demo, 0))
-    other = demo.record(request(demo, 0, schedule_for("none", 4)))
+    first = record(demo, request(demo, 0))
+    other = record(demo, request(demo, 0, schedule_for("none", 4)))
     with pytest.raises(CalibrationMismatch):
-        demo.calibration([first, other], Reuse())
+        Calibration(demo.components.transformer, [first, other], Reuse())
 
 
 def test_the_checkpoint_of_another_calibration_is_refused(demo: Flux2Model, tmp_path: Path) -> None:

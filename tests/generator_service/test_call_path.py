@@ -15,9 +15,9 @@ import torch
 from demo_model.services import WEIGHTS
 from flux2_shared.device.thread import _checked
 from flux2_shared.model.folder import find_model, read_prompt_format
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, dump_safetensors
 from generator_service.app import create_app
-from generator_service.pipelines.components import PARTS
 from generator_service.settings import GeneratorSettings
 from tests.conftest import served
 
@@ -100,7 +100,7 @@ def encoder(shape: tuple[int, int]) -> Callable[[httpx.Request], httpx.Response]
 async def test_a_request_passes_few_functions() -> None:
     """The limits of docs/architecture.md hold for a new prompt, for a cached one, and on the device's thread."""
     settings = GeneratorSettings(model=str(WEIGHTS))
-    folder = find_model(str(WEIGHTS), "main", PARTS)
+    folder = find_model(str(WEIGHTS), "main", SUBFOLDERS[Service.GENERATOR])
     shape = read_prompt_format(folder).max_sequence_length, 384
     recorder = CallRecorder()
     with recorder.installed():

@@ -10,7 +10,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from demo_model.services import WEIGHTS
-from generator_service.cli.app import StepTimeline, app
+from generator_service.cli.app import app
+from generator_service.cli.generate import StepTimeline
 from generator_service.engine.imaging import read_provenance
 
 PROMPT = "a large red circle in the center on a white background"

@@ -1,6 +1,6 @@
 """What is compiled and when: at start, and never again. Counted with a compiler that compiles nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +19,7 @@ from generator_service.engine.worker import Batching, ImageWork, Worker
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.optimizations.profiles import Performance
+from generator_service.pipelines.params import Params
 from tests.generator_service.test_lora import adapter_file
 from tests.generator_service.test_optimizations import OTHER_SIDE, SIDE, loaded, wanted
 
@@ -146,10 +147,13 @@ def test_batches_are_prepared_at_a_size_that_they_are_drawn_at(
     """Sizes that are warmed up may be too large to share a run; none that is not drawn so is tried at start."""
     tried: list[tuple[int, ...]] = []
     monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
-    monkeypatch.setattr(
-        Flux2Model, "warm_up_batch", lambda _, batch, _kind: tried.append((len(batch), batch[0].width, batch[0].height))
-    )
-    monkeypatch.setattr(Flux2Model, "warm_up", lambda _, request, _kind="static": demo.generate(request))
+
+    def warm_up(_model: Flux2Model, batch: Sequence[Params], _kind: str = "static") -> list[GeneratedImage]:
+        if len(batch) > 1:
+            tried.append((len(batch), batch[0].width, batch[0].height))
+        return [demo.generate(params) for params in batch]
+
+    monkeypatch.setattr(Flux2Model, "warm_up", warm_up)
     shape = (32, demo.info.embedding_width)
     worker_of(demo, Batching(3, max_pixels)).warm_up(shape, [(SIDE, 2 * SIDE)], ignore)
     assert tried == ([] if side is None else [(2, side, side)])
@@ -215,7 +219,7 @@ def test_a_decoder_that_cannot_be_compiled_runs_uncompiled(demo: Flux2Model, fau
     """The blocks stay compiled, the picture is right from the first one on, and it is said why."""
     backend = BadDecoderBackend(fault)
     model = loaded("compile", "vae", backend=backend)
-    model.warm_up(wanted(2))
+    model.warm_up([wanted(2)])
     assert model.performance.optimizations == {"compile", "vae"}
     assert "the decoder could not be compiled" in str(model.performance)
     assert reason in str(model.performance)
@@ -230,7 +234,7 @@ def test_a_decoder_that_cannot_be_compiled_runs_uncompiled(demo: Flux2Model, fau
 def test_a_decoder_that_gives_no_numbers_is_refused(compiled: Flux2Model, demo: Flux2Model) -> None:
     """If the decoder gives NaN compiled or not, there is no picture; what is compiled is kept."""
     for model in (compiled, demo):
-        bias = model._components.vae.decoder.conv_out.bias
+        bias = model.components.vae.decoder.conv_out.bias
         before = bias.clone()
         bias[0] = float("nan")
         try:

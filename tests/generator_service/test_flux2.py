@@ -200,7 +200,7 @@ def test_what_is_no_number_is_never_shown(demo: Flux2Model, num_bad_runs: int) -
     def count_runs(step: int, _is_computed: bool) -> None:
         runs[0] += step == 0
 
-    hook = demo._components.transformer.proj_out.register_forward_hook(spoil)
+    hook = demo.components.transformer.proj_out.register_forward_hook(spoil)
     try:
         if num_bad_runs == 1:
             picture = demo.generate(wanted, count_runs)

@@ -29,7 +29,7 @@ def adapter_file(
 ) -> None:
     """A random adapter of some of the model's linear layers."""
     noise = torch.Generator().manual_seed(seed)
-    layers = dict(model._components.transformer.named_modules())
+    layers = dict(model.components.transformer.named_modules())
     tensors = {}
     for name in modules:
         linear = layers.get(name, torch.nn.Linear(8, 8))
@@ -119,7 +119,7 @@ def test_only_so_many_are_kept(model: Flux2Model) -> None:
     first = [drawn(model, Adapter(name)) for name in ("ink", "clay", "wool")]
     again = [drawn(model, Adapter(name)) for name in ("ink", "clay", "wool")]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert len(model._components.transformer.peft_config) == 2
+    assert len(model.components.transformer.peft_config) == 2
 
 
 def test_a_failure_takes_the_adapter_off(model: Flux2Model) -> None:

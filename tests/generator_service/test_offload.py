@@ -137,7 +137,7 @@ def test_two_blocks_are_there_at_once(offloaded: Flux2Model, moves: Moves) -> No
 @pytest.mark.parametrize("block", [0, 3, NUM_BLOCKS - 1])
 def test_a_run_that_breaks_off_spoils_nothing(offloaded: Flux2Model, demo: Flux2Model, block: int) -> None:
     """After an error within a block, and after a cancelled run, the next picture is what it would have been."""
-    transformer = offloaded._components.transformer
+    transformer = offloaded.components.transformer
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
     def fail(*_: object) -> None:

@@ -68,7 +68,7 @@ def test_pictures_stay_the_same_but_for_rounding(optimization: Optimization, dem
 def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
     """All of ``fast`` together, compiled by PyTorch's own compiler, equals ``exact`` up to rounding."""
     model = loaded(*PROFILES["fast"])
-    prepared = model.warm_up(wanted(2))
+    (prepared,) = model.warm_up([wanted(2)])
     assert "compile" in model.performance.optimizations
     torch.testing.assert_close(prepared.latents, demo.generate(wanted(2)).latents, atol=TOLERANCE, rtol=0)
     assert torch.equal(prepared.latents, model.generate(wanted(2)).latents)
@@ -80,7 +80,7 @@ def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
 def test_really_compiled_code_serves_other_sizes(demo: Flux2Model) -> None:
     """Blocks and decoder, compiled once for any size, give another size's picture without compiling again."""
     model = loaded("compile", "vae")
-    model.warm_up(replace(wanted(2), width=128, height=64), "dynamic")
+    model.warm_up([replace(wanted(2), width=128, height=64)], "dynamic")
     before = num_compilations()
     ours, plain = (each.generate(wanted(2, side=OTHER_SIDE)) for each in (model, demo))
     assert num_compilations() == before
@@ -92,14 +92,14 @@ def test_really_compiled_code_serves_other_sizes(demo: Flux2Model) -> None:
 
 def test_joined_projections_replace_the_separate_ones() -> None:
     """After joining, no separate projection keeps its memory."""
-    before = sum(weight.numel() for weight in loaded()._components.transformer.parameters())
-    assert sum(weight.numel() for weight in loaded("fused_qkv")._components.transformer.parameters()) == before
+    before = sum(weight.numel() for weight in loaded().components.transformer.parameters())
+    assert sum(weight.numel() for weight in loaded("fused_qkv").components.transformer.parameters()) == before
 
 
 def test_the_fastest_attention_is_measured(demo: Flux2Model, caplog: pytest.LogCaptureFixture) -> None:
     """A candidate that does not run here is passed over; the times of the others are told."""
     with caplog.at_level("INFO", "flux2"):
-        name = fastest_attention(demo._components.transformer, 64, CPU, ("native", "_native_math", "_native_cudnn"))
+        name = fastest_attention(demo.components.transformer, 64, CPU, ("native", "_native_math", "_native_cudnn"))
     assert name in {"native", "_native_math"}
     assert "native" in caplog.text
     assert "cudnn" not in caplog.text
@@ -148,9 +148,9 @@ def test_torchao_rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     plain = Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.bfloat16)
     assert "fp8" in fp8.performance.optimizations
-    weight = fp8._components.transformer.single_transformer_blocks[0].attn.to_out.weight
+    weight = fp8.components.transformer.single_transformer_blocks[0].attn.to_out.weight
     assert weight.qdata.dtype == torch.float8_e4m3fn
     example = small_example(plain.components.transformer, CPU, torch.bfloat16) | {"return_dict": False}
     with torch.no_grad():
-        ours, theirs = (model._components.transformer(**example)[0].float() for model in (fp8, plain))
+        ours, theirs = (model.components.transformer(**example)[0].float() for model in (fp8, plain))
     assert 0 < (ours - theirs).norm() / theirs.norm() < 0.1

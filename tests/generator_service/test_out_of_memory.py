@@ -80,7 +80,7 @@ def hooked(module: torch.nn.Module, hook: Callable[..., None]) -> Iterator[None]
 
 def last_part(model: Flux2Model) -> torch.nn.Module:
     """What computed and reused steps both run."""
-    part: torch.nn.Module = model._components.transformer.proj_out
+    part: torch.nn.Module = model.components.transformer.proj_out
     return part
 
 
@@ -103,7 +103,7 @@ def test_the_decoder_may_fail_too(demo: Flux2Model, kind: str) -> None:
     """Too little memory after the last step is treated as in any other."""
     request, shortage = wanted(), Shortage(kind, at_step=STEPS - 1)
     expected = demo.generate(request)
-    with hooked(demo._components.vae.decoder, shortage):
+    with hooked(demo.components.vae.decoder, shortage):
         picture = demo.generate(request, shortage.on_step)
     assert picture.image.tobytes() == expected.image.tobytes()
     assert len(shortage.held) == 1
@@ -112,7 +112,7 @@ def test_the_decoder_may_fail_too(demo: Flux2Model, kind: str) -> None:
 def test_a_reference_may_fail_too(demo: Flux2Model) -> None:
     """Too little memory for a reference image leaves no half-encoded one in the cache."""
     request, shortage = wanted(references=(Reference(pattern(112)),)), Shortage()
-    with hooked(demo._components.vae.encoder, shortage):
+    with hooked(demo.components.vae.encoder, shortage):
         picture = demo.generate(request, shortage.on_step)
     assert len(shortage.held) == 1
     assert torch.equal(picture.latents, demo.generate(request).latents)

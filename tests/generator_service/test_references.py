@@ -154,7 +154,7 @@ async def test_an_edit_is_what_the_pipeline_makes(serve_generator: Serve, demo: 
 def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same reference image in a later request is not encoded again, and the picture stays the same."""
     calls: list[int] = []
-    vae = demo._components.vae
+    vae = demo.components.vae
     encode = vae.encode
 
     def counted(*args: Any, **kwargs: Any) -> Any:

@@ -9,8 +9,7 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
 from flux2_shared.errors import ModelRefused
 from flux2_shared.model.folder import PromptFormat, find_model, read_prompt_format
-
-PARTS = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+from flux2_shared.model.subfolders import ALL_SUBFOLDERS
 
 
 @pytest.fixture
@@ -27,26 +26,26 @@ def test_pickles_and_code_are_refused(folder: Path, part: str, name: str) -> Non
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"")
     with pytest.raises(ModelRefused, match=file.name):
-        find_model(str(folder), "main", PARTS)
+        find_model(str(folder), "main", ALL_SUBFOLDERS)
 
 
 def test_a_missing_part_is_named(folder: Path) -> None:
     """A folder without one of the wanted parts is refused by the part's name."""
     shutil.rmtree(folder / "vae")
     with pytest.raises(ModelRefused, match="vae"):
-        find_model(str(folder), "main", PARTS)
+        find_model(str(folder), "main", ALL_SUBFOLDERS)
     assert find_model(str(folder), "main", ("transformer",)).name == "model"
 
 
 def test_what_is_neither_folder_nor_on_the_hub_is_refused() -> None:
     """A name that leads nowhere is refused in one sentence."""
     with pytest.raises(ModelRefused, match="no/such-model"):
-        find_model("no/such-model", "main", PARTS)
+        find_model("no/such-model", "main", ALL_SUBFOLDERS)
 
 
 def test_the_demo_model_states_its_prompt_format(random_weights: Path) -> None:
     """Layers and length come from the model's own folder."""
-    prompt_format = read_prompt_format(find_model(str(random_weights), "main", PARTS))
+    prompt_format = read_prompt_format(find_model(str(random_weights), "main", ALL_SUBFOLDERS))
     assert (prompt_format.hidden_layers, prompt_format.max_sequence_length) == ((1, 2, 3), 32)
 
 
@@ -56,7 +55,7 @@ def test_flux2_dev_is_the_default(folder: Path) -> None:
     stated = json.loads(config.read_text())
     del stated["flux2_prompt_format"]
     config.write_text(json.dumps(stated))
-    assert read_prompt_format(find_model(str(folder), "main", PARTS)) == PromptFormat()
+    assert read_prompt_format(find_model(str(folder), "main", ALL_SUBFOLDERS)) == PromptFormat()
     assert PromptFormat() == PromptFormat((10, 20, 30), 512, SYSTEM_MESSAGE)
 
 
@@ -65,13 +64,13 @@ def test_an_unknown_key_is_refused(folder: Path) -> None:
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps({"flux2_prompt_format": {"layers": [1]}}))
     with pytest.raises(ModelRefused, match="unknown key"):
-        read_prompt_format(find_model(str(folder), "main", PARTS))
+        read_prompt_format(find_model(str(folder), "main", ALL_SUBFOLDERS))
 
 
 def test_the_fingerprint_tells_parts_apart(folder: Path) -> None:
     """It changes with the content of a part, and only of that part."""
-    model = find_model(str(folder), "main", PARTS)
-    before = {part: model.fingerprint(part) for part in PARTS}
+    model = find_model(str(folder), "main", ALL_SUBFOLDERS)
+    before = {part: model.fingerprint(part) for part in ALL_SUBFOLDERS}
     (folder / "vae" / "config.json").write_text("{}")
-    changed = {part for part in PARTS if model.fingerprint(part) != before[part]}
+    changed = {part for part in ALL_SUBFOLDERS if model.fingerprint(part) != before[part]}
     assert changed == {"vae"}

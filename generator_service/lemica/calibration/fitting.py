@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from generator_service.lemica.calibration.graph import ErrorGraph
 from generator_service.lemica.errors import BadGraph
 from generator_service.lemica.predictor import Fitted
@@ -26,6 +24,8 @@ def fit_weights(gram: Any, past: Sequence[int], step: int) -> tuple[float, ...]:
     Returns:
         One weight for each step of ``past``, newest first.
     """
+    import numpy as np  # noqa: PLC0415 - planning schedules does without
+
     products = np.asarray(gram, dtype=np.float64)
     newest_first = list(reversed(past))
     matrix = products[np.ix_(newest_first, newest_first)]

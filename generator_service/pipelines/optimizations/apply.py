@@ -1,13 +1,14 @@
 """Applies a ``Performance`` to the parts of a model, once, after they are loaded."""
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from flux2_shared.model.compilation import describe_failure, eager_on_recompile
+from flux2_shared.model.compilation import CompilationFailed, describe_failure, eager_on_recompile
 from flux2_shared.model.compile_cache import warn_if_caches_unwritable
 from generator_service.pipelines.components import Components
 from generator_service.pipelines.optimizations.attention import fastest_attention, use_attention
@@ -17,6 +18,7 @@ from generator_service.pipelines.optimizations.offload import offload_blocks
 from generator_service.pipelines.optimizations.profiles import Performance
 
 logger = logging.getLogger("flux2")
+Result = TypeVar("Result")
 SEPARATE_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -56,6 +58,14 @@ class Optimizations:
     def compiling(self, kind: ShapeKind) -> AbstractContextManager[None]:
         """Within the block what is drawn is compiled."""
         return nullcontext() if self._compiled is None else self._compiled.compiling(kind)
+
+    def run_compiled(self, run: Callable[..., Result], kind: ShapeKind) -> Result:
+        """The result of ``run(kind=kind)``; if the compiler fails, everything runs uncompiled from now on."""
+        try:
+            return run(kind=kind)
+        except CompilationFailed as error:
+            self.fall_back_to_eager(error)
+        return run()
 
     def serving(self) -> AbstractContextManager[None]:
         """Within the block nothing is compiled."""

@@ -7,6 +7,7 @@ import pytest
 from pydantic import AnyHttpUrl
 
 from demo_model.services import WEIGHTS
+from flux2_shared.model.subfolders import Service
 from generator_service.doctor.check import Check, Status
 from generator_service.doctor.configuration import (
     check_adapters,
@@ -22,7 +23,7 @@ from generator_service.doctor.configuration import (
 )
 from generator_service.doctor.model import Model, inspect
 from generator_service.lemica import SHIPPED
-from generator_service.settings import GeneratorSettings, Service
+from generator_service.settings import GeneratorSettings
 from tests.generator_service.doctor.hosts import by_name, write_safetensors
 from tests.test_docs import SETTINGS, variables
 from text_encoder_service.settings import TextEncoderSettings

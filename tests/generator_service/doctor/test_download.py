@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from flux2_shared.model.subfolders import Service
 from flux2_shared.settings import FLUX2_DEV
 from generator_service.doctor.check import Check, Status
 from generator_service.doctor.download import (
@@ -18,7 +19,6 @@ from generator_service.doctor.download import (
 from generator_service.doctor.host import Host
 from generator_service.doctor.memory import FLUX2_DEV_SIZES
 from generator_service.doctor.model import Model
-from generator_service.settings import Service
 from tests.generator_service.doctor.hosts import GB, described, put
 
 ABSENT = Model(FLUX2_DEV, "main")

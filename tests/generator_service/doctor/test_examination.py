@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from demo_model.services import WEIGHTS
+from flux2_shared.model.subfolders import Service
 from generator_service.doctor import examination
 from generator_service.doctor.check import Check, Status
 from generator_service.doctor.examination import examine
 from generator_service.doctor.host import Host
 from generator_service.doctor.libraries import Gpu
-from generator_service.settings import Service
 from tests.generator_service.doctor.hosts import (
     GB,
     SMI,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from flux2_shared.model.subfolders import Service
 from generator_service.doctor.check import Status
 from generator_service.doctor.gpus import (
     Placement,
@@ -17,7 +18,7 @@ from generator_service.doctor.gpus import (
 from generator_service.doctor.host import Host
 from generator_service.doctor.libraries import Gpu, Libraries
 from generator_service.doctor.nvidia import Board, Driver, Process
-from generator_service.settings import GeneratorSettings, Service
+from generator_service.settings import GeneratorSettings
 from tests.generator_service.doctor.hosts import GB, by_name, described, gpu, libraries, put
 from text_encoder_service.settings import TextEncoderSettings
 

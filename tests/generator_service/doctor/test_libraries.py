@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flux2_shared.model.subfolders import Service
 from generator_service.doctor import libraries as module
 from generator_service.doctor.check import Status
 from generator_service.doctor.host import Host
@@ -18,7 +19,6 @@ from generator_service.doctor.libraries import (
     read_libraries,
 )
 from generator_service.doctor.probe import Facts, choose_attention
-from generator_service.settings import Service
 from tests.generator_service.doctor.hosts import (
     H100_BYTES,
     STUBS,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from demo_model.services import WEIGHTS
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from flux2_shared.settings import FLUX2_DEV
 from generator_service.doctor.check import Check, Status
 from generator_service.doctor.gpus import Placement
@@ -21,8 +22,7 @@ from generator_service.doctor.memory import (
     generator_need,
     sizes_of,
 )
-from generator_service.doctor.model import SUBFOLDERS, Model, inspect
-from generator_service.settings import Service
+from generator_service.doctor.model import Model, inspect
 from tests.generator_service.doctor.hosts import GB, gpu
 
 TOKENS = 8 * 512

@@ -9,14 +9,11 @@ import pytest
 
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import PromptFormat
+from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from generator_service.doctor.check import Status
-from generator_service.doctor.model import SUBFOLDERS, Model, check_leftovers, check_parts, find, inspect
+from generator_service.doctor.model import Model, check_leftovers, check_parts, find, inspect
 from generator_service.doctor.weights_files import BrokenFile
-from generator_service.pipelines import components as parts
-from generator_service.pipelines import prompt
-from generator_service.settings import Service
 from tests.generator_service.doctor.hosts import by_name, described
-from text_encoder_service import app
 
 ALL_PARTS = (*SUBFOLDERS[Service.GENERATOR], *SUBFOLDERS[Service.TEXT_ENCODER])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,12 +35,6 @@ def replace_by_file(folder: Path) -> None:
     """Replace a folder by a file of the same name."""
     shutil.rmtree(folder)
     folder.write_text("")
-
-
-def test_the_parts_are_those_that_the_services_load() -> None:
-    """The doctor's lists of parts equal those of the services."""
-    assert SUBFOLDERS[Service.GENERATOR] == parts.PARTS
-    assert SUBFOLDERS[Service.TEXT_ENCODER] == app.SUBFOLDERS == prompt.PARTS
 
 
 def test_the_demo_model_is_complete() -> None:

@@ -15,11 +15,12 @@ import pytest
 from pydantic import AnyHttpUrl, SecretStr
 
 from demo_model.services import WEIGHTS
+from flux2_shared.model.subfolders import Service
 from generator_service.doctor import network
 from generator_service.doctor.check import Check, Status
 from generator_service.doctor.model import Model, inspect
 from generator_service.doctor.network import check_encoder, check_port, check_ports_differ, check_upsampler, get
-from generator_service.settings import GeneratorSettings, Service
+from generator_service.settings import GeneratorSettings
 from text_encoder_service.settings import TextEncoderSettings
 
 OPENAPI = {"info": {"title": "FLUX.2 generator"}}
