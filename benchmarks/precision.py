@@ -25,7 +25,7 @@ from benchmarks.quality import GUIDANCE, Case, Studio
 from demo_model.checker import mistakes, read_image
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder
-from generator_service.engine.similarity import pixels, psnr
+from generator_service.engine.quality import pixels, psnr
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, to_pil
 from generator_service.pipelines.optimizations.profiles import EXACT, Performance

@@ -41,7 +41,7 @@ from demo_model.checker import mistakes, read_image
 from demo_model.scenes import Scene, scenes
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder, read_prompt_format
-from generator_service.engine.similarity import psnr, ssim
+from generator_service.engine.quality import psnr, ssim
 from generator_service.lemica import (
     SHIPPED,
     CachedTransformer,

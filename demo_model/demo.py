@@ -13,7 +13,7 @@ from rich.table import Table
 
 from demo_model.services import DemoError, running_services
 from generator_service.cli.client import GeneratedFile, GeneratorError, post_generate
-from generator_service.engine.similarity import psnr
+from generator_service.engine.quality import psnr
 
 PROMPT = "a small red circle above a large blue square on a white background"
 MODES = ("none", "slow", "medium", "fast", "ultra")

@@ -148,14 +148,8 @@ def fast_forward(
 ) -> Forward:
     """Create the fastest forward pass that agrees with ``exact``: trimmed and compiled, compiled, or ``exact`` itself.
 
-    Args:
-        model: as for ``FastLayers``.
-        hidden_layers: as for ``FastLayers``.
-        shapes: as for ``FastLayers``.
-        exact: the library's forward pass.
-        check_inputs: batches to compare the results on; the first has padding.
-        backend: as for ``torch.compile``.
-        report: called with the progress.
+    The results are compared on ``check_inputs``, batches of which the first has padding; the other arguments are those
+    of ``FastLayers`` and of ``torch.compile``.
 
     Raises:
         NonFiniteStates: a forward pass gives infinite or NaN values; the layers are restored.

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,15 @@ def flow_matching_loss(model: Denoiser, examples: Examples, chosen: torch.Tensor
     return functional.mse_loss(velocity, noise - clean)
 
 
+def take_step(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
+    """Take a step with a learning rate, and clear the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
 def train_denoiser(
     transformer: Flux2Transformer2DModel,
     text_encoder: Mistral3ForConditionalGeneration,
@@ -157,9 +167,8 @@ def train_denoiser(
     """
     torch.manual_seed(seed)
     model = Denoiser(transformer, text_encoder).train()
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
-    )
+    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay)
     muon, adam = optimizers(model, lr)
     state = {"model": model, "average": average, "Muon": muon, "AdamW": adam}
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
@@ -172,11 +181,7 @@ def train_denoiser(
         loss = flow_matching_loss(model, examples, torch.randint(len(examples), (batch_size,)))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adam):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        take_step((muon, adam), rate)
         average.update_parameters(model)
         running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 50 == 0:

@@ -62,11 +62,7 @@ class Resolver:
     latencies: LatencyModel
 
     def resolve(self, body: GenerateRequest, is_followed: bool) -> Request:
-        """Fill in what the body leaves open, and check the rest against the settings and the model.
-
-        Args:
-            body: what the client sent.
-            is_followed: whether the client reads progress events.
+        """Fill in what the body leaves open, and check the rest; ``is_followed``: the client reads progress events.
 
         Raises:
             InvalidRequest: a field is outside its limits; the error names it.
@@ -78,34 +74,8 @@ class Resolver:
         )
         width, height, num_tokens = self._size(body, references)
         latency = self.latencies.estimate(num_tokens)
-        adapters = resolve_adapters(body.lora, self.model.adapters) if body.lora else ()
-        cache = self.settings.default_cache if body.cache is None else body.cache
-        if body.max_latency_ms is not None:
-            cache = self._cache_within(body, body.max_latency_ms, latency)
-        signature = self.model.signature(
-            num_steps=body.num_inference_steps,
-            width=width,
-            height=height,
-            guidance_scale=body.guidance_scale,
-            is_edit=bool(references),
-            adapters=adapters,
-        )
-        params = Params(
-            prompt_embeds=None
-            if body.prompt_embeds is None
-            else parse_embeds(body.prompt_embeds, self.embedding_shape),
-            width=width,
-            height=height,
-            guidance_scale=body.guidance_scale,
-            seed=secrets.randbelow(RANDOM_SEEDS) if body.seed is None else body.seed,
-            schedule=find_schedule(cache, self.registry, signature),
-            references=references,
-            adapters=adapters,
-            prompt=body.prompt,
-            cache=cache.model_dump() if isinstance(cache, MaxError) else cache,
-        )
         return Request(
-            params=params,
+            params=self._params(body, width, height, references, latency),
             num_images=body.num_images,
             output_format=body.output_format,
             quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
@@ -116,6 +86,39 @@ class Resolver:
             is_followed=is_followed,
             num_tokens=num_tokens,
             latency=latency,
+        )
+
+    def _params(
+        self,
+        body: GenerateRequest,
+        width: int,
+        height: int,
+        references: tuple[Reference, ...],
+        latency: LatencyEstimate | None,
+    ) -> Params:
+        cache = self.settings.default_cache if body.cache is None else body.cache
+        if body.max_latency_ms is not None:
+            cache = self._cache_within(body, body.max_latency_ms, latency)
+        adapters = resolve_adapters(body.lora, self.model.adapters) if body.lora else ()
+        signature = self.model.signature(
+            num_steps=body.num_inference_steps,
+            width=width,
+            height=height,
+            guidance_scale=body.guidance_scale,
+            is_edit=bool(references),
+            adapters=adapters,
+        )
+        return Params(
+            prompt_embeds=parse_embeds(body.prompt_embeds, self.embedding_shape),
+            width=width,
+            height=height,
+            guidance_scale=body.guidance_scale,
+            seed=secrets.randbelow(RANDOM_SEEDS) if body.seed is None else body.seed,
+            schedule=find_schedule(cache, self.registry, signature),
+            references=references,
+            adapters=adapters,
+            prompt=body.prompt,
+            cache=cache.model_dump() if isinstance(cache, MaxError) else cache,
         )
 
     def _check(self, body: GenerateRequest) -> None:
@@ -208,8 +211,10 @@ def find_schedule(cache: str | int | MaxError, registry: ScheduleRegistry, signa
         raise InvalidRequest(f"cache: {error}".replace("cache: cache:", "cache:"), param="cache") from None
 
 
-def parse_embeds(text: str, shape: tuple[int, int]) -> torch.Tensor:
-    """The tensor ``[1, L, D]`` in a base64 safetensors file."""
+def parse_embeds(text: str | None, shape: tuple[int, int]) -> torch.Tensor | None:
+    """The tensor ``[1, L, D]`` in a base64 safetensors file, if there is one."""
+    if text is None:
+        return None
     try:
         return parse_safetensors(base64.b64decode(text, validate=True), (1, *shape))
     except ValueError as error:  # of base64, or a WireError

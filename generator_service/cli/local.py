@@ -10,9 +10,8 @@ from flux2_shared.model.folder import find_model
 from flux2_shared.model.subfolders import ALL_SUBFOLDERS
 from generator_service.api.resolve import Resolver, open_registry
 from generator_service.api.schemas import GenerateRequest
-from generator_service.engine.imaging import encode_image
+from generator_service.engine.imaging import Provenance, encode_image
 from generator_service.engine.latency import LatencyModel
-from generator_service.engine.provenance import provenance
 from generator_service.pipelines import flux2, prompt
 from generator_service.pipelines.params import Params
 from generator_service.settings import GeneratorSettings
@@ -48,5 +47,5 @@ def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.S
     request = resolver.resolve(valid, is_followed=False)
     params = replace(request.params, prompt_embeds=embeddings)
     image = model.generate(params, on_step)
-    data = encode_image(image.image, request.output_format, provenance(params, model))
+    data = encode_image(image.image, request.output_format, Provenance.of(params, model))
     return LocalResult(data, params, image.denoise_s)

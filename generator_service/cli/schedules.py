@@ -1,6 +1,8 @@
 """``flux2 calibrate`` and ``flux2 schedules``: measure caching errors and plan schedules."""
 
 import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +30,7 @@ schedules = typer.Typer(no_args_is_help=True, help="List, show and plan calibrat
 out = Console()
 
 DEFAULT_GUIDANCE = 4.0
+STORAGE_HELP = "Where to store trajectories: cpu, cuda, cuda:N or a folder. Default: the GPU if they fit."
 DEFAULT_BUDGETS = range(8, 27)
 
 
@@ -42,12 +45,7 @@ def calibrate(
     max_skip: Annotated[int, typer.Option(min=2, help="Largest distance between two computed steps.")] = 10,
     predictor: Annotated[str, typer.Option(help=", ".join(PREDICTORS))] = "linear",
     batch: Annotated[int, typer.Option(min=1, help="Latents in one forward pass.")] = 8,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            "--keep", help="Where to store trajectories: cpu, cuda, cuda:N or a folder. Default: the GPU if they fit."
-        ),
-    ] = None,
+    storage: Annotated[str | None, typer.Option("--keep", help=STORAGE_HELP)] = None,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Compare latents where a skip ends; no further forward passes.")
     ] = False,
@@ -68,18 +66,19 @@ def calibrate(
         out.print(f"{samples.count} samples, {cost.forwards} transformer steps: at most {duration} here")
         if estimate:
             return
-        columns = TextColumn("edges"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("edges")
-            work.calibrate(
-                run,
-                output,
-                max_skip=max_skip,
-                batch_size=batch,
-                is_exact=not approximate,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
+        with progress_of("edges") as on_progress:
+            is_exact = not approximate
+            work.calibrate(run, output, max_skip=max_skip, batch_size=batch, is_exact=is_exact, on_progress=on_progress)
         out.print(f"[bold]{output}[/bold]  {run.signature}", highlight=False)
+
+
+@contextmanager
+def progress_of(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields a function of what is done and of the total."""
+    columns = TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(name)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @schedules.command("list")

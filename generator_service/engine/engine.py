@@ -10,7 +10,6 @@ A generation's life, in the order of the code:
 """
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Coroutine
@@ -22,29 +21,25 @@ import torch
 from PIL.Image import Image
 
 from flux2_shared.device.thread import DeviceThread
-from flux2_shared.errors import Flux2Error, ShuttingDown
+from flux2_shared.errors import ShuttingDown
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.observability.tracing import Tracing
 from flux2_shared.report import Report, ignore
 from flux2_shared.thread_pool import ThreadPool
 from generator_service.clients.upsampler import Upsampler
-from generator_service.engine.comparison import Comparison, compare
 from generator_service.engine.events import EncodingPrompt, PromptUpsampled
 from generator_service.engine.generation import Generation, GenerationResult, Timings
-from generator_service.engine.imaging import encode_image
+from generator_service.engine.imaging import Provenance, encode_image
 from generator_service.engine.latency import LatencyModel
-from generator_service.engine.provenance import provenance
+from generator_service.engine.quality import QualitySampler, compare
 from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
 from generator_service.engine.worker import ALONE, Batching, ImageQueue, ImageWork, Worker
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
+from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.params import Params
 
 NO_TRACING = Tracing()
-MAX_PSNR_DB = 120.0
-"""Stands for equal images in the metrics: a histogram's sum takes no infinity."""
-logger = logging.getLogger("flux2")
 
 
 class PromptEncoder(Protocol):
@@ -87,7 +82,7 @@ class Runtime:
 
 
 class Engine:
-    """Generates images as long as it is entered.
+    """Generates images as long as its context is entered.
 
     Args:
         model: loaded on the runtime's thread.
@@ -117,7 +112,6 @@ class Engine:
             lambda: max_waiting + batching.max_batch, max_batch=batching.max_batch, batch_key=self.worker.batch_key
         )
         self.admit = self.queue.admit
-        """A permit for one generation; raises ``Busy``, ``DeviceLost``, or ``ShuttingDown``."""
         self._encoder = encoder
         self._thread = runtime.thread
         self._metrics = runtime.metrics
@@ -125,6 +119,7 @@ class Engine:
         self._upsampler = upsampler
         self._quality_sampling = quality_sampling
         self._files = ThreadPool("files")
+        self._sampler = QualitySampler(self.queue, self._files, runtime.metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics.queue_depth.set_function(lambda: self.queue.num_in_flight)
 
@@ -141,12 +136,8 @@ class Engine:
     def submit(self, request: Request, permit: Permit) -> Generation:
         """Begin to generate; never waits.
 
-        Args:
-            request: what to generate.
-            permit: of ``admit``.
-
         Raises:
-            DeviceLost, ShuttingDown: meanwhile the device failed, or the engine was closed.
+            DeviceLost, ShuttingDown: the device has failed, or the engine was closed, since ``permit`` was given.
         """
         generation = Generation(request, on_end=self.queue.leave)
         self.queue.enter(generation, permit)
@@ -215,10 +206,11 @@ class Engine:
             data = await self._files.run(self._file, image.image, params, request)
         comparison, side_by_side = None, b""
         if request.compare:
-            comparison = await self._compared(image, reference)
+            full = image if reference is None else await reference.result
+            comparison = await self._files.run(compare, image.image, full.image)
             side_by_side = await self._files.run(self._file, comparison.side_by_side, params, request)
         elif random.random() < self._quality_sampling:  # noqa: S311 - not a secret
-            self._spawn(self._sample(work, image), "quality sample")
+            self._spawn(self._sampler.sample(work, image), "quality sample")
         self._thread.refuse_if_lost()  # lost meanwhile: the image may be wrong, too
         timings = Timings(work.queue_s, encode_s, image.denoise_s, image.decode_s)
         self._observe(timings, params)
@@ -230,31 +222,7 @@ class Engine:
         self._metrics.images.labels(mode_of(params)).observe(timings.denoise_s + timings.decode_s)
 
     def _file(self, image: Image, params: Params, request: Request) -> bytes:
-        return encode_image(image, request.output_format, provenance(params, self.model), request.quality)
-
-    async def _compared(self, image: GeneratedImage, reference: ImageWork | None) -> Comparison:
-        full = image if reference is None else await reference.result
-        return await self._files.run(compare, image.image, full.image)
-
-    async def _sample(self, work: ImageWork, image: GeneratedImage) -> None:
-        """Compare an image with the one without a cache, in the background, for the metrics."""
-        request = replace(work.generation.request, params=work.params, num_images=1, is_followed=False)
-        try:
-            with self.admit() as permit:
-                sample = Generation(request, on_end=self.queue.leave)
-                self.queue.enter(sample, permit)
-        except Flux2Error:
-            return  # the queue is full, and the requests come first; or the engine ends
-        try:
-            reference = self._add_reference(replace(work, generation=sample))
-            comparison = await self._compared(image, reference)
-        except Exception:
-            logger.exception("a quality sample failed")
-            return
-        finally:
-            sample.cancel()
-        self._metrics.psnr.observe(min(comparison.psnr_db, MAX_PSNR_DB))
-        self._metrics.ssim.observe(comparison.ssim)
+        return encode_image(image, request.output_format, Provenance.of(params, self.model), request.quality)
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

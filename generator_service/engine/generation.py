@@ -9,12 +9,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from PIL.Image import Image
+
 from flux2_shared.errors import DeadlineExceeded, Flux2Error, JobCancelled
-from generator_service.engine.comparison import Comparison
 from generator_service.engine.events import Preview, ProgressEvent, Queued, StepStarted
 from generator_service.engine.request import Request
 from generator_service.pipelines.params import Params
@@ -40,6 +41,17 @@ class Timings:
     encode_s: float
     denoise_s: float
     decode_s: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How close an image is to the one without a cache."""
+
+    psnr_db: float
+    """Infinite if they are equal."""
+    ssim: float
+    side_by_side: Image = field(repr=False)
+    """On the left the image without a cache."""
 
 
 @dataclass(frozen=True)

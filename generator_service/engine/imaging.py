@@ -7,9 +7,13 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import ExifTags, Image, PngImagePlugin
+
+if TYPE_CHECKING:
+    from generator_service.pipelines.flux2 import Flux2Model
+    from generator_service.pipelines.params import Params
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[ImageFormat, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -45,7 +49,30 @@ class Provenance:
     lora: list[dict[str, Any]] = field(default_factory=list)
     """Names and scales of LoRA adapters."""
     performance: str = "exact"
-    """The profile: two of them draw pictures that differ by rounding."""
+    """The profile: two of them generate images that differ by rounding."""
+
+    @classmethod
+    def of(cls, params: "Params", model: "Flux2Model") -> "Provenance":
+        """The record of an image that ``model`` generated; with a hash of the embedding if there is no prompt."""
+        from flux2_shared.model.cpu_tensors import float32_sha256  # noqa: PLC0415 - files are read without torch
+
+        return cls(
+            prompt=params.prompt,
+            width=params.width,
+            height=params.height,
+            num_inference_steps=params.schedule.num_steps,
+            guidance_scale=params.guidance_scale,
+            seed=params.seed,
+            cache=params.cache,
+            schedule=str(params.schedule),
+            computed_steps=list(params.schedule.computed_steps),
+            model=model.info.name,
+            revision=model.info.revision,
+            performance=model.performance.profile,
+            prompt_embeds_sha256=float32_sha256(params.embeddings) if params.prompt is None else None,
+            lora=[asdict(adapter) for adapter in params.adapters],
+            references_sha256=[reference.sha256 for reference in params.references],
+        )
 
 
 class NoProvenance(ValueError):

@@ -68,7 +68,7 @@ class Work(Generic[Image]):
 
 
 @dataclass(eq=False)
-class _Place(Generic[Image]):
+class _Slot(Generic[Image]):
     permit: Permit
     generation: Generation
     ready: list[Work[Image]] = field(default_factory=list)
@@ -102,21 +102,19 @@ class Queue(Generic[Image]):
         self._clock = clock
         self._numbers = itertools.count()
         self._permits: set[Permit] = set()
-        self._places: dict[Generation, _Place[Image]] = {}
-        """In the order of admission."""
+        self._slots: dict[Generation, _Slot[Image]] = {}  # in the order of admission
         self._running: list[Work[Image]] = []
         self._arrival = asyncio.Event()
         self._refusal: Callable[[], Flux2Error] | None = None
 
     @property
     def num_in_flight(self) -> int:
-        """How many generations are admitted and have not ended."""
         return len(self._permits)
 
     @property
     def generations(self) -> list[Generation]:
         """Those that have entered, in the order of admission."""
-        return list(self._places)
+        return list(self._slots)
 
     @contextmanager
     def admit(self) -> Iterator[Permit]:
@@ -129,7 +127,8 @@ class Queue(Generic[Image]):
         if self._refusal is not None:
             raise self._refusal()
         if len(self._permits) >= self._capacity():
-            raise Busy("the service is busy: the queue is full", retry_after_s=self._seconds_of_all())
+            seconds = self._forecast().seconds_of_all(len(self._permits))
+            raise Busy("the service is busy: the queue is full", retry_after_s=seconds)
         permit = Permit(next(self._numbers))
         self._permits.add(permit)
         try:
@@ -139,40 +138,36 @@ class Queue(Generic[Image]):
                 self._permits.discard(permit)
 
     def enter(self, generation: Generation, permit: Permit) -> None:
-        """Give ``generation`` the place of ``permit``.
-
-        Raises:
-            Flux2Error: the queue was closed meanwhile, with this error.
-        """
+        """Give ``generation`` the slot of ``permit``; raises the error that the queue was closed with meanwhile."""
         if self._refusal is not None:
             raise self._refusal()
         permit.is_taken = True
-        places = [*self._places.values(), _Place(permit, generation)]
-        places.sort(key=lambda place: place.permit.number)
-        self._places = {place.generation: place for place in places}
+        slots = [*self._slots.values(), _Slot(permit, generation)]
+        slots.sort(key=lambda slot: slot.permit.number)
+        self._slots = {slot.generation: slot for slot in slots}
         self._report()
 
     def add(self, generation: Generation, params: Params, index: int | None) -> Work[Image]:
         """An image of ``generation`` is ready for the device."""
         future = asyncio.get_running_loop().create_future()
         work = Work(generation, params, index, future, self._clock())
-        self._places[generation].ready.append(work)
+        self._slots[generation].ready.append(work)
         self._arrival.set()
         self._report()
         return work
 
     def begin(self, generation: Generation) -> None:
         """The turn of ``generation`` has come."""
-        place = self._places.get(generation)
-        if place is not None and not place.has_begun:
-            place.has_begun = True
+        slot = self._slots.get(generation)
+        if slot is not None and not slot.has_begun:
+            slot.has_begun = True
             generation.begin()
             self._report()
 
     def leave(self, generation: Generation) -> None:
-        """``generation`` has ended: its place is free, and what is not taken yet is dropped."""
-        place = self._places.pop(generation)
-        self._permits.discard(place.permit)
+        """``generation`` has ended: its slot is free, and what is not taken yet is dropped."""
+        slot = self._slots.pop(generation)
+        self._permits.discard(slot.permit)
         self._report()
 
     async def take(self) -> list[Work[Image]]:
@@ -182,7 +177,7 @@ class Queue(Generic[Image]):
             await self._arrival.wait()
         for work in batch:
             work.started = self._clock()
-            self._places[work.generation].ready.remove(work)
+            self._slots[work.generation].ready.remove(work)
         self._running = batch
         for work in batch:
             self.begin(work.generation)
@@ -201,67 +196,83 @@ class Queue(Generic[Image]):
             generation.fail(error())
 
     def position(self, generation: Generation) -> Queued:
-        """Where ``generation`` waits."""
-        return self._position(self._places[generation], list(self._runs()))
+        """The position of ``generation``, and the time until its turn."""
+        return self._forecast().position(self._slots[generation])
 
     def _report(self) -> None:
         """Emit the positions that have changed, where a client follows the generation."""
-        followed = [place for place in self._places.values() if place.generation.request.is_followed]
-        runs = list(self._runs()) if followed else []
-        for place in followed:
-            queued = self._position(place, runs)
-            if place.generation.queued is None or place.generation.queued.position != queued.position:
-                place.generation.emit(queued)
+        followed = [slot for slot in self._slots.values() if slot.generation.request.is_followed]
+        if followed:
+            self._forecast().emit(followed)
 
-    def _position(self, place: _Place[Image], runs: Sequence[Sequence[Work[Image]]]) -> Queued:
-        if place.has_begun:
-            return Queued(0, 0.0)
-        before = list(itertools.takewhile(lambda run: all(w.generation is not place.generation for w in run), runs))
-        seconds = [self._seconds_left(work) for run in before for work in run]
-        others = {work.generation for run in before for work in run}
-        if not place.ready:  # its prompt is not embedded yet: so may be those of some who were admitted earlier
-            preparing = [p for p in self._places.values() if not p.ready and not p.has_begun]
-            earlier = list(itertools.takewhile(lambda other: other is not place, preparing))
-            others |= {other.generation for other in earlier}
-            seconds += [other.generation.request.estimate_of_all_s for other in earlier]
-        devices = max(1, self._num_devices())
-        position = max(0, len(others) - devices + 1)
-        if position == 0:
-            return Queued(0, 0.0)
-        return Queued(position, None if None in seconds else sum(filter(None, seconds)) / devices)
+    def _forecast(self) -> "_Forecast[Image]":
+        return _Forecast(list(self._slots.values()), list(self._runs()), self._clock(), max(1, self._num_devices()))
 
     def _runs(self) -> Iterator[list[Work[Image]]]:
-        """What runs, and what the device would take after it."""
+        """The current run, and those that the device would take after it."""
         if self._running:
-            yield [work for work in self._running if work.generation in self._places]
+            yield [work for work in self._running if work.generation in self._slots]
         ready = self._ready()
         while batch := self._first_batch(ready):
             yield batch
             ready = [work for work in ready if work not in batch]
 
     def _first_batch(self, ready: Sequence[Work[Image]]) -> list[Work[Image]]:
-        """The first of ``ready``, and what may share its run."""
-        batch = list(ready[:1])
-        key = self._batch_key(batch[0]) if batch and self._max_batch > 1 else None
-        if key is not None:
-            company = (work for work in ready[1:] if self._batch_key(work) == key)
-            batch += itertools.islice(company, self._max_batch - 1)
-        return batch
+        """The first of ``ready``, and those that may share its run."""
+        key = self._batch_key(ready[0]) if ready and self._max_batch > 1 else None
+        compatible = (work for work in ready[1:] if key is not None and self._batch_key(work) == key)
+        return [*ready[:1], *itertools.islice(compatible, self._max_batch - 1)]
 
     def _ready(self) -> list[Work[Image]]:
-        return [work for place in self._places.values() for work in place.ready]
+        return [work for slot in self._slots.values() for work in slot.ready]
+
+
+@dataclass(frozen=True)
+class _Forecast(Generic[Image]):
+    """What the device will do, as far as it is known now."""
+
+    slots: Sequence[_Slot[Image]]
+    """In the order of admission."""
+    runs: Sequence[Sequence[Work[Image]]]
+    """In the order of service."""
+    now: float
+    num_devices: int
+
+    def emit(self, slots: Sequence[_Slot[Image]]) -> None:
+        for slot in slots:
+            queued = self.position(slot)
+            if slot.generation.queued is None or slot.generation.queued.position != queued.position:
+                slot.generation.emit(queued)
+
+    def position(self, slot: _Slot[Image]) -> Queued:
+        if slot.has_begun:
+            return Queued(0, 0.0)
+        before = list(itertools.takewhile(lambda run: all(w.generation is not slot.generation for w in run), self.runs))
+        seconds = [self._seconds_left(work) for run in before for work in run]
+        others = {work.generation for run in before for work in run}
+        if not slot.ready:  # its prompt is not embedded yet, as those of others that were admitted earlier may not be
+            earlier = list(itertools.takewhile(lambda other: other is not slot, self._embedding()))
+            others |= {other.generation for other in earlier}
+            seconds += [other.generation.request.estimate_of_all_s for other in earlier]
+        position = max(0, len(others) - self.num_devices + 1)
+        if position == 0:
+            return Queued(0, 0.0)
+        return Queued(position, None if None in seconds else sum(filter(None, seconds)) / self.num_devices)
+
+    def seconds_of_all(self, num_permits: int) -> float:
+        """Estimated time for everything in the queue; what has no estimate is assumed to take the mean of the rest."""
+        seconds = [self._seconds_left(work) for run in self.runs for work in run]
+        seconds += [slot.generation.request.estimate_of_all_s for slot in self._embedding()]
+        known = [each for each in seconds if each is not None]
+        num_unknown = num_permits - len(self.slots) + len(seconds) - len(known)
+        guess = sum(known) / len(known) if known else FIRST_GUESS_S
+        return (sum(known) + num_unknown * guess) / self.num_devices
+
+    def _embedding(self) -> list[_Slot[Image]]:
+        """Those whose prompt is not embedded yet."""
+        return [slot for slot in self.slots if not slot.ready and not slot.has_begun]
 
     def _seconds_left(self, work: Work[Image]) -> float | None:
         if work.estimate_s is None or work.started is None:
             return work.estimate_s
-        return max(0.0, work.estimate_s - (self._clock() - work.started))
-
-    def _seconds_of_all(self) -> float:
-        """How long everything in the queue will take; what is not known is taken to last as long as the rest."""
-        seconds = [self._seconds_left(work) for run in self._runs() for work in run]
-        preparing = [place for place in self._places.values() if not place.ready and not place.has_begun]
-        seconds += [place.generation.request.estimate_of_all_s for place in preparing]
-        known = [each for each in seconds if each is not None]
-        unknown = len(self._permits) - len(self._places) + len(seconds) - len(known)
-        guess = sum(known) / len(known) if known else FIRST_GUESS_S
-        return (sum(known) + unknown * guess) / max(1, self._num_devices())
+        return max(0.0, work.estimate_s - (self.now - work.started))

@@ -101,7 +101,7 @@ class DeviceQueue(Generic[Work, Result]):
         if self._loop_task is not None:
             self._loop_task.cancel()
         self._is_closed = True
-        self._fail(ShuttingDown())
+        fail_all([*self._running, *self._waiting], ShuttingDown())
 
     @property
     def depth(self) -> int:
@@ -186,9 +186,9 @@ class DeviceQueue(Generic[Work, Result]):
     async def _run_batch(self, batch: list[_Entry[Work, Result]]) -> None:
         began = time.monotonic()
         try:
-            results = await self._thread.call(self._run_checked, [entry.work for entry in batch])
+            results = await self._thread.call(run_checked, self._run, [entry.work for entry in batch])
         except DeviceLost as error:
-            self._fail(error)
+            fail_all([*self._running, *self._waiting], error)
         except Exception as error:  # noqa: BLE001 - the error is passed to the callers, and the queue continues
             for entry in batch:
                 entry.fail(error)
@@ -198,15 +198,18 @@ class DeviceQueue(Generic[Work, Result]):
         finally:
             self._batch_s += 0.3 * (time.monotonic() - began - self._batch_s)
 
-    def _run_checked(self, works: Sequence[Work]) -> Sequence[Result | Exception]:
-        """Run a batch on the device thread, and raise ``DeviceLost`` if one of its errors means that."""
-        results = self._run(works)
-        for result in results:
-            if isinstance(result, Exception):
-                refuse_lost_device(result)
-        return results
 
-    def _fail(self, error: Exception) -> None:
-        """Fail all running and waiting items with ``error``."""
-        for entry in [*self._running, *self._waiting]:
-            entry.fail(error)
+def run_checked(
+    run: Callable[[Sequence[Work]], Sequence[Result | Exception]], works: Sequence[Work]
+) -> Sequence[Result | Exception]:
+    """Run a batch on the device thread, and raise ``DeviceLost`` if one of its errors means that."""
+    results = run(works)
+    for result in results:
+        if isinstance(result, Exception):
+            refuse_lost_device(result)
+    return results
+
+
+def fail_all(entries: Sequence[_Entry[Work, Result]], error: Exception) -> None:
+    for entry in entries:
+        entry.fail(error)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from generator_service.engine.comparison import compare
-from generator_service.engine.similarity import pixels, psnr, ssim
+from generator_service.engine.quality import compare, pixels, psnr, ssim
 from tests.conftest import Serve
 from tests.generator_service.test_generate import metrics
 

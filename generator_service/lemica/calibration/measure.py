@@ -100,7 +100,7 @@ class Calibration:
         Raises:
             CalibrationMismatch: ``checkpoint`` belongs to another calibration.
         """
-        done = self._resume(checkpoint, signature, is_exact=is_exact)
+        done = resume(checkpoint, signature, len(self._trajectories), is_exact=is_exact)
         groups = edges_of(self.num_steps, max_skip)
         total = sum(len(edges) for _, edges in groups)
         for j, edges in groups:
@@ -123,20 +123,6 @@ class Calibration:
                 latents = self._advance(latents, step, transformer(**self._arguments(latents, step, samples))[0])
             errors += self._differences(latents, self.num_steps, samples)
         return errors
-
-    def _resume(
-        self, checkpoint: Path | None, signature: Signature, *, is_exact: bool
-    ) -> dict[Edge, tuple[float, ...]]:
-        if checkpoint is None or not checkpoint.exists():
-            return {}
-        graph = ErrorGraph.load(checkpoint)
-        num_samples = len(self._trajectories)
-        is_same = graph.signature == signature and graph.is_exact == is_exact
-        if not is_same or any(len(errors) != num_samples for errors in graph.samples.values()):
-            raise CalibrationMismatch(
-                f"{checkpoint.name} belongs to another calibration: remove it or choose another file"
-            )
-        return dict(graph.samples)
 
     def _graph(self, samples: Mapping[Edge, tuple[float, ...]], signature: Signature, *, is_exact: bool) -> ErrorGraph:
         means = {edge: fmean(errors) for edge, errors in samples.items()}
@@ -204,6 +190,19 @@ class Calibration:
         # As in the pipeline: the timestep is rounded to bfloat16 before the division.
         timestep = torch.full([len(samples)], 1000 * self._sigmas[step], device=self._device).to(latents.dtype) / 1000
         return {**arguments, "hidden_states": torch.cat([latents, references], dim=1), "timestep": timestep}
+
+
+def resume(
+    checkpoint: Path | None, signature: Signature, num_samples: int, *, is_exact: bool
+) -> dict[Edge, tuple[float, ...]]:
+    """The errors that an interrupted calibration has measured; raises ``CalibrationMismatch`` if it was another one."""
+    if checkpoint is None or not checkpoint.exists():
+        return {}
+    graph = ErrorGraph.load(checkpoint)
+    is_same = graph.signature == signature and graph.is_exact == is_exact
+    if not is_same or any(len(errors) != num_samples for errors in graph.samples.values()):
+        raise CalibrationMismatch(f"{checkpoint.name} belongs to another calibration: remove it or choose another file")
+    return dict(graph.samples)
 
 
 def past_steps(edge: Edge, num_past: int) -> tuple[int, ...]:

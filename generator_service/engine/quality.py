@@ -1,0 +1,89 @@
+"""How close an image with a cache is to the one without: on request, and by sampling for the metrics."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from flux2_shared.errors import Flux2Error
+from flux2_shared.observability.metrics import Metrics
+from flux2_shared.thread_pool import ThreadPool
+from generator_service.engine.generation import Comparison, Generation
+from generator_service.engine.queue import Queue, Work
+from generator_service.pipelines.flux2 import GeneratedImage
+
+MAX_PSNR_DB = 120.0
+"""Recorded in the metrics for equal images: a histogram's sum cannot be infinite."""
+logger = logging.getLogger("flux2")
+
+
+class QualitySampler:
+    """Generates images again without a cache, in the background, and records the difference in the metrics.
+
+    Args:
+        queue: of the engine; a sample takes a slot as a request does.
+        threads: compare images.
+        metrics: record PSNR and SSIM.
+    """
+
+    def __init__(self, queue: Queue[GeneratedImage], threads: ThreadPool, metrics: Metrics) -> None:
+        self._queue = queue
+        self._threads = threads
+        self._metrics = metrics
+
+    async def sample(self, work: Work[GeneratedImage], image: GeneratedImage) -> None:
+        """Record how close ``image`` is to that of ``work`` without a cache, unless the queue is full."""
+        request = replace(work.generation.request, params=work.params, num_images=1, is_followed=False)
+        try:
+            with self._queue.admit() as permit:
+                generation = Generation(request, on_end=self._queue.leave)
+                self._queue.enter(generation, permit)
+        except Flux2Error:
+            return  # requests come first; or the engine closes
+        try:
+            full = image
+            if not work.params.is_uncached:
+                full = await self._queue.add(generation, work.params.uncached(), None).result
+            comparison = await self._threads.run(compare, image.image, full.image)
+        except Exception:
+            logger.exception("a quality sample failed")
+            return
+        finally:
+            generation.cancel()
+        self._metrics.psnr.observe(min(comparison.psnr_db, MAX_PSNR_DB))
+        self._metrics.ssim.observe(comparison.ssim)
+
+
+def compare(image: Image.Image, reference: Image.Image) -> Comparison:
+    """Measure ``image`` against ``reference``, which has every step computed."""
+    ours, full = pixels(image), pixels(reference)
+    both = Image.new("RGB", (reference.width + image.width, image.height))
+    both.paste(reference, (0, 0))
+    both.paste(image, (reference.width, 0))
+    return Comparison(psnr(ours, full, peak=255), ssim(ours, full, peak=255), both)
+
+
+def psnr(image: NDArray[np.float64], reference: NDArray[np.float64], *, peak: float) -> float:
+    """Peak signal-to-noise ratio in dB; infinite for equal images.
+
+    Args:
+        image: any shape.
+        reference: of the same shape.
+        peak: the range of values: 255 for 8-bit images, 2 for -1..1.
+    """
+    with np.errstate(divide="ignore"):
+        return float(peak_signal_noise_ratio(reference, image, data_range=peak))  # type: ignore[no-untyped-call]
+
+
+def ssim(image: NDArray[np.float64], reference: NDArray[np.float64], *, peak: float) -> float:
+    """Structural similarity (Wang et al. 2004), 1 for equal images; arguments as of ``psnr``, of ``[H, W, C]``."""
+    value = structural_similarity(image, reference, channel_axis=2, data_range=peak)  # type: ignore[no-untyped-call]
+    return float(value)
+
+
+def pixels(image: Image.Image) -> NDArray[np.float64]:
+    """``[H, W, 3]``, from 0 to 255."""
+    return np.asarray(image.convert("RGB"), dtype=np.float64)
