@@ -26,16 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.caches import (
-    Peer,
-    db_cache,
-    fresh,
-    mag_cache,
-    mag_ratios,
-    refusals,
-    step_masks,
-    taylor_seer,
-)
+from benchmarks.caches import Peer, db_cache, fresh, mag_cache, mag_ratios, refusals, step_masks, taylor_seer
 from benchmarks.plots import plot_errors, plot_quality, plot_schedules
 from demo_model.checker import mistakes, read_image
 from demo_model.scenes import Scene, scenes

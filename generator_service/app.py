@@ -19,7 +19,8 @@ from flux2_shared.report import Report, ignore
 from flux2_shared.schemas import EncoderInfo
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.version import product_version
-from flux2_shared.web.app import make_app, require_token
+from flux2_shared.web.app import make_app
+from flux2_shared.web.auth import require_token
 from flux2_shared.web.health import ReadyCheck
 from generator_service.api.dependencies import GeneratorState
 from generator_service.api.dialects import openai

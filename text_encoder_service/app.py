@@ -15,7 +15,8 @@ from flux2_shared.observability.metrics import Metrics
 from flux2_shared.report import Report, ignore
 from flux2_shared.schemas import EncoderInfo
 from flux2_shared.version import product_version
-from flux2_shared.web.app import make_app, require_token
+from flux2_shared.web.app import make_app
+from flux2_shared.web.auth import require_token
 from text_encoder_service.encoder import Embedding, LanguageModelReader, MistralEncoder, load_language_model
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings

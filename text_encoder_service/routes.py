@@ -13,7 +13,7 @@ from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.cpu_tensors import concatenate
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.schemas import EncoderInfo, PredictRequest
-from flux2_shared.web.app import CLIENT_CLOSED_REQUEST, while_connected
+from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
 from text_encoder_service.encoder import Embedding
 from text_encoder_service.settings import TextEncoderSettings

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from flux2_shared.errors import Flux2Error
 from flux2_shared.thread_pool import ThreadPool
-from flux2_shared.web.app import problem_of, unknown_error
+from flux2_shared.web.problem import problem_of, unknown_error
 from generator_service.api.responses import as_json
 from generator_service.engine.events import (
     EncodingPrompt,

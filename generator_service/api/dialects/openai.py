@@ -14,7 +14,7 @@ from starlette.datastructures import FormData, UploadFile
 from flux2_shared.errors import InvalidRequest, UnsupportedParameter
 from flux2_shared.schemas import Text
 from flux2_shared.thread_pool import ThreadPool
-from flux2_shared.web.app import CLIENT_CLOSED_REQUEST, while_connected
+from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.schemas import GenerateRequest, Sampling

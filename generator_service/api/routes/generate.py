@@ -5,7 +5,8 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import Discriminator, Tag
 
-from flux2_shared.web.app import CLIENT_CLOSED_REQUEST, owner_of, while_connected
+from flux2_shared.web.auth import owner_of
+from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.huggingface import InferenceRequest

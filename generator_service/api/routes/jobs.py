@@ -6,7 +6,8 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from flux2_shared.errors import JobNotFinished
-from flux2_shared.web.app import owner_of, problem_of
+from flux2_shared.web.auth import owner_of
+from flux2_shared.web.problem import problem_of
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.responses import to_response
