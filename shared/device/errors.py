@@ -32,7 +32,7 @@ NON_STICKY_TEXTS = re.compile(
 """The most frequent of these errors by message, for an ``AcceleratorError`` without a code."""
 
 _TYPE = r"(?:[\w.]+(?:Error|Exception): )?"
-"""In messages that contain a traceback, such as those of worker processes, the type comes first."""
+"""The exception type, which precedes the message in tracebacks such as those of worker processes."""
 _REPORT = (
     rf"^{_TYPE}(?:\[\w+\] ?)*(?:Error: )?(?:CUDA|cuDNN|cuBLAS|cuSOLVER|cuSPARSE|cuFFT|cuRAND|NCCL|HIP|Triton Error)"
 )
