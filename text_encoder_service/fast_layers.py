@@ -198,12 +198,12 @@ def worst_difference(forward: Forward, check_inputs: Sequence[Tokens], expected:
     return float(torch.stack([difference(check_finite(forward(tokens)), states) for tokens, states in pairs]).max())
 
 
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+def difference(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Return the largest relative error of a token's hidden state, as a share of its norm."""
-    ours, theirs = ours.float(), theirs.float()
-    lengths = theirs.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # a padding token's may be 0
-    shares: torch.Tensor = (ours - theirs).norm(dim=-1) / lengths
-    return shares.max()
+    states, expected = states.float(), expected.float()
+    norms = expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # a padding token may have norm 0
+    errors: torch.Tensor = (states - expected).norm(dim=-1) / norms
+    return errors.max()
 
 
 def _grown(rows: torch.Tensor, num_rows: int) -> torch.Tensor:

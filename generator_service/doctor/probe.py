@@ -71,7 +71,7 @@ def ask_torch(facts: Facts) -> int:
 def gpu(torch: Any, index: int) -> dict[str, Any]:
     """Describe a GPU. Querying its free memory initializes CUDA on it, which can fail if it is in use."""
     properties = torch.cuda.get_device_properties(index)
-    found = {
+    description = {
         "index": index,
         "name": properties.name,
         "uuid": str(getattr(properties, "uuid", "")),
@@ -79,10 +79,10 @@ def gpu(torch: Any, index: int) -> dict[str, Any]:
         "total_bytes": properties.total_memory,
     }
     try:
-        found["free_bytes"] = torch.cuda.mem_get_info(index)[0]
+        description["free_bytes"] = torch.cuda.mem_get_info(index)[0]
     except Exception as error:  # noqa: BLE001 - as above
-        found["error"] = f"{type(error).__name__}: {error}"
-    return found
+        description["error"] = f"{type(error).__name__}: {error}"
+    return description
 
 
 class Lines(logging.Handler):

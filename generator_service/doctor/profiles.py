@@ -127,17 +127,17 @@ def check_compiler(host: Host, libraries: Libraries, *, is_compiled: bool, has_g
         yield skipped(name, "nothing is compiled with these profiles")
         return
     variable, candidates = ("CC", C_COMPILERS) if has_gpu else ("CXX", CXX_COMPILERS)
-    given = host.environ.get(variable, "").split()
-    found = next(filter(None, map(host.which, given[:1] or candidates)), None)
+    configured = host.environ.get(variable, "").split()
+    compiler = next(filter(None, map(host.which, configured[:1] or candidates)), None)
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    if found is None:
-        sought = f"{variable}={given[0]}" if given else " or ".join(candidates)
-        yield warning(name, f"{sought} is not on PATH: {RUNS_UNCOMPILED}", INSTALL_COMPILER)
+    if compiler is None:
+        missing = f"{variable}={configured[0]}" if configured else " or ".join(candidates)
+        yield warning(name, f"{missing} is not on PATH: {RUNS_UNCOMPILED}", INSTALL_COMPILER)
     elif not header.exists():
         fix = f"install Python's headers: apt install python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        yield warning(name, f"{found}, but {header} is missing: {RUNS_UNCOMPILED}", fix)
+        yield warning(name, f"{compiler}, but {header} is missing: {RUNS_UNCOMPILED}", fix)
     else:
-        yield ok(name, found)
+        yield ok(name, compiler)
     if has_gpu and sys.platform == "linux" and libraries.cuda:
         if find_spec("triton") is None:
             yield warning("triton", f"not installed: {RUNS_UNCOMPILED}", "reinstall torch from PyPI")
@@ -175,12 +175,12 @@ def check_caches(host: Host, *, is_compiled: bool) -> Iterator[Check]:
 def check_allocator(host: Host, *, has_gpu: bool) -> Iterator[Check]:
     """Check PyTorch's allocator: without expandable segments, fragmentation can exhaust a nearly full GPU."""
     name = "allocator"
-    given = {variable: host.environ[variable] for variable in ALLOCATOR if host.environ.get(variable)}
-    detail = ", ".join(f"{variable}={value}" for variable, value in given.items()) or f"{ALLOCATOR[0]} is not set"
+    configured = {variable: host.environ[variable] for variable in ALLOCATOR if host.environ.get(variable)}
+    detail = ", ".join(f"{variable}={value}" for variable, value in configured.items()) or f"{ALLOCATOR[0]} is not set"
     fix = f"set {ALLOCATOR[0]}=expandable_segments:True"
     if not has_gpu:
         yield skipped(name, f"no service uses a GPU; {detail}")
-    elif len(set(given.values())) > 1:
+    elif len(set(configured.values())) > 1:
         yield warning(name, f"{detail}: they differ", f"{fix} and unset {ALLOCATOR[1]}")
     elif "expandable_segments:true" not in detail.lower():
         yield warning(name, f"{detail}: varying image sizes fragment the GPU's memory", fix)

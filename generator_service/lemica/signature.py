@@ -26,9 +26,9 @@ class Signature:
     def mismatch(self, other: "Signature") -> str | None:
         """Describe the first field in which ``other`` differs, or return None if the signature matches it."""
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name not in ("libraries", "predictor") and mine is not None and mine != theirs:
-                return f"made for {field.name} {mine}, not {theirs}"
+            expected, actual = getattr(self, field.name), getattr(other, field.name)
+            if field.name not in ("libraries", "predictor") and expected is not None and expected != actual:
+                return f"made for {field.name} {expected}, not {actual}"
         return None
 
     def to_json(self) -> dict[str, Any]:
