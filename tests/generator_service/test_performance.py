@@ -99,7 +99,9 @@ def test_a_wrong_size_is_explained(monkeypatch: pytest.MonkeyPatch, sizes: str) 
 @pytest.mark.parametrize("size", [(60, 64), (4096, 4096), (0, 64)])
 async def test_a_size_that_cannot_be_drawn_ends_the_start(serve_generator: Serve, size: tuple[int, int]) -> None:
     """The service does not start, and says which size it was and what it should be."""
-    with pytest.raises(Exception, match=f"{size[0]}x{size[1]} cannot be drawn: sides must be multiples of") as raised:
+    with pytest.raises(
+        Exception, match=f"{size[0]}x{size[1]} cannot be generated: sides must be multiples of"
+    ) as raised:
         async with serve_generator(warm_up_sizes=(size,)):
             pass
     assert type(raised.value).__name__ == "ModelRefused"
