@@ -1,5 +1,6 @@
 """Hooks of mkdocs, for the site of the documents: ``make docs``."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ PAGES = (
     "benchmarks/results/**/*.json",
 )
 SETTINGS = "<!-- settings -->"
+PACKAGES = ("generator_service", "text_encoder_service", "shared", "flux2_ray", "demo_model", "benchmarks")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -37,7 +39,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         schema(config, "generator", create_generator(GeneratorSettings())),
         schema(config, "text-encoder", create_text_encoder(TextEncoderSettings())),
     ]
-    return Files([*of_theme, *pages, *schemas])
+    modules = File.generated(config, "docs/modules.md", content="\n".join(module_tables()))
+    return Files([*of_theme, *pages, *schemas, modules])
 
 
 def schema(config: MkDocsConfig, name: str, app: FastAPI) -> File:
@@ -64,3 +67,18 @@ def setting_tables(example: str) -> Iterator[str]:
         for comment, variable, default in re.findall(r"((?:^# .*\n)+)^#([A-Z0-9_]+)=(.*)$", rows, re.MULTILINE):
             meaning = " ".join(comment.replace("# ", "").split())
             yield f"| `{variable}` | {f'`{default}`' if default else 'unset'} | {meaning} |"
+
+
+def module_tables() -> Iterator[str]:
+    """A page with a table of the modules of each folder, and the first line of their docstrings."""
+    yield "# Modules\n\nThe first line of each module, in the order of the folders."
+    for package in PACKAGES:
+        for folder in sorted({file.parent for file in (ROOT / package).rglob("*.py")}):
+            yield f"\n## `{folder.relative_to(ROOT).as_posix()}/`\n\n| module | what it is |\n|---|---|"
+            yield from (f"| `{file.name}` | {first_line(file)} |" for file in sorted(folder.glob("*.py")))
+
+
+def first_line(file: Path) -> str:
+    """The first line of a module's docstring."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ").replace("``", "`").replace("|", "\\|")

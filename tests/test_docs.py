@@ -1,5 +1,6 @@
 """The documents: they name what there is, point to files that exist, and hold code that is code."""
 
+import ast
 import io
 import re
 from collections.abc import Iterator
@@ -18,7 +19,6 @@ from text_encoder_service.settings import TextEncoderSettings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: tuple[type[ServiceSettings], ...] = (TextEncoderSettings, GeneratorSettings)
-PACKAGES = ("shared", "text_encoder_service", "generator_service", "demo_model", "deploy", "benchmarks")
 LOCAL_PATHS = ("/tmp/", "/work/", "/root/")  # noqa: S108 - looked for, not used
 
 
@@ -143,15 +143,38 @@ def test_every_field_of_a_generation_is_documented() -> None:
     assert sorted(names) == sorted(f"`{name}`" for name in GenerateRequest.model_fields)
 
 
-def test_every_module_has_a_line() -> None:
-    """``docs/architecture.md`` names exactly the modules that there are."""
-    documented = set()
-    for section in re.split(r"^### ", text_of("docs/architecture.md"), flags=re.MULTILINE)[1:]:
-        folder = re.match(r"`([\w/]+)/`", section)
-        assert folder is not None, section.splitlines()[0]
-        documented |= {f"{folder[1]}/{row[0].strip('`')}" for row in rows(section) if row[0].endswith(".py`")}
-    modules = {relative(file) for package in PACKAGES for file in (ROOT / package).rglob("*.py")}
-    assert documented == {module for module in modules if not module.endswith("__init__.py")}
+def members(tree: ast.AST) -> set[str]:
+    """What is defined at the top of a module or class, and the attributes that its methods set."""
+    names = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    if isinstance(tree, ast.ClassDef):
+        names |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
+    return names
+
+
+def test_the_tour_names_what_there_is() -> None:
+    """Every name in the tours of ``docs/architecture.md`` is defined in a file that was named before it."""
+    tour = text_of("docs/architecture.md").split("\n## The life of ", 1)[1].split("\n## Layers")[0]
+    trees: list[ast.Module] = []
+    checked = 0
+    for name in re.findall(r"`([^`]+)`", tour):
+        if re.fullmatch(r"[\w/]+\.py", name):
+            trees.append(ast.parse(text_of(name)))
+        elif re.fullmatch(r"[A-Za-z_]+(\.[a-z_]+)?", name) and name not in ("compare", "native"):
+            head, _, attribute = name.partition(".")
+            holders = [tree for tree in trees if head in members(tree)]
+            assert holders, f"no file before it defines {name}"
+            if attribute:
+                (found,) = (node for node in holders[-1].body if isinstance(node, ast.ClassDef) and node.name == head)
+                assert attribute in members(found), name
+            checked += 1
+    assert checked > 40
 
 
 @pytest.mark.parametrize("document", documents(), ids=relative)

@@ -36,7 +36,7 @@ def test_the_environment_of_the_caller_is_left_behind() -> None:
     assert left["PYTHONPATH"] == str(ROOT)
 
 
-@pytest.mark.parametrize("module", ["shared", "generator_service", "text_encoder_service", "demo_model"])
+@pytest.mark.parametrize("module", ["flux2_shared", "generator_service", "text_encoder_service", "demo_model"])
 def test_programs_are_those_of_this_tree(module: str) -> None:
     """What a test starts is the code beside the tests, whatever else is installed."""
     command = [sys.executable, "-c", f"import {module}; print({module}.__file__)"]
