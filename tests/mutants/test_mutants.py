@@ -85,3 +85,9 @@ def test_every_mutant_is_another_mistake() -> None:
         assert mutant.line == mutant.line.strip() != mutant.becomes
         assert mutant.tests
         assert all((ROOT / test.split("::")[0]).is_file() for test in mutant.tests), mutant.name
+
+
+def test_no_mutant_is_stale() -> None:
+    """The line that each mutant changes is in its file, once."""
+    for mutant in load_mutants():
+        mutant.find((ROOT / mutant.file).read_text(encoding="utf-8"))

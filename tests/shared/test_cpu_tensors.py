@@ -31,7 +31,8 @@ DTYPES = tuple(EXPONENT_BITS)
 THREADS = """
 import io, json, os, threading
 import torch
-from flux2_shared import cpu_tensors, wire
+from flux2_shared import wire
+from flux2_shared.model import cpu_tensors
 
 SHAPE = (1, 512, 15360)
 rows = [torch.randn(SHAPE).to(torch.bfloat16) for _ in range(2)]
