@@ -59,7 +59,7 @@ class PreviewDecoder:
         maps = latents.to(vae.dtype).transpose(1, 2).reshape(1, latents.shape[2], -1, self._width)
         mean, variance = (moment.view(1, -1, 1, 1) for moment in (vae.bn.running_mean, vae.bn.running_var))
         maps = maps * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        decoded = vae.decode(torch.nn.functional.pixel_shuffle(maps, 2), return_dict=False)[0]
+        decoded = vae.decode(pipeline._unpatchify_latents(maps), return_dict=False)[0]  # noqa: SLF001 - as the pipeline decodes
         picture: Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
         return picture
 

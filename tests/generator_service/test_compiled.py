@@ -165,16 +165,16 @@ def test_batches_that_do_not_fit_are_not_drawn(
     """A device that has too little memory for a batch serves its pictures one by one, and says so at start."""
     real = demo._generate
 
-    def too_small(requests: list[Any], *more: Any) -> Any:
+    def too_small(requests: list[Any], *more: Any, **options: Any) -> Any:
         if len(requests) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
-        return real(requests, *more)
+        return real(requests, *more, **options)
 
     monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
     monkeypatch.setattr(demo, "_generate", too_small)
     worker = worker_of(demo, BATCHING)
     worker.warm_up((32, demo.info.embedding_width), [(SIDE, SIDE)], ignore)
-    assert "will not share runs: a run of 2 pictures of 64x64 does not fit" in caplog.text
+    assert "will not share runs: a run of 2 images of 64x64 does not fit" in caplog.text
     generation, order = SimpleNamespace(is_followed=False), SimpleNamespace(preview_steps=())
     work = cast("ImageWork", SimpleNamespace(params=wanted(), order=order, index=0, generation=generation))
     assert worker.batch_key(work) is None

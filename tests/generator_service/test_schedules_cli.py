@@ -7,10 +7,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from demo_model.services import WEIGHTS
+from generator_service.cli import calibration
 from generator_service.cli.app import app
 from generator_service.cli.calibration import choose_storage
 from generator_service.lemica import Calibration, ErrorGraph, Schedule, load_schedules
-from generator_service.pipelines.flux2 import Flux2Model
 from tests.memory_errors import KINDS
 
 
@@ -86,9 +86,9 @@ def test_what_keeps_the_runs_is_checked(tmp_path: Path) -> None:
     assert run("calibrate", *options, "--keep", tmp_path, "--seeds", 1, "-o", tmp_path / "graph.json").exit_code == 0
 
 
-@pytest.mark.parametrize("method", [(Flux2Model, "record"), (Calibration, "measure")])
+@pytest.mark.parametrize("method", [(calibration, "record"), (Calibration, "measure")])
 def test_too_little_memory_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[type, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[object, str]
 ) -> None:
     """Runs, or a batch beside them, that do not fit end the command with what to change."""
     (tmp_path / "prompts.txt").write_text("a red square")

@@ -1,76 +1,47 @@
 """The page at ``/``: the files of ``generator_service/page``. They need no key; the routes that they call may."""
 
-import hashlib
-from dataclasses import dataclass
-from functools import cache
+import mimetypes
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-from fastapi import APIRouter, Header, Response
-from starlette.exceptions import HTTPException
+from fastapi import APIRouter, Request, Response
+from fastapi.staticfiles import StaticFiles
 
 router = APIRouter(include_in_schema=False)
 
 FOLDER = Path(__file__).parents[2] / "page"
 INDEX = "index.html"
-MEDIA_TYPES = {
-    ".css": "text/css; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for with its ETag each time: an upgrade shows at once
+    "Cache-Control": "no-cache",  # cached, but validated with its ETag each time: an upgrade shows at once
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+mimetypes.add_type("text/javascript", ".js")  # some hosts have another type, which browsers refuse for modules
 
 
-@dataclass(frozen=True)
-class PageFile:
-    """A file of the page, as it is sent."""
+class PageFiles(StaticFiles):
+    """The files of the page, with headers that allow nothing from other hosts."""
 
-    data: bytes
-    media_type: str
-    etag: str
-
-
-@cache
-def page_files() -> dict[str, PageFile]:
-    """Every file of the page by its name. What is not among these is not served."""
-    return {file.name: read_page_file(file) for file in FOLDER.iterdir()}
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
 
 
-def read_page_file(file: Path) -> PageFile:
-    """The file, with a tag that changes with its bytes."""
-    data = file.read_bytes()
-    return PageFile(data, MEDIA_TYPES[file.suffix], f'"{hashlib.sha256(data).hexdigest()[:32]}"')
+files = PageFiles(directory=FOLDER)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
-async def index(if_none_match: Annotated[str, Header()] = "") -> Response:
-    """The page."""
-    return answer(INDEX, if_none_match)
+async def index(request: Request) -> Response:
+    return await files.get_response(INDEX, request.scope)
 
 
 @router.api_route("/page/{name}", methods=["GET", "HEAD"])
-async def page_file(name: str, if_none_match: Annotated[str, Header()] = "") -> Response:
-    """A file that the page consists of."""
-    return answer(name, if_none_match)
-
-
-def answer(name: str, if_none_match: str) -> Response:
-    """The file, or 304 if the client has it already."""
-    file = page_files().get(name)
-    if file is None:
-        raise HTTPException(404)
-    headers = HEADERS | {"ETag": file.etag}
-    known = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
-    if file.etag in known:
-        return Response(status_code=304, headers=headers)
-    return Response(file.data, media_type=file.media_type, headers=headers)
+async def page_file(name: str, request: Request) -> Response:
+    """One of the files that the page consists of."""
+    return await files.get_response(name, request.scope)
