@@ -58,13 +58,14 @@ mutants: install ## make mistakes in copies of the code, one at a time: the test
 docs: .venv-docs/.installed ## build the site of the documents into site/, refusing broken links
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict # --quiet would hide warnings from --strict
 
-check: install ## format, lint, types, imports, dead code, spelling, Dockerfile
+check: install ## format, lint, types, imports, dead code, spelling, words, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/codespell
+	$(BIN)/python -m tests.glossary
 	$(BIN)/hadolint Dockerfile
 
 format: install ## rewrite the code in the project's format
