@@ -14,13 +14,14 @@ from typing import Any
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from flux2_shared.errors import Busy, DeviceLost, Flux2Error, GeneratorUnavailable, ShuttingDown
+from flux2_shared.errors import Busy, DeviceLost, Flux2Error, ShuttingDown
 from flux2_shared.observability.metrics import Metrics
 from generator_service.engine.events import ProgressEvent, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
+from generator_service.errors import GeneratorUnavailable
 from generator_service.pipelines.model_info import ModelInfo
 
 logger = logging.getLogger("flux2")

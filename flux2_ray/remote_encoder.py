@@ -8,10 +8,11 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from flux2_shared.errors import EncoderTimeout, EncoderUnavailable, Flux2Error, OutOfMemory
+from flux2_shared.errors import Flux2Error, OutOfMemory
 from flux2_shared.schemas import EncoderInfo
 from generator_service.app import with_retries
 from generator_service.clients.retrying import RetryingEncoder
+from generator_service.errors import EncoderTimeout, EncoderUnavailable
 from generator_service.settings import GeneratorSettings
 
 INFO_TIMEOUT_S = 5.0

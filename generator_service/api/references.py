@@ -8,7 +8,8 @@ import warnings
 
 from PIL import Image, ImageOps
 
-from flux2_shared.errors import InvalidRequest, UnsupportedImageType
+from flux2_shared.errors import InvalidRequest
+from generator_service.errors import UnsupportedImageType
 from generator_service.pipelines.params import Reference
 
 MAGIC = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}

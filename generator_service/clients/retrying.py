@@ -6,10 +6,11 @@ from typing import Protocol
 import stamina
 import torch
 
-from flux2_shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
+from flux2_shared.errors import InvalidRequest, OutOfMemory
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.schemas import EncoderInfo
 from generator_service.clients.breaker import OPEN_S, CircuitBreaker
+from generator_service.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable
 
 MAX_ATTEMPTS = 4
 MAX_BACKOFF_S = 1.0

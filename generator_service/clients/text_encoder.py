@@ -13,7 +13,7 @@ import httpx
 import torch
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from flux2_shared.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable, InvalidRequest, OutOfMemory
+from flux2_shared.errors import InvalidRequest, OutOfMemory
 from flux2_shared.observability.logs import request_id
 from flux2_shared.observability.tracing import Tracing
 from flux2_shared.schemas import EncoderInfo
@@ -28,6 +28,7 @@ from flux2_shared.wire import (
     parse_torch,
 )
 from generator_service.clients.bounded_body import IDENTITY, BodyRefused, read_body
+from generator_service.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable
 
 ACCEPT = {"Accept": f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9"} | IDENTITY
 RETRIED_STATUSES = {502, 503, 504}

@@ -15,9 +15,9 @@ import httpx
 from PIL.Image import Image
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from flux2_shared.errors import BadUpsamplerResponse, UpsamplerUnavailable
 from flux2_shared.thread_pool import ThreadPool
 from generator_service.clients.bounded_body import IDENTITY, BodyRefused, read_body
+from generator_service.errors import BadUpsamplerResponse, UpsamplerUnavailable
 from generator_service.pipelines.prompt import LARGEST_UPSAMPLING_AREA, UPSAMPLING_MESSAGE, UPSAMPLING_MESSAGE_EDIT
 
 TEMPERATURE = 0.15

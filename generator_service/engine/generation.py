@@ -15,9 +15,10 @@ from typing import Any
 
 from PIL.Image import Image
 
-from flux2_shared.errors import DeadlineExceeded, Flux2Error, JobCancelled
+from flux2_shared.errors import DeadlineExceeded, Flux2Error
 from generator_service.engine.events import Preview, ProgressEvent, Queued, StepStarted
 from generator_service.engine.request import Request
+from generator_service.errors import JobCancelled
 from generator_service.pipelines.params import Params
 
 logger = logging.getLogger("flux2")

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
-from flux2_shared.errors import InvalidRequest, JobNotFound
+from flux2_shared.errors import InvalidRequest
 from generator_service.engine.generation import Generation
+from generator_service.errors import JobNotFound
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from flux2_shared.errors import NonFiniteOutput
+from generator_service.errors import NonFiniteOutput
 
 STEPS_AHEAD = 4
 """How far the host may be ahead of a GPU: so far that it never waits, so near that progress and cancel are true."""

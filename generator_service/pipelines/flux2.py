@@ -20,9 +20,10 @@ from PIL.Image import Image, fromarray
 
 from flux2_shared.device.memory import run_within_memory
 from flux2_shared.device.resolve import use_device
-from flux2_shared.errors import ModelRefused, NonFiniteOutput, OutOfMemory
+from flux2_shared.errors import ModelRefused, OutOfMemory
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.folder import ModelFolder
+from generator_service.errors import NonFiniteOutput
 from generator_service.lemica import (
     CachedTransformer,
     Schedule,

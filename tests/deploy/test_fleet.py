@@ -8,12 +8,13 @@ from typing import Any, Self
 
 import pytest
 
-from flux2_shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, GeneratorUnavailable, OutOfMemory
+from flux2_shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, OutOfMemory
 from flux2_shared.observability.metrics import Metrics
 from generator_service.engine.events import EncodingPrompt, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult, Timings
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.request import Request
+from generator_service.errors import GeneratorUnavailable
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.params import Params

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from flux2_shared.errors import NonFiniteOutput, OutOfMemory
+from flux2_shared.errors import OutOfMemory
+from generator_service.errors import NonFiniteOutput
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.params import Params

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from flux2_shared.device.thread import DeviceThread
-from flux2_shared.errors import NonFiniteOutput
 from flux2_shared.model.compilation import num_compilations
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.report import ignore
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.worker import Batching, ImageWork, Worker
+from generator_service.errors import NonFiniteOutput
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.optimizations.profiles import Performance

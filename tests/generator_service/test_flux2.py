@@ -11,7 +11,7 @@ from diffusers import Flux2Pipeline
 from PIL import Image
 
 from demo_model.services import WEIGHTS
-from flux2_shared.errors import NonFiniteOutput
+from generator_service.errors import NonFiniteOutput
 from generator_service.lemica import CachedTransformer, Schedule, Signature, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled
 from generator_service.pipelines.params import Params, Reference

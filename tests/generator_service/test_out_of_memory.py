@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from demo_model.services import WEIGHTS
-from flux2_shared.errors import NonFiniteOutput, OutOfMemory
+from flux2_shared.errors import OutOfMemory
 from flux2_shared.model.folder import ModelFolder
+from generator_service.errors import NonFiniteOutput
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.flux2 import Flux2Model, GenerationCancelled

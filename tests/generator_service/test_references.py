@@ -14,9 +14,10 @@ from diffusers import Flux2Pipeline
 from PIL import Image, ImageFile
 
 from demo_model.services import WEIGHTS
-from flux2_shared.errors import InvalidRequest, UnsupportedImageType
+from flux2_shared.errors import InvalidRequest
 from flux2_shared.wire import dump_safetensors
 from generator_service.api.references import parse_reference, read_reference
+from generator_service.errors import UnsupportedImageType
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params, Reference

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flux2_shared.errors import EncoderTimeout, EncoderUnavailable
 from generator_service.clients.retrying import MAX_ATTEMPTS, RetryingEncoder
+from generator_service.errors import EncoderTimeout, EncoderUnavailable
 
 pytestmark = pytest.mark.anyio
 

@@ -12,19 +12,13 @@ import stamina
 import torch
 from pydantic import SecretStr
 
-from flux2_shared.errors import (
-    BadEncoderResponse,
-    EncoderTimeout,
-    EncoderUnavailable,
-    Flux2Error,
-    InvalidRequest,
-    OutOfMemory,
-)
+from flux2_shared.errors import Flux2Error, InvalidRequest, OutOfMemory
 from flux2_shared.schemas import EncoderInfo
 from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
 from generator_service.clients.breaker import FAILURES_TO_OPEN
 from generator_service.clients.retrying import RetryingEncoder
 from generator_service.clients.text_encoder import TextEncoderClient
+from generator_service.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from pydantic import SecretStr
 
-from flux2_shared.errors import BadUpsamplerResponse, Flux2Error, UpsamplerUnavailable
+from flux2_shared.errors import Flux2Error
 from flux2_shared.wire import dump_torch
 from generator_service.clients.upsampler import MAX_ANSWER_BYTES, MAX_PROMPT_CHARS, Upsampler
 from generator_service.engine.imaging import read_provenance
+from generator_service.errors import BadUpsamplerResponse, UpsamplerUnavailable
 from tests.conftest import Serve
 from tests.generator_service.test_generate import SMALL, STREAM, all_events
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from pydantic import Field, StrictInt, StrictStr
 
-from flux2_shared.errors import UnsupportedParameter
 from flux2_shared.schemas import Strict, Text
 from generator_service.api.schemas import GenerateRequest, Sampling
+from generator_service.errors import UnsupportedParameter
 
 
 class TargetSize(Strict):

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StrictInt, StrictStr, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from flux2_shared.errors import InvalidRequest, UnsupportedParameter
+from flux2_shared.errors import InvalidRequest
 from flux2_shared.schemas import Text
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
@@ -23,6 +23,7 @@ from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.imaging import ImageFormat
 from generator_service.engine.queue import Permit
 from generator_service.engine.request import Request
+from generator_service.errors import UnsupportedParameter
 
 router = APIRouter(prefix="/v1")
 State = Annotated[GeneratorState, Depends(generator_state)]

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
-from flux2_shared.errors import JobNotFinished
 from flux2_shared.web.auth import owner_of
 from flux2_shared.web.problem import problem_of
 from generator_service.api import sse
@@ -14,6 +13,7 @@ from generator_service.api.responses import to_response
 from generator_service.api.routes.generate import MAX_KEY_CHARS
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.job_store import Job
+from generator_service.errors import JobNotFinished
 
 router = APIRouter(prefix="/jobs")
 State = Annotated[GeneratorState, Depends(generator_state)]
