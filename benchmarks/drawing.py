@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from flux2_shared.device.thread import DeviceThread
-from flux2_shared.observability.metrics import Metrics
 from generator_service.engine.engine import Engine, Runtime
 from generator_service.engine.generation import GenerationResult
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.request import Request
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
@@ -130,7 +130,7 @@ def opened_bench(model: Flux2Model, embedding: torch.Tensor) -> Iterator[Bench]:
 async def opened_engine(stack: AsyncExitStack, model: Flux2Model, embedding: torch.Tensor) -> Engine:
     """An engine whose thread and queue ``stack`` closes."""
     thread = await stack.enter_async_context(DeviceThread())
-    engine = Engine(model, ReadyEncoder(embedding), Runtime(thread, Metrics()), max_waiting=1)
+    engine = Engine(model, ReadyEncoder(embedding), Runtime(thread, GeneratorMetrics()), max_waiting=1)
     return await stack.enter_async_context(engine)
 
 

@@ -11,12 +11,12 @@ from flux2_shared.device.thread import DeviceThread
 from flux2_shared.errors import Flux2Error
 from flux2_shared.model.compile_cache import replace_unwritable_caches
 from flux2_shared.observability.logs import set_up_logs
-from flux2_shared.observability.metrics import Metrics
 from generator_service.app import load_model, make_upsampler, running_engine
 from generator_service.engine.engine import Runtime
 from generator_service.engine.events import ProgressEvent, Queued, StepStarted
 from generator_service.engine.generation import GenerationResult
 from generator_service.engine.latency import LatencyEstimate
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.request import Request
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.model_info import ModelInfo
@@ -50,7 +50,7 @@ class GeneratorReplica:
         self._thread = await self._stack.enter_async_context(DeviceThread())
         model, self._shape = await self._thread.call(self.load, settings)
         remote, upsampler = remote_encoder(encoder, settings), make_upsampler(settings, None)
-        runtime = Runtime(self._thread, Metrics(), report=logger.info)
+        runtime = Runtime(self._thread, GeneratorMetrics(), report=logger.info)
         engine = running_engine(settings, model, self._shape, remote, runtime, upsampler)
         self._engine = await self._stack.enter_async_context(engine)
 

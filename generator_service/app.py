@@ -32,6 +32,7 @@ from generator_service.clients.text_encoder import TextEncoderClient
 from generator_service.clients.upsampler import Upsampler
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.worker import Batching
 from generator_service.pipelines.components import ComponentsReader, load_components
 from generator_service.pipelines.flux2 import Flux2Model
@@ -94,7 +95,7 @@ def build_app(
             yield
             jobs.close()
 
-    app = make_app("FLUX.2 generator", product_version(), settings, lifespan)
+    app = make_app("FLUX.2 generator", product_version(), settings, lifespan, GeneratorMetrics())
     for routes in (generate, job_routes, modes, openai):
         app.include_router(routes.router, dependencies=[require_token(settings.tokens())])
     app.include_router(page.router)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from demo_model.services import OPENMP
-from flux2_shared.observability.metrics import Metrics
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.settings import GeneratorSettings
 from tests.test_docs import ROOT, SETTINGS, compose_variables, variables
 
@@ -364,7 +364,7 @@ def test_nothing_private_reaches_a_build() -> None:
 def exported_metrics() -> set[str]:
     """Every time series that the services' metrics make, beside what Prometheus adds."""
     made = set()
-    for metric in Metrics().registry.collect():
+    for metric in GeneratorMetrics().registry.collect():
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
         made |= {metric.name + ending for ending in endings}
     return made
@@ -383,7 +383,7 @@ def test_every_metric_is_on_the_dashboard() -> None:
     """One page shows all there is to see."""
     dashboard = json.loads((ROOT / "deploy/monitoring/grafana/dashboards/flux2.json").read_text(encoding="utf-8"))
     shown = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
-    families = {metric.name for metric in Metrics().registry.collect()}
+    families = {metric.name for metric in GeneratorMetrics().registry.collect()}
     assert {family for family in families if family not in shown} == set()
 
 

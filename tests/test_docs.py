@@ -11,9 +11,9 @@ import pytest
 from dotenv import dotenv_values
 
 from flux2_shared.errors import Flux2Error, ModelRefused
-from flux2_shared.observability.metrics import Metrics
 from flux2_shared.settings import ServiceSettings
 from generator_service.api.schemas import GenerateRequest
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.settings import GeneratorSettings
 from text_encoder_service.settings import TextEncoderSettings
 
@@ -124,7 +124,7 @@ def test_the_example_is_a_dotenv_file() -> None:
 
 def test_every_metric_is_documented() -> None:
     """``docs/run.md`` names exactly the metrics that the services have."""
-    metrics = {m.name + ("_total" if m.type == "counter" else "") for m in Metrics().registry.collect()}
+    metrics = {m.name + ("_total" if m.type == "counter" else "") for m in GeneratorMetrics().registry.collect()}
     assert {row[0].strip("`") for row in rows(text_of("docs/run.md")) if "`flux2_" in row[0]} == metrics
 
 

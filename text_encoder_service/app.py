@@ -38,7 +38,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
             health.start_serving(is_ready, state.queue.close)
             yield
 
-    app = make_app("FLUX.2 text encoder", product_version(), settings, lifespan)
+    app = make_app("FLUX.2 text encoder", product_version(), settings, lifespan, Metrics())
     app.include_router(router, dependencies=[require_token(settings.tokens())])
     return app
 

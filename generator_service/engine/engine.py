@@ -22,7 +22,6 @@ from PIL.Image import Image
 
 from flux2_shared.device.thread import DeviceThread
 from flux2_shared.errors import ShuttingDown
-from flux2_shared.observability.metrics import Metrics
 from flux2_shared.observability.tracing import Tracing
 from flux2_shared.report import Report, ignore
 from flux2_shared.thread_pool import ThreadPool
@@ -31,6 +30,7 @@ from generator_service.engine.events import EncodingPrompt, PromptUpsampled
 from generator_service.engine.generation import Generation, GenerationResult, Timings
 from generator_service.engine.imaging import Provenance, encode_image
 from generator_service.engine.latency import LatencyModel
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.quality import QualitySampler, compare
 from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
@@ -75,7 +75,7 @@ class Runtime:
     """What a process provides for its engine."""
 
     thread: DeviceThread
-    metrics: Metrics
+    metrics: GeneratorMetrics
     tracing: Tracing = NO_TRACING
     report: Report = ignore
     """Hears how far the warm-up is."""

@@ -9,9 +9,9 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from flux2_shared.errors import Flux2Error
-from flux2_shared.observability.metrics import Metrics
 from flux2_shared.thread_pool import ThreadPool
 from generator_service.engine.generation import Comparison, Generation
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.queue import Queue, Work
 from generator_service.pipelines.flux2 import GeneratedImage
 
@@ -29,7 +29,7 @@ class QualitySampler:
         metrics: record PSNR and SSIM.
     """
 
-    def __init__(self, queue: Queue[GeneratedImage], threads: ThreadPool, metrics: Metrics) -> None:
+    def __init__(self, queue: Queue[GeneratedImage], threads: ThreadPool, metrics: GeneratorMetrics) -> None:
         self._queue = queue
         self._threads = threads
         self._metrics = metrics

@@ -13,10 +13,10 @@ from PIL.Image import Image
 from flux2_shared.device.lock import alone_on_gpu
 from flux2_shared.device.thread import DeviceThread, refuse_lost_device
 from flux2_shared.errors import DeviceLost, OutOfMemory
-from flux2_shared.observability.metrics import Metrics
 from flux2_shared.report import Report
 from generator_service.engine.events import Preview, StepStarted
 from generator_service.engine.latency import LatencyModel
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.queue import Queue, Work
 from generator_service.errors import NonFiniteOutput
 from generator_service.lemica import schedule_for
@@ -63,7 +63,7 @@ class Worker:
         model: Flux2Model,
         thread: DeviceThread,
         latencies: LatencyModel,
-        metrics: Metrics,
+        metrics: GeneratorMetrics,
         batching: Batching = ALONE,
     ) -> None:
         self.model = model

@@ -19,13 +19,14 @@ def make_app(
     version: str,
     settings: ServiceSettings,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]],
+    metrics: Metrics,
 ) -> FastAPI:
     """Create an app with everything except the service's routes. ``lifespan`` reports to ``app.state.health``."""
     errors: dict[int | str, dict[str, Any]] = {
         "default": {"description": "Any error", "content": {PROBLEM_MEDIA_TYPE: {"schema": problem_schema()}}}
     }
     app = FastAPI(title=title, version=version, lifespan=lifespan, responses=errors)
-    app.state.metrics = Metrics()
+    app.state.metrics = metrics
     app.state.tracing = tracing_of(title)
     app.state.health = Health()
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

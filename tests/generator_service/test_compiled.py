@@ -11,9 +11,9 @@ import torch
 
 from flux2_shared.device.thread import DeviceThread
 from flux2_shared.model.compilation import num_compilations
-from flux2_shared.observability.metrics import Metrics
 from flux2_shared.report import ignore
 from generator_service.engine.latency import LatencyModel
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.worker import Batching, ImageWork, Worker
 from generator_service.errors import NonFiniteOutput
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
@@ -74,7 +74,7 @@ def difference(picture: GeneratedImage, other: GeneratedImage) -> int:
 
 def worker_of(model: Flux2Model, batching: Batching = BATCHING) -> Worker:
     """A worker for ``model``, cold."""
-    return Worker(model, DeviceThread(), LatencyModel(), Metrics(), batching)
+    return Worker(model, DeviceThread(), LatencyModel(), GeneratorMetrics(), batching)
 
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:

@@ -27,6 +27,7 @@ from flux2_shared.device.thread import DeviceThread
 from flux2_shared.errors import ModelRefused
 from flux2_shared.web.server import serve
 from flux2_shared.settings import ServiceSettings
+from flux2_shared.observability.metrics import Metrics
 from flux2_shared.web.app import make_app
 
 folder = Path(sys.argv[2])
@@ -73,7 +74,7 @@ def create_app(settings):
     async def ready():
         return None
 
-    app = make_app("test", "0", settings, lifespan)
+    app = make_app("test", "0", settings, lifespan, Metrics())
 
     @app.post("/work")
     async def work(request: Request):
