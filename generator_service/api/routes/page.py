@@ -1,4 +1,4 @@
-"""The page at ``/``: the files of ``generator_service/page``. They need no key; the routes that they call may."""
+"""The web page at ``/``: serves the files of ``generator_service/page`` without authentication."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 )
 HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for with its ETag each time: an upgrade shows at once
+    "Cache-Control": "no-cache",  # browsers revalidate with the ETag each time, so upgrades take effect at once
     "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -33,7 +33,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class PageFile:
-    """A file of the page, as it is sent."""
+    """A file of the page, ready to send."""
 
     data: bytes
     media_type: str
@@ -42,35 +42,35 @@ class PageFile:
 
 @cache
 def page_files() -> dict[str, PageFile]:
-    """Every file of the page by its name. What is not among these is not served."""
+    """Read all files of the page, by name. No other files are served."""
     return {file.name: read_page_file(file) for file in FOLDER.iterdir()}
 
 
 def read_page_file(file: Path) -> PageFile:
-    """The file, with a tag that changes with its bytes."""
+    """Read a file; its ETag is a hash of the content."""
     data = file.read_bytes()
     return PageFile(data, MEDIA_TYPES[file.suffix], f'"{hashlib.sha256(data).hexdigest()[:32]}"')
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
 async def index(if_none_match: Annotated[str, Header()] = "") -> Response:
-    """The page."""
-    return answer(INDEX, if_none_match)
+    """Return the page."""
+    return file_response(INDEX, if_none_match)
 
 
 @router.api_route("/page/{name}", methods=["GET", "HEAD"])
 async def page_file(name: str, if_none_match: Annotated[str, Header()] = "") -> Response:
-    """A file that the page consists of."""
-    return answer(name, if_none_match)
+    """Return a file that the page loads."""
+    return file_response(name, if_none_match)
 
 
-def answer(name: str, if_none_match: str) -> Response:
-    """The file, or 304 if the client has it already."""
+def file_response(name: str, if_none_match: str) -> Response:
+    """Return the file, or 304 if the client has the current version."""
     file = page_files().get(name)
     if file is None:
         raise HTTPException(404)
     headers = HEADERS | {"ETag": file.etag}
-    known = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
-    if file.etag in known:
+    tags = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
+    if file.etag in tags:
         return Response(status_code=304, headers=headers)
     return Response(file.data, media_type=file.media_type, headers=headers)
