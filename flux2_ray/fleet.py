@@ -1,7 +1,7 @@
 """A fleet of generators behind one API: queueing, dispatching, and retries when a machine is lost.
 
 It replaces the engine of a single machine. If a generator dies, its requests are generated again by another one; the
-result is the same, because the seed is part of the order.
+result is the same, because the seed is part of the request.
 """
 
 import logging
@@ -27,7 +27,7 @@ from generator_service.pipelines.model_info import ModelInfo
 logger = logging.getLogger("flux2")
 
 MAX_ATTEMPTS = 4
-FIRST_GUESS_S = 10.0
+DEFAULT_ESTIMATE_S = 10.0
 """The assumed time per image before one was generated."""
 
 
@@ -35,12 +35,12 @@ class Fleet:
     """Dispatches generations to the replicas of a deployment.
 
     Args:
-        handle: of the deployment of ``GeneratorReplica``.
-        info: their model.
-        latencies: how long images take them.
-        num_generators: how many there are now.
-        max_waiting: how many requests may wait beside those that run.
-        metrics: get the number of requests in flight.
+        handle: handle of the ``GeneratorReplica`` deployment.
+        info: the model of the generators.
+        latencies: estimates the time of an image.
+        num_generators: returns the number of running generators.
+        max_waiting: largest number of waiting requests, in addition to the running ones.
+        metrics: receives the number of requests in flight.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Fleet:
         metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
 
     def admit(self) -> AbstractContextManager[Permit]:
-        """Like ``Engine.admit``.
+        """See ``Engine.admit``.
 
         Raises:
             Busy: the queue is full.
@@ -68,7 +68,7 @@ class Fleet:
         return self._queue.admit()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
-        """As ``Engine.submit``. Serve's router picks the next request, so positions are estimates.
+        """See ``Engine.submit``. Serve's router picks the next request, so positions are estimates.
 
         The generation fails with ``GeneratorUnavailable`` if ``MAX_ATTEMPTS`` generators are lost in a row.
         """
@@ -80,7 +80,7 @@ class Fleet:
         return generation
 
     def close(self) -> None:
-        """End everything that has not ended; nothing is admitted any more."""
+        """Fail all live generations with ``ShuttingDown`` and stop admitting requests."""
         self._queue.close(ShuttingDown)
 
     async def _with_retries(self, request: Request, generation: Generation) -> list[GenerationResult]:
@@ -89,8 +89,8 @@ class Fleet:
                 return await self._attempt(request, generation)
             except GeneratorUnavailable as error:
                 logger.warning("attempt %d: %s", number, error, exc_info=error.__cause__)
-        lost = "one generator after the other was lost before the image was finished"
-        raise GeneratorUnavailable(lost, retry_after_s=FIRST_GUESS_S)
+        lost = "the generators failed repeatedly before the image was finished"
+        raise GeneratorUnavailable(lost, retry_after_s=DEFAULT_ESTIMATE_S)
 
     async def _attempt(self, request: Request, generation: Generation) -> list[GenerationResult]:
         method = self._handle.generate if request.is_followed else self._handle.generate_without_events
@@ -118,9 +118,9 @@ class Fleet:
                     raise event
                 yield event
         except RayTaskError:
-            raise  # an error in the code, not of a machine
+            raise  # a bug, not a lost machine
         except BackPressureError as error:
-            raise Busy("the service is busy: the queue is full", retry_after_s=FIRST_GUESS_S) from error
+            raise Busy("the service is busy: the queue is full", retry_after_s=DEFAULT_ESTIMATE_S) from error
         except (RayError, RayServeException) as error:
             raise GeneratorUnavailable("a generator was lost") from error
         finally:
@@ -128,7 +128,7 @@ class Fleet:
 
     def _learn(self, request: Request, result: GenerationResult) -> None:
         if request.params.adapters or request.preview_steps:
-            return  # they took longer than others of their size
+            return  # these take longer than other images of the same size
         schedule = result.params.schedule
         self.latencies.observe(
             request.num_tokens,

@@ -32,14 +32,14 @@ class GeneratorInfo:
     model: ModelInfo
     embedding_shape: tuple[int, int]
     latency: LatencyEstimate | None
-    """Of an image of the default size, as measured by the warm-up."""
+    """Latency of an image of the default size, measured by the warm-up."""
 
 
 class GeneratorReplica:
     """One generator on one GPU.
 
     Args:
-        encoder: a handle of the deployment of ``EncoderReplica``.
+        encoder: handle of the ``EncoderReplica`` deployment.
     """
 
     async def __init__(self, encoder: Any) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -63,12 +63,12 @@ class GeneratorReplica:
         return load_model(settings)
 
     async def info(self) -> GeneratorInfo:
-        """What the API needs to know before the first request."""
+        """Describe the model and its speed to the API."""
         model = self._engine.info
         return GeneratorInfo(model, self._shape, self._engine.latencies.estimate(model.default_num_tokens))
 
     async def generate(self, request: Request) -> AsyncIterator[ProgressEvent | GenerationResult | Flux2Error]:
-        """The events of a generation but for its position, which is known elsewhere; at last its results.
+        """Yield the events of a generation, except its queue position, and finally its results.
 
         An error is yielded as the last item instead of raised, because Ray would wrap it.
         """

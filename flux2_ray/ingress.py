@@ -44,7 +44,7 @@ def create_app() -> FastAPI:
             readiness = Readiness(encoder, info.model, info.embedding_shape)
 
             async def is_ready() -> str | None:
-                return await readiness() if replicas.running(GENERATOR) else "no generator runs"
+                return await readiness() if replicas.running(GENERATOR) else "no generator is running"
 
             try:
                 yield Backend(fleet, info.embedding_shape, is_ready)
@@ -72,7 +72,7 @@ class WithoutRequestId:
 
 
 def latency_model(info: GeneratorInfo) -> LatencyModel:
-    """What a generator's warm-up has shown."""
+    """Create a latency model from the measurements of a generator's warm-up."""
     model = LatencyModel()
     if info.latency is not None:
         for num_computed, num_steps in ((3, 3), (1, 3)):

@@ -1,4 +1,4 @@
-"""The client of the text encoder's deployment, which returns references to embeddings."""
+"""Client of the text encoder's deployment, which returns references to embeddings."""
 
 import asyncio
 from contextvars import Context
@@ -22,17 +22,17 @@ class RemoteEncoder:
     """One attempt at a time to ask a text encoder of the cluster.
 
     Args:
-        handle: of the deployment of ``EncoderReplica``.
+        handle: handle of the ``EncoderReplica`` deployment.
     """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     async def info(self) -> EncoderInfo:
-        """What the encoder reports about itself.
+        """Return the encoder's model and embedding shape.
 
         Raises:
-            EncoderTimeout: it does not answer in time.
+            EncoderTimeout: it did not respond in time.
             EncoderUnavailable: it died meanwhile.
         """
         try:
@@ -45,7 +45,7 @@ class RemoteEncoder:
         return info
 
     async def embed(self, prompt: str) -> torch.Tensor:
-        """The prompt's embedding ``[1, L, D]``; the errors are those of ``RetryingEncoder.embed``."""
+        """Return the prompt's embedding ``[1, L, D]``; raises the errors of ``RetryingEncoder.embed``."""
         try:
             # Outside of the caller's context, because this task handles cancellation, not Serve.
             stored = await Context().run(self._handle.embed.remote, prompt)
@@ -55,12 +55,12 @@ class RemoteEncoder:
                 raise EncoderUnavailable(str(stored), retry_after_s=stored.retry_after_s) from stored
             tensor: torch.Tensor = await stored.reference  # copied directly from the encoder's machine
         except RayTaskError:
-            raise  # an error in the code, not of a machine
+            raise  # a bug, not a lost machine
         except (RayError, RayServeException) as error:  # the encoder or the machine that stored the embedding died
             raise EncoderUnavailable("the text encoder was lost", retry_after_s=5) from error
         return tensor
 
 
 def remote_encoder(handle: Any, settings: GeneratorSettings) -> RetryingEncoder:
-    """Asks until the time is over: Ray restarts a text encoder that died, perhaps on another machine."""
+    """Create an encoder that retries until its timeout, because Ray restarts a text encoder that died."""
     return with_retries(RemoteEncoder(handle), settings, max_attempts=None)

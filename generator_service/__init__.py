@@ -1,1 +1,1 @@
-"""The generator: prompts in, pictures out, by FLUX.2's transformer under a LeMiCa schedule."""
+"""The generator service: generates images with FLUX.2's transformer and VAE under a LeMiCa schedule."""

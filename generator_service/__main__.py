@@ -6,6 +6,6 @@ from generator_service.settings import GeneratorSettings
 
 if __name__ == "__main__":
     replace_unwritable_caches()
-    from generator_service.app import create_app  # what it imports may import PyTorch's compiler
+    from generator_service.app import create_app  # imports torch, which reads the cache folders
 
     serve(GeneratorSettings, create_app)

@@ -47,7 +47,7 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 @dataclass(frozen=True)
 class Backend:
-    """What the API needs: an engine, here or elsewhere, and whether it is ready."""
+    """What the API runs on: an engine, in this process or in a Ray cluster, and its readiness check."""
 
     engine: ImageGenerator
     embedding_shape: tuple[int, int]
@@ -55,7 +55,7 @@ class Backend:
 
 
 def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
-    """The app; the model is loaded when it starts. ``transport`` replaces the network to the text encoder."""
+    """Create the app, whose lifespan loads the model. ``transport`` replaces the network to the text encoder."""
 
     @asynccontextmanager
     async def open_backend(app: FastAPI) -> AsyncIterator[Backend]:
@@ -76,7 +76,7 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
 def build_app(
     open_backend: Callable[[FastAPI], AbstractAsyncContextManager[Backend]], settings: GeneratorSettings
 ) -> FastAPI:
-    """The app; its lifespan opens the backend."""
+    """Create an app whose lifespan enters ``open_backend``."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -111,7 +111,7 @@ async def running_engine(
     runtime: Runtime,
     upsampler: Upsampler | None,
 ) -> AsyncIterator[Engine]:
-    """An engine that is warm and whose queue is served, for as long as the block does."""
+    """Warm up an engine and serve its queue within the block."""
     batching = Batching(settings.max_batch, settings.max_batch_pixels)
     engine = Engine(model, encoder, runtime, settings.max_waiting, settings.quality_sampling, upsampler, batching)
     runtime.metrics.watch_memory(model.device)
@@ -123,7 +123,7 @@ async def running_engine(
 def make_encoder_client(
     settings: GeneratorSettings, embedding_shape: tuple[int, int], transport: httpx.AsyncBaseTransport | None
 ) -> TextEncoderClient:
-    """The client of the text encoder that ``settings`` name."""
+    """Create the client of the text encoder at ``settings.text_encoder_url``."""
     return TextEncoderClient(
         str(settings.text_encoder_url),
         embedding_shape,
@@ -136,7 +136,7 @@ def make_encoder_client(
 def with_retries(
     encoder: TextEncoder, settings: GeneratorSettings, max_attempts: int | None = MAX_ATTEMPTS
 ) -> RetryingEncoder:
-    """``encoder`` with a cache, retries and a circuit breaker."""
+    """Wrap ``encoder`` with a cache, retries and a circuit breaker."""
     return RetryingEncoder(
         encoder,
         timeout_s=settings.text_encoder_timeout_s,
@@ -146,7 +146,7 @@ def with_retries(
 
 
 def make_upsampler(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None) -> Upsampler | None:
-    """The client of the chat model that rewrites prompts, if there is one."""
+    """Create the client of the chat model that rewrites prompts; None if ``upsampler_url`` is not set."""
     if settings.upsampler_url is None:
         return None
     return Upsampler(
@@ -171,16 +171,16 @@ def load_model(
     read: ComponentsReader = load_components,
     backend: CompilerBackend = "inductor",
 ) -> tuple[Flux2Model, tuple[int, int]]:
-    """Find, check and load the model that ``settings`` name; also the shape of its prompt embeddings.
+    """Find, check and load the model; return it with the shape of its prompt embeddings (tokens, width).
 
     Args:
-        settings: the service's.
-        report: hears that it begins.
-        read: where the weights come from; benchmarks make some up.
-        backend: as ``torch.compile``'s.
+        settings: name the model, the device and the optimizations.
+        report: called with the progress as text.
+        read: loads the weights; benchmarks pass one that generates random ones.
+        backend: passed to ``torch.compile``.
     """
     report("loading the model")
-    device, dtype = settings.torch_device(), settings.torch_dtype()  # refused before anything is downloaded
+    device, dtype = settings.torch_device(), settings.torch_dtype()  # may raise, so before any download
     folder = find_model(settings.model, settings.revision, SUBFOLDERS[Service.GENERATOR])
     performance = choose(
         settings.performance,
@@ -206,7 +206,7 @@ def check_warm_up_sizes(settings: GeneratorSettings, info: ModelInfo) -> None:
             or not 0 < width * height <= settings.max_pixels
         ):
             limits = (
-                f"sides must be multiples of {info.pixels_per_token}, with at most {settings.max_pixels} pixels in all"
+                f"sides must be multiples of {info.pixels_per_token}, and at most {settings.max_pixels} pixels in total"
             )
             raise ModelRefused(f"GENERATOR_WARM_UP_SIZES: {width}x{height} cannot be generated: {limits}")
 
@@ -215,11 +215,11 @@ class HasInfo(Protocol):
     """A text encoder that reports which model it embeds for."""
 
     async def info(self) -> EncoderInfo | None:
-        """None if it does not report anything; raises a ``Flux2Error`` if it is unavailable."""
+        """Return None if the service does not report it; raise a ``Flux2Error`` if the service is unavailable."""
 
 
 class Readiness:
-    """Why the generator cannot generate now: the text encoder is unavailable, or embeds for another model."""
+    """A readiness check: the text encoder must be available and must serve the same model."""
 
     def __init__(self, encoder: HasInfo, info: ModelInfo, shape: tuple[int, int]) -> None:
         self._encoder = encoder
@@ -227,7 +227,7 @@ class Readiness:
         self._shape = shape
 
     async def __call__(self) -> str | None:
-        """None if all is well."""
+        """Return the reason for not being ready, or None if ready."""
         try:
             info = await self._encoder.info()
         except Flux2Error as error:

@@ -1,1 +1,1 @@
-"""The generator's routes and the bodies they take."""
+"""HTTP API of the generator: routes, request bodies, and responses."""

@@ -1,4 +1,4 @@
-"""What the generator's routes have in common: the state behind them, and how a body becomes a generation."""
+"""The state shared by the generator's routes, and the way from a request body to a generation."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ from generator_service.settings import GeneratorSettings
 
 @dataclass(frozen=True)
 class GeneratorState:
-    """What the lifespan of the app owns."""
+    """State created by the app's lifespan."""
 
     settings: GeneratorSettings
     engine: ImageGenerator
     resolver: Resolver
     jobs: JobStore
     requests: ThreadPool
-    """Decodes and hashes what clients send."""
+    """Decodes and hashes request bodies."""
     responses: ThreadPool
-    """Encodes what clients receive."""
+    """Encodes response bodies."""
 
     async def submit(self, body: GenerateRequest, *, is_followed: bool) -> Generation:
-        """Begin to generate what the body asks for.
+        """Admit, resolve and submit a request.
 
         Raises:
-            Busy: the queue is full; nothing of the body was decoded.
+            Busy: the queue is full; the body was not decoded.
             InvalidRequest: a field is outside its limits.
         """
         with self.engine.admit() as permit:
@@ -39,11 +39,11 @@ class GeneratorState:
             return self.engine.submit(request, permit)
 
     async def job(self, body: GenerateRequest, owner: str, key: str | None) -> Job:
-        """A job for the body, or the one that the same ``Idempotency-Key`` has begun.
+        """Start a job, or return the one that was started with the same ``Idempotency-Key``.
 
         Raises:
             InvalidRequest: a field is outside its limits, or the key was used for another body.
-            Busy: the queue is full; nothing was begun.
+            Busy: the queue is full.
         """
         fingerprint = await self.requests.run(digest, body) if key else ""
         async with self.jobs.lock(owner, key):
@@ -55,14 +55,14 @@ class GeneratorState:
 
 
 async def generator_state(request: HTTPRequest) -> GeneratorState:
-    """The state that the lifespan made; raises ``Starting`` while there is none."""
+    """Return the app's state; raise ``Starting`` until the lifespan has created it."""
     state: GeneratorState | None = getattr(request.app.state, "generator", None)
     if state is None:
         request.app.state.health.refuse_while_starting()
-        raise AssertionError  # the state is there before the service says that it serves
+        raise AssertionError  # the state is set before the service reports that it serves
     return state
 
 
 def digest(body: GenerateRequest) -> str:
-    """The same for the same request."""
+    """Hash a request body."""
     return hashlib.sha256(body.model_dump_json().encode()).hexdigest()

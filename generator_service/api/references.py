@@ -1,4 +1,4 @@
-"""Reference images of an edit, parsed defensively: a client may send anything."""
+"""Decodes reference images. The data is untrusted."""
 
 import base64
 import hashlib
@@ -16,31 +16,31 @@ MAGIC = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF
 DATA_URI = re.compile(r"data:[\w.+/-]*;base64,", re.IGNORECASE)
 MIN_SIDE = 64
 MAX_ASPECT_RATIO = 8
-"""The most that ``Flux2Pipeline`` accepts."""
+"""Largest aspect ratio that ``Flux2Pipeline`` accepts."""
 
 
 def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
-    """Read an image from base64 or a data URI; ``param`` names the field in errors.
+    """Decode an image from base64 or a data URI; ``param`` names the field in errors.
 
     Raises:
-        InvalidRequest: it is not an image that can be used; URLs are never fetched.
-        UnsupportedImageType: it is neither PNG, JPEG nor WebP.
+        InvalidRequest: the text is not a usable image. URLs are never fetched.
+        UnsupportedImageType: the file is neither PNG, JPEG nor WebP.
     """
     if re.match(r"\w+://", text):
-        raise InvalidRequest(f"{param}: URLs are not fetched: send the file as base64", param=param)
+        raise InvalidRequest(f"{param}: URLs are not fetched; send the file as base64", param=param)
     try:
         data = base64.b64decode(DATA_URI.sub("", text, count=1), validate=True)
-    except ValueError:  # binascii.Error, or letters beyond ASCII
+    except ValueError:  # binascii.Error, or non-ASCII characters
         raise InvalidRequest(f"{param}: must be base64, or a data URI with base64", param=param) from None
     return read_reference(data, param, max_pixels)
 
 
 def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
-    """Read an image file; its size is checked before it is decoded.
+    """Decode an image file, after checking its size.
 
     Raises:
-        InvalidRequest: it is damaged, or larger, smaller or longer than can be used.
-        UnsupportedImageType: it is neither PNG, JPEG nor WebP, by its first bytes.
+        InvalidRequest: the file is damaged, or its size or aspect ratio is outside the limits.
+        UnsupportedImageType: the first bytes are not those of a PNG, JPEG or WebP file.
     """
     kind = next((kind for kind, magic in MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
     if kind is None:
@@ -51,16 +51,16 @@ def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except InvalidRequest:
         raise
-    except Exception:  # noqa: BLE001 - a damaged or hostile file can raise anything in PIL, with addresses in its text
-        raise InvalidRequest(f"{param}: this {kind} file is damaged", param=param) from None
+    except Exception:  # noqa: BLE001 - PIL may raise anything, and its messages contain memory addresses
+        raise InvalidRequest(f"{param}: the {kind} file is damaged", param=param) from None
     return Reference(image, hashlib.sha256(data).hexdigest())
 
 
 def check_size(size: tuple[int, int], param: str, max_pixels: int) -> None:
-    """Refuse an image whose size alone rules it out."""
+    """Raise ``InvalidRequest`` if the image is too large, too small or too elongated."""
     width, height = size
     if width * height > max_pixels:
         raise InvalidRequest(f"{param}: {width}x{height} is more than {max_pixels} pixels", param=param)
     if min(size) < MIN_SIDE or max(size) > MAX_ASPECT_RATIO * min(size):
-        limits = f"each side {MIN_SIDE} pixels or more, one at most {MAX_ASPECT_RATIO} times the other"
+        limits = f"sides of at least {MIN_SIDE} pixels and an aspect ratio of at most {MAX_ASPECT_RATIO}"
         raise InvalidRequest(f"{param}: must have {limits}, not {width}x{height}", param=param)

@@ -1,4 +1,4 @@
-"""From the body of a request to a ``Request``: defaults are filled in, and every field is checked."""
+"""Resolves request bodies: fills in defaults, checks every field, and returns a ``Request``."""
 
 import base64
 import json
@@ -31,14 +31,14 @@ from generator_service.pipelines.params import Params, Reference
 from generator_service.settings import GeneratorSettings
 
 RANDOM_SEEDS = 2**32
-"""A seed that the client leaves open is below this."""
+"""Seeds of requests without ``seed`` are random numbers below this."""
 
 
 def open_registry(settings: GeneratorSettings, model: ModelInfo) -> ScheduleRegistry:
-    """The calibrated schedules of ``model``: those that come with the product, and those of ``SCHEDULES_DIR``.
+    """Load the calibrated schedules of ``model``: the built-in ones and those in ``SCHEDULES_DIR``.
 
     Raises:
-        ModelRefused: a file there contains no schedules, or ``GENERATOR_DEFAULT_CACHE`` names an unknown one.
+        ModelRefused: a file cannot be read as schedules, or ``GENERATOR_DEFAULT_CACHE`` names an unknown schedule.
     """
     folders = [SHIPPED, *([settings.schedules_dir] if settings.schedules_dir else [])]
     try:
@@ -52,20 +52,24 @@ def open_registry(settings: GeneratorSettings, model: ModelInfo) -> ScheduleRegi
 
 @dataclass(frozen=True)
 class Resolver:
-    """Resolves bodies for one model, with the limits of one service."""
+    """Resolves request bodies for one model under the limits of ``settings``."""
 
     settings: GeneratorSettings
     model: ModelInfo
     registry: ScheduleRegistry
     embedding_shape: tuple[int, int]
-    """Tokens and width of a prompt's embedding."""
+    """Tokens and width of a prompt embedding."""
     latencies: LatencyModel
 
     def resolve(self, body: GenerateRequest, is_followed: bool) -> Request:
-        """Fill in what the body leaves open, and check the rest; ``is_followed``: the client reads progress events.
+        """Fill in defaults and check every field.
+
+        Args:
+            body: the request body.
+            is_followed: whether the client reads progress events.
 
         Raises:
-            InvalidRequest: a field is outside its limits; the error names it.
+            InvalidRequest: a field is invalid; the error names it.
         """
         self._check(body)
         references = tuple(
@@ -122,13 +126,13 @@ class Resolver:
         )
 
     def _check(self, body: GenerateRequest) -> None:
-        """Check what needs no work: numbers and lengths."""
+        """Check numbers and lengths before any image or tensor is decoded."""
         settings, prompt = self.settings, body.prompt
         if prompt is not None and len(prompt) > settings.max_prompt_chars:
             limit = f"at most {settings.max_prompt_chars} characters, not {len(prompt)}"
             raise InvalidRequest(f"prompt: {limit}", param="prompt")
         if prompt is not None and body.output_format == "jpeg" and len(json.dumps(prompt)) > MAX_JPEG_PROMPT_BYTES:
-            raise InvalidRequest("prompt: too long to be recorded in a JPEG file: choose png or webp", param="prompt")
+            raise InvalidRequest("prompt: too long for the metadata of a JPEG file; use png or webp", param="prompt")
         if body.num_images > settings.max_num_images:
             raise InvalidRequest(f"num_images: at most {settings.max_num_images}", param="num_images")
         if len(body.images) > settings.max_references:
@@ -142,14 +146,15 @@ class Resolver:
             raise InvalidRequest("upsample_prompt: there is no prompt to rewrite", param="upsample_prompt")
 
     def _size(self, body: GenerateRequest, references: Sequence[Reference]) -> tuple[int, int, int]:
-        """Width, height, and tokens with those of the references.
+        """Return width, height, and the number of tokens including the reference images.
 
         The size is that of the body, else of the first reference image, else the model's default.
         """
         unit, settings = self.model.pixels_per_token, self.settings
-        own = references[0].prepared_size(unit) if references else (self.model.default_side, self.model.default_side)
-        width = own[0] if body.width is None else body.width
-        height = own[1] if body.height is None else body.height
+        default_side = self.model.default_side
+        default = references[0].prepared_size(unit) if references else (default_side, default_side)
+        width = default[0] if body.width is None else body.width
+        height = default[1] if body.height is None else body.height
         for name, side in (("width", width), ("height", height)):
             if side % unit or not settings.min_side <= side <= settings.max_side:
                 limits = f"must be a multiple of {unit} from {settings.min_side} to {settings.max_side}, not {side}"
@@ -160,16 +165,16 @@ class Resolver:
         num_tokens = image_tokens + sum(reference.num_tokens(unit) for reference in references)
         if num_tokens > settings.max_image_tokens:
             limit = f"({image_tokens} of the image itself) are more than {settings.max_image_tokens}"
-            message = f"images: {num_tokens} image tokens {limit}: send fewer or smaller ones"
+            message = f"images: {num_tokens} image tokens {limit}; send fewer or smaller images"
             raise InvalidRequest(message, param="images")
         return width, height, num_tokens
 
     def _cache_within(self, body: GenerateRequest, limit_ms: int, latency: LatencyEstimate | None) -> str | int:
-        """As many computed steps as ``max_latency_ms`` allows for all images of the request."""
+        """Return the cache mode with the most computed steps that keeps all images of the request within the limit."""
         if body.cache is not None:
-            raise InvalidRequest("max_latency_ms: chooses the cache: give one of the two", param="max_latency_ms")
+            raise InvalidRequest("max_latency_ms: cannot be combined with cache", param="max_latency_ms")
         if latency is None:
-            reason = "the speed of this device is not known yet: generate one image first"
+            reason = "the speed of this device is not known yet; generate one image first"
             raise InvalidRequest(f"max_latency_ms: {reason}", param="max_latency_ms")
         num_steps = body.num_inference_steps
         fewest = published_size("ultra", num_steps)
@@ -177,32 +182,32 @@ class Resolver:
             if 1000 * body.num_images * latency.total_s(num_computed, num_steps) <= limit_ms:
                 return "none" if num_computed == num_steps else num_computed
         least = math.ceil(1000 * body.num_images * latency.total_s(fewest, num_steps))
-        bound = f"{num_steps} steps of this size take {least} ms at least, with {fewest} of them computed"
+        bound = f"{num_steps} steps of this size take at least {least} ms, with {fewest} of them computed"
         raise InvalidRequest(f"max_latency_ms: {bound}", param="max_latency_ms")
 
 
 def resolve_adapters(lora: str | list[LoraUse] | None, known: Sequence[str]) -> tuple[Adapter, ...]:
-    """The LoRA adapters that a request names, if they are all ``known``."""
+    """Return the LoRA adapters of a request; raise ``InvalidRequest`` if one is not ``known`` or is named twice."""
     uses = [LoraUse(name=lora)] if isinstance(lora, str) else lora or []
     names = [use.name for use in uses]
     for name in names:
         if name not in known:
-            available = f"there are {', '.join(known)}" if known else "this service has none"
-            raise InvalidRequest(f"lora: there is no adapter {name!r}: {available}", param="lora")
+            available = f"available are {', '.join(known)}" if known else "this service has none"
+            raise InvalidRequest(f"lora: there is no adapter {name!r}; {available}", param="lora")
     if len(set(names)) < len(names):
         raise InvalidRequest("lora: names an adapter twice", param="lora")
     return tuple(Adapter(use.name, float(use.scale)) for use in uses)
 
 
 def preview_steps(count: int, num_steps: int) -> tuple[int, ...]:
-    """After which steps to show ``count`` previews: evenly spaced, never after the first or the last step."""
+    """Return the steps after which previews are shown: evenly spaced, never after the first or the last step."""
     return tuple(
         sorted({max(1, num_steps * (k + 1) // (count + 1)) for k in range(count)} & set(range(1, num_steps - 1)))
     )
 
 
 def find_schedule(cache: str | int | MaxError, registry: ScheduleRegistry, signature: Signature) -> Schedule:
-    """The schedule that ``cache`` asks for."""
+    """Return the schedule for ``cache``; raise ``InvalidRequest`` if there is none for the signature."""
     try:
         if isinstance(cache, MaxError):
             return registry.cheapest_within(cache.max_error, signature)
@@ -212,11 +217,11 @@ def find_schedule(cache: str | int | MaxError, registry: ScheduleRegistry, signa
 
 
 def parse_embeds(text: str | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """The tensor ``[1, L, D]`` in a base64 safetensors file, if there is one."""
+    """Decode a tensor ``[1, L, D]`` from a base64 safetensors file; return None for None."""
     if text is None:
         return None
     try:
         return parse_safetensors(base64.b64decode(text, validate=True), (1, *shape))
-    except ValueError as error:  # of base64, or a WireError
-        expected = f"must be base64 of a safetensors file with one tensor of shape {[1, *shape]}"
+    except ValueError as error:  # from base64, or a WireError
+        expected = f"must be a base64 safetensors file with one tensor of shape {[1, *shape]}"
         raise InvalidRequest(f"prompt_embeds: {expected}: {error}", param="prompt_embeds") from None

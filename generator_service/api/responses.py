@@ -1,4 +1,4 @@
-"""Finished images as HTTP responses: one file, several parts, or JSON."""
+"""HTTP responses with generated images: a file, a multipart body, or JSON."""
 
 import base64
 import secrets
@@ -19,7 +19,7 @@ JSON_MEDIA_TYPE = "application/json"
 async def to_response(
     request: Request, results: Sequence[GenerationResult], accept: str, threads: ThreadPool
 ) -> Response:
-    """The response that ``accept`` asks for; one that has to be encoded is encoded on ``threads``."""
+    """Return the response in the format of ``accept``; base64 and multipart bodies are encoded on ``threads``."""
     if JSON_MEDIA_TYPE in accept:
         return await threads.run(json_response, request, results)
     if len(results) == 1:
@@ -28,12 +28,11 @@ async def to_response(
 
 
 def json_response(request: Request, results: Sequence[GenerationResult]) -> Response:
-    """All images in one JSON object."""
     return JSONResponse({"images": [as_json(request, result) for result in results]})
 
 
 def as_json(request: Request, result: GenerationResult) -> dict[str, str]:
-    """The image as base64, and the fields that are headers otherwise."""
+    """Return the image as base64, with the fields that other responses send as headers."""
     fields = result_headers(request, result) | {"image": base64.b64encode(result.data).decode()}
     if result.comparison is not None:
         fields["side_by_side"] = base64.b64encode(result.side_by_side).decode()
@@ -41,12 +40,11 @@ def as_json(request: Request, result: GenerationResult) -> dict[str, str]:
 
 
 def one_file(request: Request, result: GenerationResult) -> Response:
-    """The image's file is the body; of a comparison, both images side by side."""
     return Response(result.file, media_type=MEDIA_TYPES[request.output_format], headers=result_headers(request, result))
 
 
 def multipart(request: Request, results: Sequence[GenerationResult]) -> Response:
-    """Each image is a part with its own headers (RFC 2046)."""
+    """Return a ``multipart/mixed`` body (RFC 2046); each image is a part with its own headers."""
     boundary = f"image-{secrets.token_hex(16)}"
     body = bytearray()
     for result in results:
@@ -58,7 +56,7 @@ def multipart(request: Request, results: Sequence[GenerationResult]) -> Response
 
 
 def result_headers(request: Request, result: GenerationResult) -> dict[str, str]:
-    """Seed, schedule, timings and what else the response says about an image."""
+    """Return the seed, schedule, timings and optional fields of an image as headers."""
     params, timings = result.params, result.timings
     optional: dict[str, str] = {}
     estimate_s = request.seconds_left(params.schedule)

@@ -1,4 +1,4 @@
-"""The body of ``POST /generate``."""
+"""Request body of ``POST /generate``."""
 
 from typing import Annotated, Literal
 
@@ -11,75 +11,84 @@ MAX_SEED = 2**63 - 1
 
 
 class MaxError(Strict):
-    """A ``cache`` that computes as few steps as keep every error within a bound: needs calibrated schedules."""
+    """A ``cache`` with the fewest computed steps whose errors stay within a bound; needs calibrated schedules."""
 
     max_error: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 
 
 class LoraUse(Strict):
-    """An adapter and how strongly it is applied."""
+    """A LoRA adapter and its scale."""
 
     name: StrictStr
     scale: Annotated[StrictFloat | StrictInt, Field(ge=-4, le=4, allow_inf_nan=False)] = 1.0
 
 
 class Sampling(Strict):
-    """How a picture is drawn, in every dialect."""
+    """Sampling parameters, common to the bodies of all APIs."""
 
     num_inference_steps: Annotated[StrictInt, Field(ge=1, le=100)] = 50
     guidance_scale: Annotated[StrictFloat, Field(ge=0, le=100, allow_inf_nan=False)] = 4.0
-    seed: Annotated[StrictInt | None, Field(ge=0, le=MAX_SEED, description="Drawn, and returned, if absent.")] = None
+    seed: Annotated[
+        StrictInt | None, Field(ge=0, le=MAX_SEED, description="Random if absent; the response returns it.")
+    ] = None
     cache: Annotated[
         StrictStr | StrictInt | MaxError | None,
         Field(
-            description="none, slow, medium, fast, ultra, a schedule's name, or how many steps are computed.",
+            description="none, slow, medium, fast, ultra, the name of a schedule, or the number of computed steps.",
             examples=["fast", 12, {"max_error": 0.01}],
         ),
     ] = None
     lora: Annotated[
         StrictStr | Annotated[list[LoraUse], Field(min_length=1, max_length=4)] | None,
-        Field(description="A LoRA adapter of the service's folder, or several with their scales."),
+        Field(description="Name of a LoRA adapter of the service, or a list of adapters with scales."),
     ] = None
     upsample_prompt: Annotated[
-        StrictBool, Field(description="A chat model of the operator's choice rewrites the prompt first.")
+        StrictBool, Field(description="Whether a chat model, chosen by the operator, rewrites the prompt first.")
     ] = False
 
 
 class GenerateRequest(Sampling):
-    """What to draw. Everything but the prompt has a default."""
+    """A request for images. Every field except the prompt has a default."""
 
-    prompt: Annotated[Text | None, Field(description="What to draw.", examples=["a large red circle"])] = None
+    prompt: Annotated[Text | None, Field(description="What the image shows.", examples=["a large red circle"])] = None
     prompt_embeds: Annotated[
-        StrictStr | None, Field(description="Instead of a prompt: its embedding, base64 of a safetensors file.")
+        StrictStr | None,
+        Field(description="Embedding of the prompt, instead of the prompt: a base64 safetensors file."),
     ] = None
     width: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
     height: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
     output_format: ImageFormat = "png"
     output_compression: Annotated[
-        StrictInt | None, Field(ge=0, le=100, description="Quality of a JPEG or WebP file; 95 if absent.")
+        StrictInt | None, Field(ge=0, le=100, description="Quality of a JPEG or WebP file. Default: 95.")
     ] = None
     images: Annotated[
         list[StrictStr],
-        Field(default_factory=list, description="Reference images to edit: PNG, JPEG or WebP as base64 or data URI."),
+        Field(
+            default_factory=list,
+            description="Reference images to edit: PNG, JPEG or WebP files as base64 or data URIs.",
+        ),
     ]
     max_latency_ms: Annotated[
         StrictInt | None,
-        Field(ge=1, description="Instead of cache: as many computed steps as fit into this time, waiting aside."),
+        Field(ge=1, description="Instead of cache: compute as many steps as fit into this time, without waiting time."),
     ] = None
     deadline_ms: Annotated[
-        StrictInt | None, Field(ge=1, description="Refused with 504 if its drawing has not begun within this time.")
+        StrictInt | None, Field(ge=1, description="Fail with 504 if the generation has not started within this time.")
     ] = None
     previews: Annotated[
-        StrictInt, Field(ge=0, le=10, description="How often a stream of events shows what the picture will be.")
+        StrictInt, Field(ge=0, le=10, description="Number of preview images in a stream of events.")
     ] = 0
     compare: Annotated[
-        StrictBool, Field(description="Draw it without a cache too: the answer has PSNR, SSIM and both side by side.")
+        StrictBool,
+        Field(description="Also generate without a cache, and return PSNR, SSIM and both images side by side."),
     ] = False
     on_disconnect: Annotated[
         Literal["cancel", "keep"],
-        Field(description="What happens when the client leaves: keep makes it a job, x-job-id, to come back to."),
+        Field(description="What happens if the client disconnects; keep makes the request a job (header x-job-id)."),
     ] = "cancel"
-    num_images: Annotated[StrictInt, Field(ge=1, description="Pictures with the seeds seed, seed + 1, ...")] = 1
+    num_images: Annotated[
+        StrictInt, Field(ge=1, description="Number of images, with the seeds seed, seed + 1, ...")
+    ] = 1
 
     @model_validator(mode="after")
     def _has_one_prompt(self) -> "GenerateRequest":

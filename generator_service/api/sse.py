@@ -1,4 +1,4 @@
-"""Server-sent events: one for every step of a generation, then the images, or the error."""
+"""Server-sent events: progress of a generation, then its images or its error."""
 
 import base64
 import json
@@ -29,22 +29,22 @@ logger = logging.getLogger("flux2")
 
 MEDIA_TYPE = "text/event-stream"
 PING_S = 15
-AppStatus.enable_automatic_graceful_drain = False  # SIGTERM must not cut a stream before its image is sent
+AppStatus.enable_automatic_graceful_drain = False  # else SIGTERM would end streams before their images
 Events = AsyncIterator[tuple[str, dict[str, Any]]]
-"""Names and data."""
+"""Event names and their data."""
 
 
 def do_nothing() -> None:
-    """The end of the stream changes nothing."""
+    pass
 
 
 def stream(request: Request, events: Events, on_end: Callable[[], None] = do_nothing) -> EventSourceResponse:
-    """A response with ``events``. An error is sent as the last event, with the problem details as its data.
+    """Stream ``events``. An error is sent as the last event, with the problem details as its data.
 
     Args:
-        request: the one that is answered.
-        events: what to send.
-        on_end: called when the stream ends, also if the client left before its first byte.
+        request: the HTTP request, for the problem details.
+        events: the events to send.
+        on_end: called when the stream ends, even if the client disconnected before the first byte.
     """
 
     async def messages() -> AsyncIterator[ServerSentEvent]:
@@ -61,14 +61,13 @@ def stream(request: Request, events: Events, on_end: Callable[[], None] = do_not
 
 
 class _EventStream(EventSourceResponse):
-    """Calls back at its end. A generator that was never started would not run its ``finally``."""
+    """Calls ``on_end`` in ``__call__``: an async generator that was never started does not run its ``finally``."""
 
     def __init__(self, messages: AsyncIterator[ServerSentEvent], on_end: Callable[[], None]) -> None:
         super().__init__(messages, ping=PING_S)
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -80,21 +79,18 @@ def _error_event(request: Request, error: Flux2Error) -> ServerSentEvent:
 
 
 def queue_fields(queued: Queued) -> dict[str, Any]:
-    """The position in the queue, and the time until its turn where it is known."""
+    """Return the queue position and, if known, the waiting time as JSON fields."""
     return {"position": queued.position} | ({} if queued.seconds is None else {"wait_ms": round(1000 * queued.seconds)})
 
 
 def preview_base64(preview: Preview) -> str:
-    """A preview as a JPEG file in base64."""
     return base64.b64encode(preview_file(preview.image)).decode()
 
 
 async def native_events(generation: Generation, threads: ThreadPool) -> Events:
-    """``queued``, ``encoding``, ``step`` and ``preview`` as they happen, then ``completed`` for each image.
+    """Yield the progress events of a generation, then ``completed`` for each image.
 
-    Args:
-        generation: what is followed.
-        threads: encode images.
+    Images are encoded on ``threads``.
     """
     num_steps = generation.request.params.schedule.num_steps
     index = 0

@@ -1,1 +1,1 @@
-"""Clients of other services. Nothing that they answer is trusted."""
+"""Clients of other services. Their responses are untrusted."""

@@ -1,23 +1,23 @@
-"""Bodies of responses, read up to a limit."""
+"""Reads response bodies up to a size limit."""
 
 import httpx
 
 IDENTITY = {"Accept-Encoding": "identity"}
-"""Headers that forbid compression: 500 compressed bytes can expand to gigabytes."""
+"""Request headers that forbid compression, because a small compressed body can expand to gigabytes."""
 
 
 class BodyRefused(ValueError):
-    """The body was not read. The message completes the sentence "the answer is ..."."""
+    """The body was rejected. The message completes the sentence "the response is ..."."""
 
 
 async def read_body(response: httpx.Response, limit: int) -> bytes:
-    """The whole body, given up as soon as it is larger than ``limit``.
+    """Read a whole body.
 
     Raises:
-        BodyRefused: it is larger, or compressed.
+        BodyRefused: the body is larger than ``limit`` bytes, or compressed.
     """
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise BodyRefused("compressed, which was not asked for")
+        raise BodyRefused("compressed, although the request forbids it")
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk

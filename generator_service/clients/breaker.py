@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 FAILURES_TO_OPEN = 3
 OPEN_S = 2.0
-"""Time between two attempts while the circuit is open: a service that returns is found within this time."""
+"""Time between attempts while the circuit is open, in seconds."""
 
 
 class CircuitBreaker:
-    """Closed while the service answers; open after several failures in a row, when one caller at a time may try.
+    """Opens after several failures in a row; while open, one request per ``OPEN_S`` is allowed. A success closes it.
 
     Args:
-        clock: seconds, monotonic.
+        clock: monotonic, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -22,11 +22,10 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether the service failed when it was last asked."""
         return self._num_failures >= FAILURES_TO_OPEN
 
     def allow_request(self) -> bool:
-        """Whether to ask the service now. While the circuit is open, only one caller per ``OPEN_S`` is allowed."""
+        """Return whether a request may be sent now."""
         if self._num_failures < FAILURES_TO_OPEN:
             return True
         if self._clock() < self._next_attempt:
@@ -35,10 +34,8 @@ class CircuitBreaker:
         return True
 
     def record_failure(self) -> None:
-        """Count a request that the service did not answer."""
         self._num_failures += 1
         self._next_attempt = self._clock() + OPEN_S
 
     def record_success(self) -> None:
-        """Close the circuit: the service has answered."""
         self._num_failures = 0

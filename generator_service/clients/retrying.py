@@ -1,4 +1,4 @@
-"""Embeddings from a text encoder that may be slow or unavailable: a cache, retries, and a circuit breaker."""
+"""Adds a cache, retries and a circuit breaker to a text encoder."""
 
 import asyncio
 from typing import Protocol
@@ -21,20 +21,20 @@ class TextEncoder(Protocol):
     """One attempt at a time to ask a text encoder."""
 
     async def embed(self, prompt: str) -> torch.Tensor:
-        """The prompt's embedding ``[1, L, D]``."""
+        """Return the prompt's embedding ``[1, L, D]``."""
 
     async def info(self) -> EncoderInfo | None:
-        """What the encoder reports about itself; None if it does not support that."""
+        """Return the encoder's model and embedding shape; None if it does not report them."""
 
 
 class RetryingEncoder:
-    """Asks ``encoder`` until it answers.
+    """A text encoder with a cache, retries and a circuit breaker.
 
     Args:
-        encoder: makes one attempt at a time.
-        timeout_s: for one prompt, all attempts included.
-        cache_bytes: the size of the cache of embeddings.
-        max_attempts: None: retry until the time is over, for an encoder that is restarted by someone else.
+        encoder: makes a single attempt.
+        timeout_s: timeout for one prompt, including retries.
+        cache_bytes: largest size of the cache of embeddings.
+        max_attempts: largest number of attempts; None to retry until the timeout.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RetryingEncoder:
         self._breaker = CircuitBreaker()
 
     async def info(self) -> EncoderInfo | None:
-        """As ``encoder.info``. Any answer closes the circuit, so a readiness probe brings the encoder back."""
+        """Call ``encoder.info``. Any response closes the circuit, so readiness probes detect a recovered encoder."""
         try:
             info = await self._encoder.info()
         except BadEncoderResponse:
@@ -62,14 +62,14 @@ class RetryingEncoder:
         return info
 
     async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
-        """The prompt's embedding ``[1, L, D]``, and whether it was cached.
+        """Return the prompt's embedding ``[1, L, D]``, and whether it was cached.
 
         Raises:
-            EncoderUnavailable: no connection, or the service cannot answer now; after retries, or at once while the
-                circuit is open.
-            EncoderTimeout: no answer within ``timeout_s``.
-            BadEncoderResponse: the answer is not an embedding; after one retry.
-            InvalidRequest: the service refuses the prompt.
+            EncoderUnavailable: the service cannot be reached or is overloaded; raised after retries, or immediately
+                while the circuit is open.
+            EncoderTimeout: no response within ``timeout_s``.
+            BadEncoderResponse: the response is not an embedding; raised after one retry.
+            InvalidRequest: the service rejected the prompt.
             OutOfMemory: the service has too little memory for the prompt.
         """
         cached = self._cache.get(prompt)
@@ -82,7 +82,7 @@ class RetryingEncoder:
                 tensor = await self._embed_with_retries(prompt)
         except TimeoutError as error:
             self._breaker.record_failure()
-            raise EncoderTimeout(f"the text encoder did not answer within {self._timeout_s:g} s") from error
+            raise EncoderTimeout(f"the text encoder did not respond within {self._timeout_s:g} s") from error
         except (EncoderUnavailable, EncoderTimeout):
             self._breaker.record_failure()
             raise

@@ -1,6 +1,6 @@
-"""A client of the text encoder service, or of any service with the same protocol.
+"""HTTP client of the text encoder service, or of another service with the same protocol.
 
-Responses are not trusted: bodies are bounded while they arrive and parsed by ``flux2_shared.wire``.
+Responses are untrusted: bodies are read up to a limit and parsed by ``flux2_shared.wire``.
 """
 
 import asyncio
@@ -34,26 +34,26 @@ ACCEPT = {"Accept": f"{SAFETENSORS_MEDIA_TYPE}, {TORCH_MEDIA_TYPE};q=0.9"} | IDE
 RETRIED_STATUSES = {502, 503, 504}
 MAX_INFO_BYTES = 64 * 2**10
 CONNECT_TIMEOUT_S = 2.0
-"""A lost packet is sent again after one second."""
+"""Allows for one retransmission, which TCP sends after one second."""
 INFO_TIMEOUT_S = 5.0
-"""Readiness probes are short."""
+"""Timeout of ``/info``, which readiness probes wait for."""
 
 
 class _ProblemCode(BaseModel):
-    """The field of problem details that is read."""
+    """The field of problem details that the client reads."""
 
     code: str
 
 
 class TextEncoderClient:
-    """One attempt at a time to ask a text encoder service over HTTP. Enter it as a context.
+    """Client that makes one attempt per call. Use it as an async context manager.
 
     Args:
-        url: of the service, with or without ``/predict``.
-        embedding_shape: tokens and width that the model needs.
+        url: URL of the service, with or without ``/predict``.
+        embedding_shape: tokens and width that the transformer expects.
         token: sent as a bearer token.
-        timeout_s: for one attempt.
-        transport: replaces the network.
+        timeout_s: timeout for one attempt.
+        transport: replaces the network, for tests.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TextEncoderClient:
         )
 
     def trace(self, tracing: Tracing) -> None:
-        """Make spans of the requests; the encoder's own spans lie within them."""
+        """Record requests as spans and propagate the trace context."""
         tracing.trace_client(self._http)
 
     async def __aenter__(self) -> Self:
@@ -89,12 +89,12 @@ class TextEncoderClient:
         await self._threads.__aexit__()
 
     async def info(self) -> EncoderInfo | None:
-        """What the service reports about itself, or None if it does not support that.
+        """Return the service's model and embedding shape; None if it has no ``/info``.
 
         Raises:
-            EncoderUnavailable: it cannot be reached.
-            EncoderTimeout: it does not answer in time.
-            BadEncoderResponse: the answer is not an ``EncoderInfo``.
+            EncoderUnavailable: the service cannot be reached.
+            EncoderTimeout: the service did not respond in time.
+            BadEncoderResponse: the response is not an ``EncoderInfo``.
         """
         try:
             async with asyncio.timeout(min(INFO_TIMEOUT_S, self._timeout_s)), self._request("GET", "/info") as response:
@@ -105,10 +105,10 @@ class TextEncoderClient:
         except ValidationError as error:
             raise BadEncoderResponse("the text encoder's /info is not valid") from error
         except TimeoutError as error:
-            raise EncoderTimeout("the text encoder's /info did not answer in time") from error
+            raise EncoderTimeout("the text encoder's /info did not respond in time") from error
 
     async def embed(self, prompt: str) -> torch.Tensor:
-        """The prompt's embedding ``[1, L, D]``; the errors are those of ``RetryingEncoder.embed``."""
+        """Return the prompt's embedding ``[1, L, D]``; raises the errors of ``RetryingEncoder.embed``."""
         tokens, width = self._shape
         limit = tokens * width * max(dtype.itemsize for dtype in EMBEDDING_DTYPES) + MAX_HEADER_BYTES
         async with self._request("POST", "/predict", {"prompt": prompt}) as response:
@@ -119,7 +119,7 @@ class TextEncoderClient:
         try:
             return await self._threads.run(parse, body, (1, tokens, width))
         except WireError as error:
-            raise BadEncoderResponse("the text encoder's answer is not this model's prompt embedding") from error
+            raise BadEncoderResponse("the text encoder's response is not a prompt embedding for this model") from error
 
     @asynccontextmanager
     async def _request(
@@ -130,13 +130,13 @@ class TextEncoderClient:
             async with self._http.stream(method, self._base + path, json=body, headers=headers) as response:
                 yield response
         except BodyRefused as error:
-            raise BadEncoderResponse(f"the text encoder's answer is {error}") from error
+            raise BadEncoderResponse(f"the text encoder's response is {error}") from error
         except httpx.RemoteProtocolError as error:
-            raise BadEncoderResponse("the text encoder's answer broke off") from error
-        except httpx.ConnectTimeout as error:  # a host that is down usually does not refuse connections
+            raise BadEncoderResponse("the text encoder's response is incomplete") from error
+        except httpx.ConnectTimeout as error:  # usual for a host that is down
             raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
         except httpx.TimeoutException as error:
-            raise EncoderTimeout("the text encoder did not answer in time") from error
+            raise EncoderTimeout("the text encoder did not respond in time") from error
         except httpx.TransportError as error:
             raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
 
@@ -145,18 +145,18 @@ async def _raise_for_status(response: httpx.Response) -> None:
     status = response.status_code
     if status == HTTPStatus.OK:
         return
-    if status == OutOfMemory.status and await _error_code(response) == OutOfMemory.code:  # a retry would not help
+    if status == OutOfMemory.status and await _error_code(response) == OutOfMemory.code:  # retrying would not help
         raise OutOfMemory("the text encoder has too little memory for this prompt now")
     if status in RETRIED_STATUSES or status == HTTPStatus.TOO_MANY_REQUESTS:
-        raise EncoderUnavailable(f"the text encoder cannot answer now (status {status})", retry_after_s=5)
+        raise EncoderUnavailable(f"the text encoder is unavailable (status {status})", retry_after_s=5)
     if status in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY):
-        raise InvalidRequest("prompt: refused by the text encoder; it may be too long", param="prompt")
-    raise BadEncoderResponse(f"the text encoder answered with status {status}")
+        raise InvalidRequest("prompt: rejected by the text encoder; it may be too long", param="prompt")
+    raise BadEncoderResponse(f"the text encoder responded with status {status}")
 
 
 async def _error_code(response: httpx.Response) -> str | None:
-    """The ``code`` of problem details, if the body has one."""
+    """Return the ``code`` of problem details, if the body has one."""
     try:
         return _ProblemCode.model_validate_json(await read_body(response, MAX_INFO_BYTES)).code
     except (BodyRefused, ValidationError):
-        return None  # the status says enough
+        return None  # the status is sufficient

@@ -1,6 +1,6 @@
-"""Asks a chat model to rewrite a prompt, as FLUX.2's authors recommend, before it is drawn.
+"""Client of a chat model that rewrites prompts before generation, as the authors of FLUX.2 recommend.
 
-The endpoint speaks OpenAI's chat completions and is the operator's choice. What comes back is bounded and checked.
+The endpoint must be compatible with OpenAI's chat completions. Its responses are bounded and checked.
 """
 
 import base64
@@ -22,8 +22,8 @@ from generator_service.pipelines.prompt import LARGEST_UPSAMPLING_AREA, UPSAMPLI
 
 TEMPERATURE = 0.15
 MAX_TOKENS = 512
-"""Both as in ``Flux2Pipeline``."""
-MAX_ANSWER_BYTES = 256 * 2**10
+"""Temperature and maximum tokens are those of ``Flux2Pipeline``."""
+MAX_RESPONSE_BYTES = 256 * 2**10
 MAX_PROMPT_CHARS = 8000
 RETRY_AFTER_S = 5.0
 
@@ -41,14 +41,14 @@ class _Completion(BaseModel):
 
 
 class Upsampler:
-    """A client of one endpoint. Enter it as a context.
+    """Client of a chat completions endpoint. Use it as an async context manager.
 
     Args:
-        url: the API's base, such as ``http://host:8080/v1``.
-        model: the chat model's name there.
+        url: base URL of the API, such as ``http://host:8080/v1``.
+        model: name of the chat model.
         token: sent as a bearer token.
-        timeout_s: for one prompt.
-        transport: replaces the network.
+        timeout_s: timeout for one prompt.
+        transport: replaces the network, for tests.
     """
 
     def __init__(
@@ -74,55 +74,55 @@ class Upsampler:
         await self._pool.__aexit__()
 
     async def rewrite(self, prompt: str, references: Sequence[Image] = ()) -> str:
-        """The prompt with more of what the model needs to know; for an edit the chat model sees the pictures.
+        """Return a more detailed prompt. For an edit, the chat model also gets the reference images.
 
         Raises:
-            UpsamplerUnavailable: no connection, no answer in time, or the endpoint says it cannot answer now.
-            BadUpsamplerResponse: the answer holds no prompt.
+            UpsamplerUnavailable: the endpoint cannot be reached, timed out, or is overloaded.
+            BadUpsamplerResponse: the response does not contain a prompt.
         """
         try:
-            question = await self._pool.run(self._question, prompt, references)
-            async with self._http.stream("POST", self._url, json=question) as response:
+            body = await self._pool.run(self._completion_request, prompt, references)
+            async with self._http.stream("POST", self._url, json=body) as response:
                 raise_for_status(response.status_code)
-                return rewritten(await read_body(response, MAX_ANSWER_BYTES))
+                return rewritten(await read_body(response, MAX_RESPONSE_BYTES))
         except BodyRefused as error:
-            raise BadUpsamplerResponse(f"the prompt upsampler's answer is {error}") from error
+            raise BadUpsamplerResponse(f"the prompt upsampler's response is {error}") from error
         except httpx.TransportError as error:
             raise UpsamplerUnavailable("the prompt upsampler cannot be reached", retry_after_s=RETRY_AFTER_S) from error
 
-    def _question(self, prompt: str, references: Sequence[Image]) -> dict[str, Any]:
-        pictures = [{"type": "image_url", "image_url": {"url": data_uri(picture)}} for picture in references]
-        system = UPSAMPLING_MESSAGE_EDIT if pictures else UPSAMPLING_MESSAGE
-        content: Any = [*pictures, {"type": "text", "text": prompt}] if pictures else prompt
+    def _completion_request(self, prompt: str, references: Sequence[Image]) -> dict[str, Any]:
+        images = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in references]
+        system = UPSAMPLING_MESSAGE_EDIT if images else UPSAMPLING_MESSAGE
+        content: Any = [*images, {"type": "text", "text": prompt}] if images else prompt
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         return {"model": self._model, "messages": messages, "temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
 
 
-def data_uri(picture: Image) -> str:
-    """A picture as JPEG, no larger than a chat model needs it."""
-    scale = min(1.0, math.sqrt(LARGEST_UPSAMPLING_AREA / (picture.width * picture.height)))
-    small = picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+def data_uri(image: Image) -> str:
+    """Encode an image as JPEG, downscaled to ``LARGEST_UPSAMPLING_AREA``."""
+    scale = min(1.0, math.sqrt(LARGEST_UPSAMPLING_AREA / (image.width * image.height)))
+    small = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def raise_for_status(status: int) -> None:
-    """Tell what may pass from what will not."""
+    """Raise ``UpsamplerUnavailable`` for errors that may be temporary, else ``BadUpsamplerResponse``."""
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        told = f"the prompt upsampler cannot answer now (status {status})"
-        raise UpsamplerUnavailable(told, retry_after_s=RETRY_AFTER_S)
+        detail = f"the prompt upsampler is unavailable (status {status})"
+        raise UpsamplerUnavailable(detail, retry_after_s=RETRY_AFTER_S)
     if status != HTTPStatus.OK:
-        raise BadUpsamplerResponse(f"the prompt upsampler answered with status {status}")
+        raise BadUpsamplerResponse(f"the prompt upsampler responded with status {status}")
 
 
 def rewritten(body: bytes) -> str:
-    """The prompt in a chat completion."""
+    """Parse a chat completion and return the prompt."""
     try:
         (choice, *_) = _Completion.model_validate(json.loads(body)).choices
     except (ValueError, ValidationError):
-        raise BadUpsamplerResponse("the prompt upsampler's answer is no chat completion") from None
+        raise BadUpsamplerResponse("the prompt upsampler's response is not a chat completion") from None
     prompt = choice.message.content.strip()
     if not 0 < len(prompt) <= MAX_PROMPT_CHARS:
-        raise BadUpsamplerResponse("the prompt upsampler's answer is empty or too long")
+        raise BadUpsamplerResponse("the prompt upsampler's response is empty or too long")
     return prompt

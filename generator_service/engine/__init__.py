@@ -1,1 +1,1 @@
-"""From a resolved request to finished files: admission, the queue before the device, and the device's worker."""
+"""The engine: admits requests, queues their images, runs them on the device, and encodes the results."""

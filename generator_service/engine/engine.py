@@ -1,12 +1,12 @@
-"""Turns resolved requests into finished files, with one model on one device.
+"""Generates images for resolved requests with one model on one device.
 
-A generation's life, in the order of the code:
+The life of a generation, in the order of the code:
 
-1. ``admit`` gives it a permit, or refuses it at once.
-2. ``submit`` gives it a place in the queue and starts a task that drives it.
-3. The prompt is upsampled if that is wanted, and its embedding comes from the cache or the text encoder.
-4. Its images are added to the queue; the worker takes them in the order of admission.
-5. Each image is encoded, with its parameters inside, on a thread of its own kind.
+1. ``admit`` returns a permit, or raises ``Busy``.
+2. ``submit`` enters the generation into the queue and starts the task that drives it.
+3. The prompt is upsampled if the request asks for it, and embedded by the cache or the text encoder.
+4. The images are added to the queue; the worker takes them in the order of admission.
+5. Each image is encoded, with its parameters as metadata, on another thread.
 """
 
 import asyncio
@@ -43,55 +43,55 @@ NO_TRACING = Tracing()
 
 
 class PromptEncoder(Protocol):
-    """Where embeddings come from."""
+    """Source of prompt embeddings."""
 
     async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
-        """The prompt's embedding ``[1, L, D]``, and whether it was cached."""
+        """Return the prompt's embedding ``[1, L, D]``, and whether it was cached."""
 
 
 class ImageGenerator(Protocol):
-    """What the API needs: an engine on this machine, or many on others."""
+    """Interface between the API and the engine of one machine or a fleet of engines."""
 
     @property
     def info(self) -> ModelInfo:
-        """The model."""
+        """The served model."""
 
     @property
     def latencies(self) -> LatencyModel:
-        """How long images take."""
+        """Estimates the time of an image."""
 
     def admit(self) -> AbstractContextManager[Permit]:
-        """As ``Engine.admit``."""
+        """See ``Engine.admit``."""
 
     def submit(self, request: Request, permit: Permit) -> Generation:
-        """As ``Engine.submit``."""
+        """See ``Engine.submit``."""
 
     def close(self) -> None:
-        """As ``Engine.close``."""
+        """See ``Engine.close``."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a process provides for its engine."""
+    """Resources of the process that an engine uses."""
 
     thread: DeviceThread
     metrics: GeneratorMetrics
     tracing: Tracing = NO_TRACING
     report: Report = ignore
-    """Hears how far the warm-up is."""
+    """Called with the progress of the warm-up as text."""
 
 
 class Engine:
-    """Generates images as long as its context is entered.
+    """Generates images while its async context is entered.
 
     Args:
-        model: loaded on the runtime's thread.
+        model: loaded on the runtime's device thread.
         encoder: embeds prompts.
-        runtime: the device's thread, and where to report to.
-        max_waiting: how many generations may wait beside those that run.
-        quality_sampling: the share of images that are generated again without a cache, for the metrics.
+        runtime: device thread, metrics and tracing.
+        max_waiting: largest number of waiting generations, in addition to the running ones.
+        quality_sampling: share of images that are generated again without a cache, for the quality metrics.
         upsampler: rewrites prompts.
-        batching: which images may share a run.
+        batching: limits for images that share a run.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class Engine:
         await self._files.__aexit__()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
-        """Begin to generate; never waits.
+        """Start a generation without blocking.
 
         Raises:
-            DeviceLost, ShuttingDown: the device has failed, or the engine was closed, since ``permit`` was given.
+            DeviceLost, ShuttingDown: the device has failed, or the engine was closed, after the permit was issued.
         """
         generation = Generation(request, on_end=self.queue.leave)
         self.queue.enter(generation, permit)
@@ -145,13 +145,13 @@ class Engine:
         return generation
 
     def close(self) -> None:
-        """End everything that has not ended with ``ShuttingDown``; nothing is admitted any more."""
+        """Fail all live generations with ``ShuttingDown`` and stop admitting requests."""
         self.queue.close(ShuttingDown)
         for task in self._tasks:
             task.cancel()
 
     async def _generate(self, generation: Generation) -> list[GenerationResult]:
-        """Embed the prompt, wait for the device, and write the files of all images."""
+        """Embed the prompt, wait for the images, and encode them."""
         began = time.monotonic()
         request = await self._embedded(generation)
         encode_s = time.monotonic() - began
@@ -166,7 +166,7 @@ class Engine:
                 abandon(work)
 
     async def _embedded(self, generation: Generation) -> Request:
-        """The request with its prompt, rewritten if it asks for that, embedded."""
+        """Return the request with the embedding of its prompt, which is upsampled before if requested."""
         request = generation.request
         params = request.params
         if request.is_upsampled:
@@ -181,7 +181,7 @@ class Engine:
         return replace(request, params=params)
 
     async def _upsampled(self, generation: Generation) -> Params:
-        """The generation's parameters with the rewritten prompt."""
+        """Return the generation's parameters with the rewritten prompt."""
         params = generation.request.params
         assert self._upsampler is not None
         assert params.prompt is not None
@@ -192,7 +192,7 @@ class Engine:
         return replace(params, prompt=prompt)
 
     def _add_reference(self, work: ImageWork) -> ImageWork | None:
-        """The same image without a cache, unless it is that already."""
+        """Add the same image without a cache to the queue, unless ``work`` is uncached itself."""
         if work.params.is_uncached:
             return None
         return self.queue.add(work.generation, work.params.uncached(), None)
@@ -211,7 +211,7 @@ class Engine:
             side_by_side = await self._files.run(self._file, comparison.side_by_side, params, request)
         elif random.random() < self._quality_sampling:  # noqa: S311 - not a secret
             self._spawn(self._sampler.sample(work, image), "quality sample")
-        self._thread.refuse_if_lost()  # lost meanwhile: the image may be wrong, too
+        self._thread.refuse_if_lost()  # if it was lost meanwhile, the image may be wrong
         timings = Timings(work.queue_s, encode_s, image.denoise_s, image.decode_s)
         self._observe(timings, params)
         return GenerationResult(params.without_tensors(), data, timings, comparison, side_by_side)
@@ -231,11 +231,11 @@ class Engine:
 
 
 def mode_of(params: Params) -> str:
-    """The cache mode as a metric's label: the names are few, while numbers of steps and bounds are many."""
+    """Return the cache mode as a label of metrics. Numbers of steps and error bounds share one label."""
     return params.cache if isinstance(params.cache, str) else "other"
 
 
 def abandon(work: ImageWork) -> None:
-    """Nobody waits for the image any more; an error that nobody has read is not reported as lost."""
+    """Cancel a work whose result is not needed, or mark its exception as retrieved."""
     if not work.result.cancel() and not work.result.cancelled():
         work.result.exception()

@@ -8,12 +8,12 @@ from PIL.Image import Image
 
 @dataclass(frozen=True)
 class Queued:
-    """Where a generation waits."""
+    """Position of a generation in the queue."""
 
     position: int
-    """How many others must end before its turn comes; with 0 it has come."""
+    """Number of generations that must end first; 0 if its turn has come."""
     seconds: float | None
-    """How long they will take, as far as it is known."""
+    """Estimated time until its turn; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,23 @@ class PromptUpsampled:
 
 @dataclass(frozen=True)
 class StepStarted:
-    """A step of one of the images begins."""
+    """A denoising step of an image has started."""
 
     index: int
-    """Which image, from 0."""
+    """Index of the image, from 0."""
     step: int
     is_computed: bool
     seconds_left: float | None
-    """Until this image is finished."""
+    """Estimated time until this image is finished; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """An image as far as it is known."""
+    """A preview of an unfinished image."""
 
     index: int
     number: int
-    """Which preview of the image, from 0."""
+    """Index among the previews of the image, from 0."""
     image: Image = field(repr=False)
 
 

@@ -1,8 +1,8 @@
-"""One request on its way: what has happened to it, and what came out.
+"""State of a request from its admission to its end: status, progress events, results, error.
 
-Every view of a request reads the same ``Generation``: an answer waits for its images, a stream and a job follow its
-events. It lives on the event loop; the device thread reads ``is_wanted`` and
-``request`` and calls ``emit_threadsafe``, nothing else.
+Responses, streams and jobs read the same ``Generation``: a response waits for its images, streams and jobs follow its
+events. It belongs to the event loop. The device thread only reads ``is_wanted`` and ``request`` and calls
+``emit_threadsafe``.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ logger = logging.getLogger("flux2")
 
 
 class Status(StrEnum):
-    """How far a generation is."""
+    """Status of a generation."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -36,7 +36,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Timings:
-    """Where an image's time went, in seconds."""
+    """Time of an image in each stage, in seconds."""
 
     queue_s: float
     encode_s: float
@@ -46,13 +46,13 @@ class Timings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How close an image is to the one without a cache."""
+    """Similarity of an image to the one without a cache."""
 
     psnr_db: float
-    """Infinite if they are equal."""
+    """Infinite for equal images."""
     ssim: float
     side_by_side: Image = field(repr=False)
-    """On the left the image without a cache."""
+    """The image without a cache on the left, the image on the right."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,24 @@ class GenerationResult:
     data: bytes
     timings: Timings
     comparison: Comparison | None = None
-    """With the image without a cache, if the request wants one."""
+    """Set if the request has ``compare``."""
     side_by_side: bytes = b""
-    """The file of the comparison."""
+    """The encoded side-by-side image of the comparison."""
 
     @property
     def file(self) -> bytes:
-        """What a client gets that can take only one file."""
+        """The file for responses that contain one file."""
         return self.side_by_side if self.comparison else self.data
 
 
 class Generation:
     """The images of one request, from its admission to its end.
 
-    It ends once, by ``complete``, ``fail`` or ``cancel``; what happens later is ignored.
+    It ends once, by ``complete``, ``fail`` or ``cancel``; later calls do nothing.
 
     Args:
-        request: what to generate. Without ``is_followed`` no event is kept.
-        on_end: called once, when it ends.
+        request: what to generate. Events are only kept if ``request.is_followed``.
+        on_end: called once, when the generation ends.
     """
 
     def __init__(self, request: Request, *, on_end: Callable[["Generation"], None]) -> None:
@@ -91,9 +91,9 @@ class Generation:
         self.error: Flux2Error | None = None
         self.ended: float | None = None
         self.is_wanted = True
-        """Whether it has not ended; may be read from any thread."""
+        """Whether the generation has not ended; may be read from any thread."""
         self.queued: Queued | None = None
-        """Its place in the queue."""
+        """The latest queue position."""
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._history: list[ProgressEvent | GenerationResult | None] = []
@@ -103,29 +103,30 @@ class Generation:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, work: "GenerationWork") -> None:
-        """Do ``work`` in a task, and end with its results or its error.
+        """Run ``work`` in a task, and end with its results or its error.
 
         Args:
-            work: makes the results. A function, because a task that is cancelled at once never enters its coroutine.
+            work: returns the results. It is a function, because a task that is cancelled before its first step would
+                never await a coroutine.
         """
         self._driver = asyncio.create_task(self._drive(work))
         deadline_s = self.request.deadline_s
         if deadline_s is not None:
-            error = DeadlineExceeded("the deadline passed before it was this request's turn")
+            error = DeadlineExceeded("the deadline passed before the generation started")
             self._timer = self._loop.call_later(deadline_s, self.fail, error)
 
     def begin(self) -> None:
-        """Its turn has come: the deadline is met."""
+        """Stop the deadline's timer, because the device has started."""
         if self._timer is not None:
             self._timer.cancel()
 
     @property
     def num_bytes(self) -> int:
-        """The size of its results."""
+        """Size of the results."""
         return sum(len(result.data) + len(result.side_by_side) for result in self.results)
 
     def emit(self, event: ProgressEvent) -> None:
-        """Note what happens, on the event loop's thread."""
+        """Record an event. Must be called on the event loop's thread."""
         if not self.is_wanted:
             return
         if isinstance(event, Queued):
@@ -137,30 +138,28 @@ class Generation:
             self._wake()
 
     def emit_threadsafe(self, event: ProgressEvent) -> None:
-        """As ``emit``, from any thread."""
+        """Like ``emit``, from any thread."""
         self._loop.call_soon_threadsafe(self.emit, event)
 
     def complete(self, results: list[GenerationResult]) -> None:
-        """End with all images."""
         if self.is_wanted:
             self.results = results
             self._history.extend(results)
             self._end(Status.COMPLETED)
 
     def fail(self, error: Flux2Error) -> None:
-        """End with an error."""
         self._end(Status.FAILED, error)
 
     def cancel(self) -> None:
-        """End because nobody wants it any more; the device stops within one step."""
+        """End the generation; the device stops within one step."""
         self._end(Status.CANCELLED, JobCancelled("this job was cancelled"))
 
     async def images(self) -> list[GenerationResult]:
-        """The results, once they are there.
+        """Wait for the results.
 
         Raises:
-            JobCancelled: it was cancelled.
-            Flux2Error: what it failed with.
+            JobCancelled: the generation was cancelled.
+            Flux2Error: the generation failed with this error.
         """
         await self._has_ended.wait()
         if self.error is not None:
@@ -168,11 +167,11 @@ class Generation:
         return self.results
 
     async def events(self) -> AsyncIterator[ProgressEvent | GenerationResult]:
-        """Everything from the start, then what happens as it does, at last the results.
+        """Yield all events from the start, including future ones, and finally the results.
 
         Raises:
-            JobCancelled: it was cancelled.
-            Flux2Error: what it failed with.
+            JobCancelled: the generation was cancelled.
+            Flux2Error: the generation failed with this error.
         """
         position = 0
         while True:
@@ -195,13 +194,13 @@ class Generation:
             self.fail(error)
         except Exception:
             logger.exception("a generation failed")
-            self.fail(Flux2Error("an internal error; the request id tells the operator more"))
+            self.fail(Flux2Error("an internal error; the log contains more under this request id"))
 
     def _end(self, status: Status, error: Flux2Error | None = None) -> None:
         if not self.is_wanted:
             return
         self.status, self.error, self.ended, self.is_wanted = status, error, time.monotonic(), False
-        # What is large or past goes: a job is kept for long. Readers keep count, so the places stay.
+        # Jobs are kept for long, so previews and positions are dropped. Readers count events, so None replaces them.
         self._history = [None if isinstance(event, Preview | Queued) else event for event in self._history]
         self.request = self.request.without_tensors()
         self.begin()

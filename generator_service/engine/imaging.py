@@ -1,4 +1,4 @@
-"""Pictures to bytes, with how they were made inside, and back."""
+"""Encodes images with their parameters as metadata, and reads the metadata back."""
 
 import io
 import json
@@ -21,16 +21,16 @@ NOTE = "AI generated"
 PARAMETERS = "flux2"
 """The key of the PNG text chunk with the parameters as JSON."""
 PNG_STRATEGY = zlib.Z_RLE
-"""Matches only runs of one byte. Noise, which generated images have, holds no others after PNG's filters."""
+"""Run-length matching only: after PNG's filters, generated images hardly contain other repetitions."""
 DEFAULT_QUALITY = 95
 PREVIEW_QUALITY = 80
 MAX_JPEG_PROMPT_BYTES = 60_000
-"""Of a prompt as JSON: a JPEG file's EXIF ends at 64 KiB, and the rest of the record takes some of it."""
+"""Longest prompt, as JSON, in a JPEG file: EXIF is limited to 64 KiB, which includes the other parameters."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a picture was made: enough to make it again."""
+    """The parameters of an image: sufficient to generate it again."""
 
     prompt: str | None
     width: int
@@ -45,16 +45,16 @@ class Provenance:
     revision: str
     prompt_embeds_sha256: str | None = None
     references_sha256: list[str] = field(default_factory=list)
-    """Of the reference images' files, in order."""
+    """Hashes of the files of the reference images, in order."""
     lora: list[dict[str, Any]] = field(default_factory=list)
     """Names and scales of LoRA adapters."""
     performance: str = "exact"
-    """The profile: two of them generate images that differ by rounding."""
+    """The optimization profile: images of different profiles differ by rounding."""
 
     @classmethod
     def of(cls, params: "Params", model: "Flux2Model") -> "Provenance":
-        """The record of an image that ``model`` generated; with a hash of the embedding if there is no prompt."""
-        from flux2_shared.model.cpu_tensors import float32_sha256  # noqa: PLC0415 - files are read without torch
+        """Describe an image that ``model`` generated; contains a hash of the embedding if there is no prompt."""
+        from flux2_shared.model.cpu_tensors import float32_sha256  # noqa: PLC0415 - reading metadata needs no torch
 
         return cls(
             prompt=params.prompt,
@@ -76,15 +76,15 @@ class Provenance:
 
 
 class NoProvenance(ValueError):
-    """The file is no picture, or says nothing of how it was made."""
+    """The file is not an image, or has no metadata of this service."""
 
 
 def encode_image(
     image: Image.Image, image_format: ImageFormat, provenance: Provenance, quality: int = DEFAULT_QUALITY
 ) -> bytes:
-    """The picture as a file: PNG text chunks, or EXIF for JPEG and WebP, carry ``provenance`` and the AI note.
+    """Encode an image. PNG text chunks, or EXIF for JPEG and WebP, contain ``provenance`` and the AI note.
 
-    ``quality``, 0 to 100, is of JPEG and WebP.
+    ``quality``, 0 to 100, applies to JPEG and WebP.
     """
     buffer = io.BytesIO()
     parameters = json.dumps(asdict(provenance))
@@ -103,7 +103,7 @@ def encode_image(
 
 
 def software() -> str:
-    """What wrote the file; without its version where it runs from a bare copy of its source."""
+    """Return the name and, if the package is installed, the version of this software."""
     try:
         return f"flux2-services {version('flux2-services')}"
     except PackageNotFoundError:
@@ -111,7 +111,7 @@ def software() -> str:
 
 
 def preview_file(image: Image.Image) -> bytes:
-    """An unfinished picture as a small JPEG file."""
+    """Encode a preview as JPEG."""
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = NOTE
@@ -120,18 +120,18 @@ def preview_file(image: Image.Image) -> bytes:
 
 
 def read_provenance(file: Path) -> Provenance:
-    """How the picture in ``file`` was made.
+    """Read the metadata of an image file.
 
     Raises:
-        NoProvenance: it is no readable picture of this service.
+        NoProvenance: the file is not a readable image with metadata of this service.
     """
     try:
-        # Warnings: of damage, or many pixels, which stay compressed here.
+        # PIL warns about damage and about many pixels, which are not decoded here.
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
             if image.format == "PNG":
-                found = json.loads(str(image.info[PARAMETERS]))
+                parameters = json.loads(str(image.info[PARAMETERS]))
             else:
-                found = json.loads(image.getexif()[ExifTags.Base.ImageDescription])[PARAMETERS]
-        return Provenance(**found)
-    except Exception as error:  # a damaged or hostile file can raise anything in PIL
-        raise NoProvenance(f"{file.name} is no picture made by this service, or its record was removed") from error
+                parameters = json.loads(image.getexif()[ExifTags.Base.ImageDescription])[PARAMETERS]
+        return Provenance(**parameters)
+    except Exception as error:  # PIL may raise anything for a damaged or hostile file
+        raise NoProvenance(f"{file.name} was not generated by this service, or its metadata was removed") from error

@@ -1,4 +1,4 @@
-"""Generations that outlive the request that asked for them, in a store bounded in number, bytes and age."""
+"""Stores jobs, which outlive their HTTP request. The store is bounded in number, bytes and age."""
 
 import asyncio
 import secrets
@@ -13,7 +13,7 @@ from generator_service.errors import JobNotFound
 
 @dataclass(frozen=True)
 class Job:
-    """A generation that its owner can come back to."""
+    """A generation that its owner can access by id."""
 
     owner: str
     generation: Generation
@@ -21,12 +21,12 @@ class Job:
 
 
 class JobStore:
-    """The jobs of all clients. Each sees only its own.
+    """The jobs of all clients; a client can access only its own.
 
     Args:
-        max_jobs: how many ended jobs are kept.
-        max_bytes: how much their results may take together.
-        ttl_s: how long a job is kept after its end.
+        max_jobs: largest number of ended jobs.
+        max_bytes: largest total size of their results.
+        ttl_s: time an ended job is kept, in seconds.
     """
 
     def __init__(self, *, max_jobs: int, max_bytes: int, ttl_s: float) -> None:
@@ -38,44 +38,44 @@ class JobStore:
         self._keys: dict[tuple[str, str], tuple[str, str]] = {}
 
     def add(self, job: Job, key: str | None, fingerprint: str) -> None:
-        """Keep ``job``; a repetition of its request finds it by ``key``, the client's ``Idempotency-Key``."""
+        """Store a job. ``key`` is the client's ``Idempotency-Key``, ``fingerprint`` a hash of the request body."""
         self._forget_old()
         self._jobs[job.id] = job
         if key is not None:
             self._keys[job.owner, key] = (fingerprint, job.id)
 
     def get(self, job_id: str, owner: str) -> Job:
-        """The job.
+        """Return a job.
 
         Raises:
-            JobNotFound: there is none, it was forgotten, or it is somebody else's.
+            JobNotFound: there is no such job, it has expired, or it belongs to another client.
         """
         self._forget_old()
         job = self._jobs.get(job_id)
         if job is None or job.owner != owner:
-            raise JobNotFound("there is no such job, or no more")
+            raise JobNotFound("the job does not exist or has expired")
         return job
 
     def repeated(self, owner: str, key: str | None, fingerprint: str) -> Job | None:
-        """The job that a request with the same ``key`` began, if it is still known.
+        """Return the job of an earlier request with the same ``key``, if it is still stored.
 
         Raises:
-            InvalidRequest: that request was another one.
+            InvalidRequest: the earlier request had another body.
         """
         self._forget_old()
         if key is None or (owner, key) not in self._keys:
             return None
-        known, job_id = self._keys[owner, key]
-        if known != fingerprint:
+        original, job_id = self._keys[owner, key]
+        if original != fingerprint:
             raise InvalidRequest("Idempotency-Key: was used for another request", param="Idempotency-Key")
         return self._jobs[job_id]
 
     def lock(self, owner: str, key: str | None) -> asyncio.Lock:
-        """Held from the look-up of an ``Idempotency-Key`` to the ``add`` of its job, so that it cannot begin twice."""
+        """Return a lock to hold from ``repeated`` to ``add``, so that concurrent requests start one job."""
         return asyncio.Lock() if key is None else self._locks.setdefault((owner, key), asyncio.Lock())
 
     def close(self) -> None:
-        """Stop what still runs."""
+        """Cancel all jobs."""
         for job in self._jobs.values():
             job.generation.cancel()
 
@@ -88,4 +88,4 @@ class JobStore:
             is_over = len(ended) - position > self._max_jobs or kept_bytes > self._max_bytes
             if is_over or when < oldest_allowed:
                 kept_bytes -= self._jobs.pop(job_id).generation.num_bytes
-        self._keys = {key: known for key, known in self._keys.items() if known[1] in self._jobs}
+        self._keys = {key: entry for key, entry in self._keys.items() if entry[1] in self._jobs}

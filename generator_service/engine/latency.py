@@ -1,4 +1,4 @@
-"""How long an image takes, estimated before it starts: its schedule says how many steps are computed."""
+"""Estimates the time of an image from its number of tokens and of computed and reused steps."""
 
 import threading
 from dataclasses import dataclass, field
@@ -8,42 +8,41 @@ import numpy as np
 from generator_service.lemica import Schedule
 
 DECAY = 0.8
-"""Weight of the images before, at each further image of a size."""
+"""Factor by which each image of a size reduces the weight of the earlier ones."""
 REUSED_SHARE = 0.05
 """Assumed time of a reused step relative to a computed one, until measurements replace it."""
 SHARE_WEIGHT = 1.0
-"""How many steps that assumption counts as."""
+"""Weight of this assumption, in steps."""
 
 
 @dataclass(frozen=True)
 class LatencyEstimate:
-    """Of an image of some size, in seconds."""
+    """Estimated times of an image of one size, in seconds."""
 
     computed_step_s: float
     reused_step_s: float
     decode_s: float
 
     def denoise_s(self, num_computed: int, num_steps: int) -> float:
-        """Time of a whole run."""
         return num_computed * self.computed_step_s + (num_steps - num_computed) * self.reused_step_s
 
     def total_s(self, num_computed: int, num_steps: int) -> float:
-        """Time of a whole run and of decoding."""
+        """Return the time of denoising and decoding."""
         return self.denoise_s(num_computed, num_steps) + self.decode_s
 
     def seconds_left(self, schedule: Schedule, step: int = 0) -> float:
-        """Time from the beginning of ``step`` to the decoded image."""
+        """Return the time from the start of ``step`` to the decoded image."""
         computed = sum(later >= step for later in schedule.computed_steps)
         return self.total_s(computed, schedule.num_steps - step)
 
     def scaled(self, factor: float) -> "LatencyEstimate":
-        """For an image with ``factor`` times as many tokens: roughly in proportion."""
+        """Return the estimate for ``factor`` times as many tokens, assuming proportional times."""
         return LatencyEstimate(self.computed_step_s * factor, self.reused_step_s * factor, self.decode_s * factor)
 
 
 @dataclass
 class _Size:
-    """Normal equations of a least-squares fit to the images of one number of tokens. Later images weigh more."""
+    """Normal equations of a weighted least-squares fit to the images with one number of tokens."""
 
     products: np.ndarray = field(default_factory=lambda: np.zeros((2, 2)))
     totals: np.ndarray = field(default_factory=lambda: np.zeros(2))
@@ -58,26 +57,26 @@ class _Size:
         self.decode_s = decode_s if is_first else DECAY * self.decode_s + (1 - DECAY) * decode_s
         prior = np.array([-REUSED_SHARE, 1.0])  # reused - share * computed = 0
         computed, reused = np.linalg.solve(self.products + SHARE_WEIGHT * np.outer(prior, prior), self.totals)
-        if reused > computed:  # noise has swapped the two, and running without a cache would seem the fastest
+        if reused > computed:  # noise: otherwise running without a cache would seem the fastest
             computed = reused = self.totals.sum() / self.products.sum()
         self.estimate = LatencyEstimate(float(computed), max(float(reused), 0.0), self.decode_s)
 
 
 class LatencyModel:
-    """Learns from every finished image, for each number of tokens. Safe to use from several threads."""
+    """Learns the latency of images by their number of tokens. Thread-safe."""
 
     def __init__(self) -> None:
         self._sizes: dict[int, _Size] = {}
         self._lock = threading.Lock()
 
     def observe(self, num_tokens: int, *, num_computed: int, num_steps: int, denoise_s: float, decode_s: float) -> None:
-        """Learn from an image of ``num_tokens`` tokens, reference images included."""
+        """Record the times of an image. ``num_tokens`` includes its reference images."""
         with self._lock:
             size = self._sizes.setdefault(num_tokens, _Size())
             size.observe(num_computed, num_steps - num_computed, denoise_s, decode_s)
 
     def estimate(self, num_tokens: int) -> LatencyEstimate | None:
-        """For an image of ``num_tokens`` tokens: in proportion to the nearest size; None before the first image."""
+        """Estimate an image, in proportion to the nearest observed size; None before the first image."""
         with self._lock:
             if not self._sizes:
                 return None

@@ -1,4 +1,4 @@
-"""How close an image with a cache is to the one without: on request, and by sampling for the metrics."""
+"""Compares images with a cache to images without: for ``compare``, and by sampling for the metrics."""
 
 import logging
 from dataclasses import replace
@@ -16,7 +16,7 @@ from generator_service.engine.queue import Queue, Work
 from generator_service.pipelines.flux2 import GeneratedImage
 
 MAX_PSNR_DB = 120.0
-"""Recorded in the metrics for equal images: a histogram's sum cannot be infinite."""
+"""Recorded for equal images, because the sum of a histogram must be finite."""
 logger = logging.getLogger("flux2")
 
 
@@ -24,9 +24,9 @@ class QualitySampler:
     """Generates images again without a cache, in the background, and records the difference in the metrics.
 
     Args:
-        queue: of the engine; a sample takes a slot as a request does.
-        threads: compare images.
-        metrics: record PSNR and SSIM.
+        queue: the engine's queue; a sample takes a slot like a request.
+        threads: run comparisons.
+        metrics: receives PSNR and SSIM.
     """
 
     def __init__(self, queue: Queue[GeneratedImage], threads: ThreadPool, metrics: GeneratorMetrics) -> None:
@@ -35,14 +35,14 @@ class QualitySampler:
         self._metrics = metrics
 
     async def sample(self, work: Work[GeneratedImage], image: GeneratedImage) -> None:
-        """Record how close ``image`` is to that of ``work`` without a cache, unless the queue is full."""
+        """Compare ``image``, the result of ``work``, to the image without a cache, unless the queue is full."""
         request = replace(work.generation.request, params=work.params, num_images=1, is_followed=False)
         try:
             with self._queue.admit() as permit:
                 generation = Generation(request, on_end=self._queue.leave)
                 self._queue.enter(generation, permit)
         except Flux2Error:
-            return  # requests come first; or the engine closes
+            return  # the queue is full or closed
         try:
             full = image
             if not work.params.is_uncached:
@@ -58,7 +58,7 @@ class QualitySampler:
 
 
 def compare(image: Image.Image, reference: Image.Image) -> Comparison:
-    """Measure ``image`` against ``reference``, which has every step computed."""
+    """Compare ``image`` to ``reference``, whose steps are all computed."""
     ours, full = pixels(image), pixels(reference)
     both = Image.new("RGB", (reference.width + image.width, image.height))
     both.paste(reference, (0, 0))
@@ -70,20 +70,20 @@ def psnr(image: NDArray[np.float64], reference: NDArray[np.float64], *, peak: fl
     """Peak signal-to-noise ratio in dB; infinite for equal images.
 
     Args:
-        image: any shape.
-        reference: of the same shape.
-        peak: the range of values: 255 for 8-bit images, 2 for -1..1.
+        image: an array of any shape.
+        reference: an array of the same shape.
+        peak: range of the values: 255 for 8-bit images, 2 for -1..1.
     """
     with np.errstate(divide="ignore"):
         return float(peak_signal_noise_ratio(reference, image, data_range=peak))  # type: ignore[no-untyped-call]
 
 
 def ssim(image: NDArray[np.float64], reference: NDArray[np.float64], *, peak: float) -> float:
-    """Structural similarity (Wang et al. 2004), 1 for equal images; arguments as of ``psnr``, of ``[H, W, C]``."""
+    """Structural similarity (Wang et al. 2004) of images ``[H, W, C]``; 1 for equal images."""
     value = structural_similarity(image, reference, channel_axis=2, data_range=peak)  # type: ignore[no-untyped-call]
     return float(value)
 
 
 def pixels(image: Image.Image) -> NDArray[np.float64]:
-    """``[H, W, 3]``, from 0 to 255."""
+    """Convert an image to ``[H, W, 3]`` with values from 0 to 255."""
     return np.asarray(image.convert("RGB"), dtype=np.float64)

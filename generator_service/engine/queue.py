@@ -1,9 +1,8 @@
-"""Who waits for the device, and who is next. Lives on the event loop; knows neither threads nor tensors.
+"""Admission and order of service. Belongs to the event loop; uses neither threads nor tensors.
 
-A permit is taken before anything costs time, and its number is the order of admission. A generation enters the queue
-with its permit, adds its images once its prompt is embedded, and leaves when it ends. The device takes the images that
-are ready in the order of the permits' numbers; so the position that a generation is told is found by going through what
-the device would take.
+A permit is issued before any work for the request, and its number is the order of admission. A generation enters the
+queue with its permit, adds its images once its prompt is embedded, and leaves when it ends. The device takes ready
+images in the order of the permits' numbers. The position of a generation is computed by simulating the next runs.
 """
 
 import asyncio
@@ -19,8 +18,8 @@ from generator_service.engine.events import Queued
 from generator_service.engine.generation import Generation
 from generator_service.pipelines.params import Params
 
-FIRST_GUESS_S = 1.0
-"""How long a generation is taken to last as long as nothing is known of any."""
+DEFAULT_ESTIMATE_S = 1.0
+"""Assumed time of a generation while no estimate is known, in seconds."""
 
 Image = TypeVar("Image")
 
@@ -30,19 +29,19 @@ class Permit:
     """A slot of the queue."""
 
     number: int
-    """In the order of admission."""
+    """Order of admission."""
     is_taken: bool = False
-    """By a generation, which then gives it back."""
+    """Whether a generation holds it, and frees the slot when it ends."""
 
 
 @dataclass(eq=False)
 class Work(Generic[Image]):
-    """One image for the device."""
+    """An image for the device."""
 
     generation: Generation
     params: Params
     index: int | None
-    """Which image of its generation; None: a reference without a cache, which is not delivered."""
+    """Index in its generation; None for a reference without a cache, which is not returned to the client."""
     result: "asyncio.Future[Image]"
     added: float
     started: float | None = None
@@ -54,11 +53,11 @@ class Work(Generic[Image]):
 
     @property
     def queue_s(self) -> float:
-        """How long it waited for the device."""
+        """Time it waited for the device, in seconds."""
         return 0.0 if self.started is None else self.started - self.added
 
     def finish(self, result: Image | Exception) -> None:
-        """Answer, if anybody still waits."""
+        """Set the result, unless it was cancelled."""
         if self.result.done():
             return
         if isinstance(result, Exception):
@@ -76,14 +75,14 @@ class _Slot(Generic[Image]):
 
 
 class Queue(Generic[Image]):
-    """The order of service of one device, or an estimate of that of several.
+    """The queue of one device, or an estimate for several devices.
 
     Args:
-        capacity: how many generations may be admitted at a time.
-        max_batch: how many images may share a run.
-        batch_key: images with equal keys may share a run; one with the key None runs alone.
-        num_devices: how many generations are served at a time.
-        clock: seconds, monotonic.
+        capacity: returns the largest number of generations in flight.
+        max_batch: largest number of images in a run.
+        batch_key: images with equal keys may share a run; an image with the key None runs alone.
+        num_devices: returns the number of generations that run concurrently.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -113,15 +112,15 @@ class Queue(Generic[Image]):
 
     @property
     def generations(self) -> list[Generation]:
-        """Those that have entered, in the order of admission."""
+        """All generations in the queue, in the order of admission."""
         return list(self._slots)
 
     @contextmanager
     def admit(self) -> Iterator[Permit]:
-        """Hold a permit; one that no generation has taken within the block is given back.
+        """Issue a permit. It is released after the block if no generation has taken it.
 
         Raises:
-            Busy: the queue is full; the error says when to come back.
+            Busy: the queue is full; ``retry_after_s`` is an estimate.
             Flux2Error: the queue was closed with this error.
         """
         if self._refusal is not None:
@@ -138,7 +137,7 @@ class Queue(Generic[Image]):
                 self._permits.discard(permit)
 
     def enter(self, generation: Generation, permit: Permit) -> None:
-        """Give ``generation`` the slot of ``permit``; raises the error that the queue was closed with meanwhile."""
+        """Give ``generation`` the slot of ``permit``; raise the queue's error if it was closed meanwhile."""
         if self._refusal is not None:
             raise self._refusal()
         permit.is_taken = True
@@ -148,7 +147,7 @@ class Queue(Generic[Image]):
         self._report()
 
     def add(self, generation: Generation, params: Params, index: int | None) -> Work[Image]:
-        """An image of ``generation`` is ready for the device."""
+        """Add an image of ``generation`` that is ready for the device."""
         future = asyncio.get_running_loop().create_future()
         work = Work(generation, params, index, future, self._clock())
         self._slots[generation].ready.append(work)
@@ -157,7 +156,7 @@ class Queue(Generic[Image]):
         return work
 
     def begin(self, generation: Generation) -> None:
-        """The turn of ``generation`` has come."""
+        """Mark ``generation`` as begun."""
         slot = self._slots.get(generation)
         if slot is not None and not slot.has_begun:
             slot.has_begun = True
@@ -165,13 +164,13 @@ class Queue(Generic[Image]):
             self._report()
 
     def leave(self, generation: Generation) -> None:
-        """``generation`` has ended: its slot is free, and what is not taken yet is dropped."""
+        """Free the slot of ``generation``, which has ended, and drop its remaining images."""
         slot = self._slots.pop(generation)
         self._permits.discard(slot.permit)
         self._report()
 
     async def take(self) -> list[Work[Image]]:
-        """The images for the device's next run, as soon as there are any."""
+        """Wait for the images of the next run, and take them."""
         while not (batch := self._first_batch(self._ready())):
             self._arrival.clear()
             await self._arrival.wait()
@@ -185,22 +184,22 @@ class Queue(Generic[Image]):
         return batch
 
     def finish(self) -> None:
-        """What was taken last has run."""
+        """Mark the run that was taken last as finished."""
         self._running = []
         self._report()
 
     def close(self, error: Callable[[], Flux2Error]) -> None:
-        """End every generation with ``error()``, and admit none any more."""
+        """Fail every generation with ``error()`` and refuse new ones with it."""
         self._refusal = error
         for generation in self.generations:
             generation.fail(error())
 
     def position(self, generation: Generation) -> Queued:
-        """The position of ``generation``, and the time until its turn."""
+        """Return the position of ``generation`` and the estimated time until its turn."""
         return self._forecast().position(self._slots[generation])
 
     def _report(self) -> None:
-        """Emit the positions that have changed, where a client follows the generation."""
+        """Emit changed positions to generations that are followed by a client."""
         followed = [slot for slot in self._slots.values() if slot.generation.request.is_followed]
         if followed:
             self._forecast().emit(followed)
@@ -209,7 +208,7 @@ class Queue(Generic[Image]):
         return _Forecast(list(self._slots.values()), list(self._runs()), self._clock(), max(1, self._num_devices()))
 
     def _runs(self) -> Iterator[list[Work[Image]]]:
-        """The current run, and those that the device would take after it."""
+        """Simulate the service: yield the current run, then the runs that follow."""
         if self._running:
             yield [work for work in self._running if work.generation in self._slots]
         ready = self._ready()
@@ -218,7 +217,7 @@ class Queue(Generic[Image]):
             ready = [work for work in ready if work not in batch]
 
     def _first_batch(self, ready: Sequence[Work[Image]]) -> list[Work[Image]]:
-        """The first of ``ready``, and those that may share its run."""
+        """Return the first of ``ready`` and the works that may share its run."""
         key = self._batch_key(ready[0]) if ready and self._max_batch > 1 else None
         compatible = (work for work in ready[1:] if key is not None and self._batch_key(work) == key)
         return [*ready[:1], *itertools.islice(compatible, self._max_batch - 1)]
@@ -229,12 +228,12 @@ class Queue(Generic[Image]):
 
 @dataclass(frozen=True)
 class _Forecast(Generic[Image]):
-    """What the device will do, as far as it is known now."""
+    """Predicted order of service."""
 
     slots: Sequence[_Slot[Image]]
-    """In the order of admission."""
+    """All slots, in the order of admission."""
     runs: Sequence[Sequence[Work[Image]]]
-    """In the order of service."""
+    """All runs, in the order of service."""
     now: float
     num_devices: int
 
@@ -250,7 +249,7 @@ class _Forecast(Generic[Image]):
         before = list(itertools.takewhile(lambda run: all(w.generation is not slot.generation for w in run), self.runs))
         seconds = [self._seconds_left(work) for run in before for work in run]
         others = {work.generation for run in before for work in run}
-        if not slot.ready:  # its prompt is not embedded yet, as those of others that were admitted earlier may not be
+        if not slot.ready:  # its prompt is not embedded yet; earlier ones may be in the same state
             earlier = list(itertools.takewhile(lambda other: other is not slot, self._embedding()))
             others |= {other.generation for other in earlier}
             seconds += [other.generation.request.estimate_of_all_s for other in earlier]
@@ -260,16 +259,16 @@ class _Forecast(Generic[Image]):
         return Queued(position, None if None in seconds else sum(filter(None, seconds)) / self.num_devices)
 
     def seconds_of_all(self, num_permits: int) -> float:
-        """Estimated time for everything in the queue; what has no estimate is assumed to take the mean of the rest."""
+        """Estimate the time for the whole queue; unknown generations are assumed to take the mean of the others."""
         seconds = [self._seconds_left(work) for run in self.runs for work in run]
         seconds += [slot.generation.request.estimate_of_all_s for slot in self._embedding()]
         known = [each for each in seconds if each is not None]
         num_unknown = num_permits - len(self.slots) + len(seconds) - len(known)
-        guess = sum(known) / len(known) if known else FIRST_GUESS_S
-        return (sum(known) + num_unknown * guess) / self.num_devices
+        mean = sum(known) / len(known) if known else DEFAULT_ESTIMATE_S
+        return (sum(known) + num_unknown * mean) / self.num_devices
 
     def _embedding(self) -> list[_Slot[Image]]:
-        """Those whose prompt is not embedded yet."""
+        """Return the slots whose prompt is not embedded yet."""
         return [slot for slot in self.slots if not slot.ready and not slot.has_begun]
 
     def _seconds_left(self, work: Work[Image]) -> float | None:

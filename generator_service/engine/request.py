@@ -10,18 +10,18 @@ from generator_service.pipelines.params import Params
 
 @dataclass(frozen=True)
 class Request:
-    """One image or several with consecutive seeds. It can be pickled: a Ray cluster sends it to a replica."""
+    """A request for images with consecutive seeds. Picklable, because Ray sends it to a replica."""
 
     params: Params
-    """Of the first image."""
+    """Parameters of the first image."""
     num_images: int = 1
     output_format: ImageFormat = "png"
     quality: int = DEFAULT_QUALITY
-    """Of JPEG and WebP files, 0 to 100."""
+    """Quality of JPEG and WebP files, 0 to 100."""
     deadline_s: float | None = None
-    """Within which the device must have begun."""
+    """Time within which the device must have started, in seconds."""
     preview_steps: tuple[int, ...] = ()
-    """After which steps a preview is emitted."""
+    """Steps after which a preview is emitted."""
     is_upsampled: bool = False
     """Whether the prompt is rewritten before it is embedded."""
     compare: bool = False
@@ -31,10 +31,10 @@ class Request:
     num_tokens: int = 0
     """Tokens of an image and its reference images."""
     latency: LatencyEstimate | None = None
-    """Of one image, once anything is known about the device's speed."""
+    """Latency estimate of one image; None before the first measurement."""
 
     def all_params(self) -> list[Params]:
-        """Of each image: the seeds are consecutive."""
+        """Return the parameters of each image; the seeds are consecutive."""
         return [replace(self.params, seed=self.params.seed + index) for index in range(self.num_images)]
 
     @property
@@ -44,7 +44,7 @@ class Request:
 
     @property
     def estimate_of_all_s(self) -> float | None:
-        """Estimated time of all images on the device, those without a cache for ``compare`` included, in seconds."""
+        """Estimated time of all images on the device, including uncached ones for ``compare``, in seconds."""
         if self.latency is None:
             return None
         schedules = [self.params.schedule]
@@ -53,9 +53,9 @@ class Request:
         return self.num_images * sum(self.latency.seconds_left(schedule) for schedule in schedules)
 
     def seconds_left(self, schedule: Schedule, step: int = 0) -> float | None:
-        """Estimated time of an image from the beginning of ``step`` on, in seconds."""
+        """Return the estimated time of an image from the start of ``step``, in seconds; None if unknown."""
         return None if self.latency is None else self.latency.seconds_left(schedule, step)
 
     def without_tensors(self) -> "Request":
-        """The same without the embedding and the reference images, which are large."""
+        """Return a copy without the embedding and the reference images, which are large."""
         return replace(self, params=self.params.without_tensors())

@@ -1,4 +1,4 @@
-"""What runs on the device's thread: the warm-up, and the images that the queue gives it."""
+"""Runs the warm-up and the images of the queue on the device thread."""
 
 import itertools
 import logging
@@ -28,34 +28,34 @@ logger = logging.getLogger("flux2")
 
 WARM_UP_STEPS = 3
 BATCHED_ROWS = 2
-"""What is compiled for this many rows holds for more; for one row PyTorch compiles something else."""
+"""Code compiled for this many rows also serves more rows; PyTorch specializes code for one row."""
 WarmUpStage = tuple[str, Callable[[], object]]
-"""A name for people, and what is run."""
+"""A name for progress reports, and a function to run."""
 ImageWork = Work[GeneratedImage]
 ImageQueue = Queue[GeneratedImage]
 
 
 @dataclass(frozen=True)
 class Batching:
-    """Which images may share a run."""
+    """Limits for images that share a run."""
 
     max_batch: int = 1
     max_pixels: int = 0
-    """Of each; larger ones keep a GPU busy alone."""
+    """Largest image, in pixels, that may share a run; a larger one uses the whole GPU alone."""
 
 
 ALONE = Batching()
 
 
 class Worker:
-    """Generates images with one model on the device's thread, and learns how long they take.
+    """Generates images with one model on the device thread, and records their latency.
 
     Args:
         model: loaded on the same thread.
-        thread: the device's.
-        latencies: learns from every usual image.
-        metrics: counts steps.
-        batching: which images may share a run; changes if the warm-up shows that there is too little memory.
+        thread: the device thread.
+        latencies: receives the times of images without adapters.
+        metrics: receives the number of steps.
+        batching: limits for images that share a run; disabled if the warm-up runs out of memory.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Worker:
         self._metrics = metrics
 
     async def serve(self, queue: ImageQueue) -> None:
-        """Run what ``queue`` gives until the device is lost, which closes the queue."""
+        """Run the batches of ``queue`` until the device is lost; then close the queue with ``DeviceLost``."""
         while True:
             works = await queue.take()
             try:
@@ -86,15 +86,15 @@ class Worker:
                 work.finish(result)
 
     def batch_key(self, work: ImageWork) -> object:
-        """What images that share a run have in common; None for one that runs alone."""
+        """Return the batch key of an image; None if it has to run alone."""
         is_small = work.params.width * work.params.height <= self.batching.max_pixels
         return work.params.batch_key if is_small and not work.generation.request.preview_steps else None
 
     def run(self, works: Sequence[ImageWork]) -> Sequence[GeneratedImage | Exception]:
-        """On the device's thread: an image, or the error that belongs to it alone, for each of ``works``.
+        """Generate an image, or an exception if it fails, for each of ``works``. Runs on the device thread.
 
         Raises:
-            DeviceLost: an error left the device unusable, so none of the images is delivered.
+            DeviceLost: an error left the device unusable; all images are discarded.
         """
         together = self._run_together(works) if len(works) > 1 else None
         results = together or [self._run_alone(work) for work in works]
@@ -104,27 +104,27 @@ class Worker:
         return results
 
     def _run_together(self, works: Sequence[ImageWork]) -> Sequence[GeneratedImage | Exception] | None:
-        """The images of one run, or None if they have to be generated one by one."""
+        """Generate all images in one run; return None if they have to be generated one by one."""
         try:
             return self.model.generate_batch([work.params for work in works], partial(self._on_step, works))
         except (OutOfMemory, NonFiniteOutput) as error:
             logger.warning("%d images are generated one by one: %s", len(works), error)
         except GenerationCancelled:
-            pass  # each of them ends by itself
+            pass  # each of them is checked again by itself
         return None
 
     def _run_alone(self, work: ImageWork) -> GeneratedImage | Exception:
         try:
             previews = previews_of(work) if work.generation.request.preview_steps else None
             image = self.model.generate(work.params, partial(self._on_step, [work]), previews)
-        except Exception as error:  # noqa: BLE001 - it belongs to this image's generation alone
+        except Exception as error:  # noqa: BLE001 - fails only the generation of this image
             return error
-        if not work.params.adapters and image.schedule is work.params.schedule:  # else it took longer
+        if not work.params.adapters and image.schedule is work.params.schedule:  # other images take longer
             self._learn(work.params, work.generation.request.num_tokens, image)
         return image
 
     def _on_step(self, works: Sequence[ImageWork], step: int, is_computed: bool) -> None:
-        """Before each step; a run that nobody wants any more ends here."""
+        """Emit the start of a step; raise ``GenerationCancelled`` if all generations of the run have ended."""
         wanted = [work for work in works if work.generation.is_wanted]
         if not wanted:
             raise GenerationCancelled
@@ -136,12 +136,12 @@ class Worker:
                 work.generation.emit_threadsafe(StepStarted(work.index, step, is_computed, left))
 
     def warm_up(self, embedding_shape: tuple[int, int], sizes: Sequence[tuple[int, int]], report: Report) -> None:
-        """Run a few steps of both kinds, on the device's thread: what is compiled, and what images cost, is known then.
+        """Run a few computed and reused steps, to compile the model and measure its latency. Runs on the device thread.
 
         Args:
-            embedding_shape: tokens and width of a prompt's embedding.
-            sizes: widths and heights of images that are compiled by themselves; none: the model's default.
-            report: hears how far it is.
+            embedding_shape: tokens and width of a prompt embedding.
+            sizes: image sizes (width, height) with compiled code for exactly that size; empty: the model's default.
+            report: called with the progress as text.
         """
         side = self.model.info.default_side
         nothing = torch.zeros(1, *embedding_shape)
@@ -160,7 +160,7 @@ class Worker:
         logger.info("%s", self.model.performance)
 
     def _warm_up_size(self, params: Params) -> None:
-        """Generate at one size with each kind of step; the first run also pays for what happens once."""
+        """Generate at one size with both kinds of steps. The first run is not measured."""
         self.model.warm_up([replace(params, schedule=schedule_for("none", 1))])
         for schedule in (schedule_for("none", WARM_UP_STEPS), params.schedule):
             timed = replace(params, schedule=schedule)
@@ -169,7 +169,7 @@ class Worker:
             self._learn(timed, num_tokens, image)
 
     def _batch_stages(self, params: Params) -> list[WarmUpStage]:
-        """What runs of several images like ``params`` need, at the largest size that may share a run."""
+        """Return the stages for runs of several images, at the largest size that may share a run."""
         unit = self.model.info.pixels_per_token
         side = min(math.isqrt(self.batching.max_pixels) // unit * unit, self.model.info.default_side)
         if self.batching.max_batch == 1 or side == 0:
@@ -194,7 +194,7 @@ class Worker:
 
 
 def previews_of(work: ImageWork) -> Previews | None:
-    """The previews of an image whose generation a client follows."""
+    """Return the previews of an image; None if the generation is not followed by a client."""
     index, generation = work.index, work.generation
     if index is None or not generation.request.is_followed:
         return None

@@ -262,7 +262,9 @@ def test_a_reference_image_that_cannot_be_used_is_told_there(visit: Visit) -> No
     visit.page.get_by_label("Drop images here").set_input_files(file)  # type: ignore[arg-type]
     expect(visit.page.get_by_role("img", name="Reference image 1")).to_be_visible()
     visit.generate()
-    expect(visit.page.locator("#images-error")).to_have_text(re.compile(r"images\[0\]: must have each side 64 pixels"))
+    expect(visit.page.locator("#images-error")).to_have_text(
+        re.compile(r"images\[0\]: must have sides of at least 64 pixels")
+    )
     expect(visit.page.get_by_label("Drop images here")).to_be_focused()
     visit.expect_refusals(422)
 

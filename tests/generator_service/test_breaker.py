@@ -113,5 +113,5 @@ async def test_a_prompt_that_is_refused_is_no_failure() -> None:
     async with TextEncoderClient("http://encoder", (4, 8), transport=replies) as client:
         encoder = RetryingEncoder(client, timeout_s=5.0, cache_bytes=0)
         for _ in range(2 * FAILURES_TO_OPEN):
-            with pytest.raises(InvalidRequest, match="refused by"):
+            with pytest.raises(InvalidRequest, match="rejected by"):
                 await encoder.embed("a")

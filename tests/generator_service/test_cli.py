@@ -83,8 +83,8 @@ def test_local_is_the_same_without_services(generator_url: str, tmp_path: Path) 
         (("--size", "65x64"), "width: must be a multiple of 16"),
         (("-o", "x.gif"), ".png, .jpg"),
         (("-o", "absent/x.png"), "absent/x.png cannot be written: No such file or directory"),
-        (("--url", "http://127.0.0.1:9"), "no answer from http://127.0.0.1:9"),
-        (("--url", "nonsense"), "no answer from nonsense"),
+        (("--url", "http://127.0.0.1:9"), "no response from http://127.0.0.1:9"),
+        (("--url", "nonsense"), "no response from nonsense"),
     ],
 )
 def test_mistakes_are_one_line(generator_url: str, tmp_path: Path, options: tuple[str, ...], told: str) -> None:

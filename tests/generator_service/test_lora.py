@@ -198,7 +198,7 @@ async def test_a_negative_scale_is_not_a_positive_one(serve_generator: Serve, fo
 @pytest.mark.parametrize(
     ("lora", "told"),
     [
-        ("nobody", "there is no adapter 'nobody': there are clay, damaged, half, ink, narrow, other-model, wool"),
+        ("nobody", "there is no adapter 'nobody'; available are clay, damaged, half, ink, narrow, other-model, wool"),
         ("../ink", "there is no adapter '../ink'"),
         ([{"name": "ink"}, {"name": "ink"}], "names an adapter twice"),
         ([{"name": "ink", "scale": 5}], "less than or equal to 4"),
@@ -220,4 +220,4 @@ async def test_a_service_without_a_folder_has_none(serve_generator: Serve) -> No
     """It says so."""
     async with serve_generator() as http:
         answer = await http.post("/generate", json=SMALL | {"lora": "ink"})
-    assert answer.json()["detail"] == "lora: there is no adapter 'ink': this service has none"
+    assert answer.json()["detail"] == "lora: there is no adapter 'ink'; this service has none"

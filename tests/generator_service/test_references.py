@@ -106,7 +106,7 @@ def test_a_damaged_file_is_refused_in_our_words() -> None:
     """A file that ends early is refused; the library's own text, which may tell addresses, never comes out."""
     whole = file_of(picture(), "PNG")
     for length in range(8, len(whole) - 12, 37):
-        with pytest.raises(InvalidRequest, match=r"^images\[0\]: this PNG file is damaged$"):
+        with pytest.raises(InvalidRequest, match=r"^images\[0\]: the PNG file is damaged$"):
             read_reference(whole[:length], "images[0]", MAX_PIXELS)
 
 

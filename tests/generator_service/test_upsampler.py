@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from flux2_shared.errors import Flux2Error
 from flux2_shared.wire import dump_torch
-from generator_service.clients.upsampler import MAX_ANSWER_BYTES, MAX_PROMPT_CHARS, Upsampler
+from generator_service.clients.upsampler import MAX_PROMPT_CHARS, MAX_RESPONSE_BYTES, Upsampler
 from generator_service.engine.imaging import read_provenance
 from generator_service.errors import BadUpsamplerResponse, UpsamplerUnavailable
 from tests.conftest import Serve
@@ -114,7 +114,7 @@ def fails(error: Exception) -> Callable[[], httpx.Response]:
         (lambda: httpx.Response(200, json={"choices": [{"message": {"content": ["secret"]}}]}), BadUpsamplerResponse),
         (lambda: httpx.Response(200, content=completion("  ")), BadUpsamplerResponse),
         (lambda: httpx.Response(200, content=completion("s" * (MAX_PROMPT_CHARS + 1))), BadUpsamplerResponse),
-        (lambda: httpx.Response(200, content=bytes(MAX_ANSWER_BYTES + 1)), BadUpsamplerResponse),
+        (lambda: httpx.Response(200, content=bytes(MAX_RESPONSE_BYTES + 1)), BadUpsamplerResponse),
     ],
 )
 async def test_what_goes_wrong_has_a_name(answer: Callable[[], httpx.Response], error: type[Flux2Error]) -> None:

@@ -1,1 +1,1 @@
-"""The APIs of others, which their clients speak unchanged."""
+"""APIs that are compatible with clients of other services."""

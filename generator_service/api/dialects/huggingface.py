@@ -1,4 +1,4 @@
-"""The bodies of Hugging Face's inference API: ``InferenceClient(model="http://...")`` draws and edits unchanged."""
+"""Hugging Face's inference API, for ``text_to_image`` and ``image_to_image`` of ``InferenceClient(model=url)``."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from generator_service.errors import UnsupportedParameter
 
 
 class TargetSize(Strict):
-    """Of an edited picture."""
+    """Size of an edited image."""
 
     width: StrictInt
     height: StrictInt
 
 
 class Parameters(Sampling):
-    """What the client's methods send beside their input."""
+    """Optional parameters of a request."""
 
     prompt: Text | None = None
     width: StrictInt | None = None
@@ -28,27 +28,27 @@ class Parameters(Sampling):
 
 
 class InferenceRequest(Strict):
-    """``inputs`` is a prompt; with ``parameters.prompt`` it is the picture to edit, as base64."""
+    """``inputs`` is the prompt, or, with ``parameters.prompt``, the image to edit as base64."""
 
     inputs: Text
     parameters: Parameters = Field(default_factory=Parameters)
     options: dict[str, Any] | None = None
 
     def native(self) -> GenerateRequest:
-        """The same request in this service's own words.
+        """Convert to the body of ``POST /generate``.
 
         Raises:
-            UnsupportedParameter: it asks for what FLUX.2 does not have.
+            UnsupportedParameter: ``negative_prompt`` or ``scheduler`` is set, which FLUX.2 does not support.
         """
-        given = self.parameters
+        parameters = self.parameters
         for name in ("negative_prompt", "scheduler"):
-            if getattr(given, name):
-                raise UnsupportedParameter(f"{name}: this model has none", param=name)
-        is_edit = given.prompt is not None
-        size = given.target_size or given
+            if getattr(parameters, name):
+                raise UnsupportedParameter(f"{name}: not supported by this model", param=name)
+        is_edit = parameters.prompt is not None
+        size = parameters.target_size or parameters
         return GenerateRequest(
-            **{name: getattr(given, name) for name in Sampling.model_fields},
-            prompt=given.prompt if is_edit else self.inputs,
+            **{name: getattr(parameters, name) for name in Sampling.model_fields},
+            prompt=parameters.prompt if is_edit else self.inputs,
             images=[self.inputs] if is_edit else [],
             width=size.width,
             height=size.height,

@@ -1,4 +1,4 @@
-"""OpenAI's images API: its Python and Node clients work with ``base_url=http://.../v1`` and nothing else changed."""
+"""OpenAI's images API, for its clients with ``base_url=http://.../v1``."""
 
 import base64
 import time
@@ -33,12 +33,12 @@ EDIT_FORM = {
     "required": ["prompt", "image"],
     "properties": {"prompt": {"type": "string"}, "image": {"type": "string", "format": "binary"}},
 }
-"""The least that an edit needs, for the API's own description; the other fields are those of ``ImagesRequest``."""
+"""OpenAPI schema of the required fields of an edit; the others are those of ``ImagesRequest``."""
 INTEGERS = ("n", "num_inference_steps", "output_compression", "partial_images", "seed")
 
 
 class ImagesRequest(Sampling):
-    """Body of ``/v1/images/generations``, and the fields of ``/v1/images/edits`` beside its files."""
+    """Body of ``/v1/images/generations``, and the text fields of ``/v1/images/edits``."""
 
     prompt: Text
     model: StrictStr | None = None
@@ -49,7 +49,7 @@ class ImagesRequest(Sampling):
     response_format: Literal["b64_json"] | None = None
     stream: bool = False
     partial_images: Annotated[StrictInt, Field(ge=0, le=3)] = 0
-    # What other models can do and this one cannot; a client need not know.
+    # Accepted for compatibility, and ignored.
     background: str | None = None
     input_fidelity: str | None = None
     moderation: str | None = None
@@ -58,7 +58,7 @@ class ImagesRequest(Sampling):
     user: str | None = None
 
     def native(self, images: Sequence[bytes] = ()) -> GenerateRequest:
-        """The same request in this service's own words."""
+        """Convert to the body of ``POST /generate``."""
         width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
         return GenerateRequest(
             **{name: getattr(self, name) for name in Sampling.model_fields},
@@ -75,50 +75,52 @@ class ImagesRequest(Sampling):
 
 @router.get("/models")
 async def models(state: State) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [model_card(state)]}
+    """List the model that is served."""
+    return {"object": "list", "data": [model_object(state)]}
 
 
 @router.get("/models/{name:path}")
 async def model(name: str, state: State) -> dict[str, Any]:
-    """The model, whatever it is called: requests may name any."""
-    return model_card(state) | {"id": name}
+    """Describe the model. Requests may use any name for it."""
+    return model_object(state) | {"id": name}
 
 
-def model_card(state: GeneratorState) -> dict[str, Any]:
-    """What OpenAI's API tells of a model."""
+def model_object(state: GeneratorState) -> dict[str, Any]:
     return {"id": state.engine.info.name, "object": "model", "created": 0, "owned_by": "flux2-services"}
 
 
 @router.post("/images/generations")
 async def generations(body: ImagesRequest, http_request: HTTPRequest, state: State) -> Response:
-    """Pictures of a prompt."""
+    """Generate images from a prompt."""
     with state.engine.admit() as permit:
-        generation = await begin(body, body.native(), state, permit)
-    return await answer(generation, body, http_request, state, "image_generation")
+        generation = await submit(body, body.native(), state, permit)
+    return await respond(generation, body, http_request, state, "image_generation")
 
 
 @router.post(
     "/images/edits", openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": EDIT_FORM}}}}
 )
 async def edits(http_request: HTTPRequest, state: State) -> Response:
-    """Pictures made from reference images: a multipart body with one part ``image``, or several ``image[]``."""
+    """Generate images from reference images: multipart parts ``image`` or ``image[]``."""
     with state.engine.admit() as permit:  # before the files are read
         async with http_request.form() as form:
             body = form_request(form)
             images = [await part.read() for name in ("image", "image[]") for part in files(form, name)]
         if not images:
-            raise InvalidRequest("image: give one file or more", param="image")
-        generation = await begin(body, await state.requests.run(body.native, images), state, permit)
-    return await answer(generation, body, http_request, state, "image_edit")
+            raise InvalidRequest("image: at least one file is required", param="image")
+        generation = await submit(body, await state.requests.run(body.native, images), state, permit)
+    return await respond(generation, body, http_request, state, "image_edit")
 
 
 def form_request(form: FormData) -> ImagesRequest:
-    """The fields of a multipart body, which are all text, with their types."""
+    """Parse the text fields of a multipart body.
+
+    Raises:
+        InvalidRequest: a field is invalid.
+        UnsupportedParameter: there is a mask.
+    """
     if "mask" in form:
-        raise UnsupportedParameter(
-            "mask: this model edits whole pictures: say in the prompt what to change", param="mask"
-        )
+        raise UnsupportedParameter("mask: not supported by this model; describe the change in the prompt", param="mask")
     fields: dict[str, Any] = {k: v for k, v in form.items() if k not in ("image", "image[]")}
     for name, text in fields.items():
         if name in INTEGERS or (name == "cache" and str(text).isdigit()):
@@ -136,7 +138,6 @@ def form_request(form: FormData) -> ImagesRequest:
 
 
 def number(name: str, text: Any, kind: type[int] | type[float]) -> int | float:
-    """A field's text as a number."""
     try:
         return kind(text)
     except (TypeError, ValueError):
@@ -144,22 +145,21 @@ def number(name: str, text: Any, kind: type[int] | type[float]) -> int | float:
 
 
 def files(form: FormData, name: str) -> list[UploadFile]:
-    """The files of a multipart body's parts of one name."""
+    """Return the files of all parts with one name."""
     parts = form.getlist(name)
     if not all(isinstance(part, UploadFile) for part in parts):
         raise InvalidRequest(f"{name}: must be a file", param=name)
     return cast("list[UploadFile]", parts)
 
 
-async def begin(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:
-    """Begin to generate the images."""
+async def submit(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:
     return state.engine.submit(await state.requests.run(state.resolver.resolve, native, body.stream), permit)
 
 
-async def answer(
+async def respond(
     generation: Generation, body: ImagesRequest, http_request: HTTPRequest, state: GeneratorState, prefix: Prefix
 ) -> Response:
-    """The images as OpenAI's JSON, or as its stream of events."""
+    """Return the images as JSON or as a stream of events."""
     common, usage = common_fields(generation.request), usage_of(generation.request, state)
     if body.stream:
         events = openai_events(generation, prefix, common, usage, state.responses)
@@ -167,7 +167,7 @@ async def answer(
     try:
         results = await while_connected(http_request, generation.images())
     finally:
-        generation.cancel()  # the client left; a generation that has ended stays as it is
+        generation.cancel()  # if the client disconnected; does nothing if the generation has ended
     if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     total = usage | {"output_tokens": usage["output_tokens"] * body.n}
@@ -177,24 +177,22 @@ async def answer(
 
 
 def json_response(request: Request, results: Sequence[GenerationResult], fields: dict[str, Any]) -> Response:
-    """All images in one JSON object."""
     return JSONResponse({"data": [as_json(request, result) for result in results]} | fields)
 
 
 def as_json(request: Request, result: GenerationResult) -> dict[str, Any]:
-    """A finished image, and the prompt that it was generated with if the client's was rewritten."""
+    """Return the image as base64, its seed, and the rewritten prompt if there is one."""
     revised = {"revised_prompt": result.params.prompt} if request.is_upsampled else {}
     return {"b64_json": base64.b64encode(result.data).decode(), "seed": result.params.seed} | revised
 
 
 def common_fields(request: Request) -> dict[str, Any]:
-    """What every response says about its images."""
     size = f"{request.params.width}x{request.params.height}"
     return {"background": "opaque", "output_format": request.output_format, "quality": "high", "size": size}
 
 
 def usage_of(request: Request, state: GeneratorState) -> dict[str, Any]:
-    """Tokens of one image, as the transformer counts them."""
+    """Return the usage of one image, in tokens of the transformer."""
     text, model = state.resolver.embedding_shape[0], state.engine.info
     output = model.num_image_tokens(request.params.width, request.params.height)
     references = request.num_tokens - output
@@ -209,7 +207,7 @@ def usage_of(request: Request, state: GeneratorState) -> dict[str, Any]:
 async def openai_events(
     generation: Generation, prefix: Prefix, common: dict[str, Any], usage: dict[str, Any], threads: ThreadPool
 ) -> sse.Events:
-    """``partial_image`` and ``completed``, as OpenAI's clients read them."""
+    """Yield ``partial_image`` events, then ``completed`` for each image."""
     common = common | {"created_at": int(time.time())}
     async for event in generation.events():
         if isinstance(event, Preview):

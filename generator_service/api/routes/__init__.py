@@ -1,1 +1,1 @@
-"""The routes of the generator's own API."""
+"""Routes of the generator's native API."""

@@ -1,4 +1,4 @@
-"""``POST /generate``: images as files, as JSON, or as a stream of events."""
+"""``POST /generate``: returns images as files, as JSON, or as a stream of events."""
 
 from typing import Annotated
 
@@ -18,11 +18,10 @@ from generator_service.engine.job_store import Job
 
 router = APIRouter()
 MAX_KEY_CHARS = 255
-"""Of an ``Idempotency-Key``."""
+"""Longest ``Idempotency-Key``."""
 
 
 def dialect_of(value: object) -> str:
-    """Which of the two bodies it is."""
     is_inference = isinstance(value, dict) and "inputs" in value
     return "<huggingface>" if is_inference or isinstance(value, InferenceRequest) else "<native>"
 
@@ -46,11 +45,12 @@ async def generate(
     accept: Annotated[str, Header()] = "",
     idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
 ) -> Response:
-    """An image; its seed, schedule and timings are in the headers, and in the file itself.
+    """Generate images. Seed, schedule and timings are in the headers, and the parameters in the metadata of the file.
 
-    The body is our own or Hugging Face's. Several images are the parts of a ``multipart/mixed`` body. With ``Accept:
-    application/json`` images are base64 in JSON; with ``text/event-stream`` there is an event for every step, and the
-    images are base64 in the last ones. With ``on_disconnect: keep`` the request is a job, which its client may leave.
+    The body is the native one or that of Hugging Face's inference API. Several images are sent as ``multipart/mixed``.
+    With ``Accept: application/json`` images are base64 in JSON. With ``Accept: text/event-stream`` there is an event
+    for every step, and the last events contain the images as base64. With ``on_disconnect: keep`` the request becomes
+    a job, which continues if the client disconnects.
     """
     native = body.native() if isinstance(body, InferenceRequest) else body
     if native.on_disconnect == "keep":
@@ -64,11 +64,11 @@ async def generate(
     try:
         return await respond(generation, http_request, state, accept)
     finally:
-        generation.cancel()  # the client left; a generation that has ended stays as it is
+        generation.cancel()  # if the client disconnected; does nothing if the generation has ended
 
 
 async def respond(generation: Generation, http_request: Request, state: GeneratorState, accept: str) -> Response:
-    """Wait for the images, as long as the client does."""
+    """Wait for the images while the client is connected."""
     results = await while_connected(http_request, generation.images())
     if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -76,7 +76,7 @@ async def respond(generation: Generation, http_request: Request, state: Generato
 
 
 async def respond_to_job(job: Job, http_request: Request, state: GeneratorState, accept: str) -> Response:
-    """The images of a job in the form that ``accept`` asks for; a client that leaves does not stop it."""
+    """Return the images of a job in the format of ``accept``. The job continues if the client disconnects."""
     if sse.MEDIA_TYPE in accept:
         response: Response = sse.stream(http_request, sse.native_events(job.generation, state.responses))
     else:

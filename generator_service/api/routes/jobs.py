@@ -1,4 +1,4 @@
-"""``/jobs``: generations that go on without their request, to be asked for, followed, fetched and cancelled."""
+"""``/jobs``: generations that continue without an open request."""
 
 from typing import Annotated, Any
 
@@ -26,20 +26,20 @@ async def begin(
     state: State,
     idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
 ) -> Response:
-    """Begin a job, or find the one that the same ``Idempotency-Key`` has begun."""
+    """Start a job, or return the one that was started with the same ``Idempotency-Key``."""
     job = await state.job(body, owner_of(request), idempotency_key)
-    return JSONResponse(described(job, request), 202, {"location": f"/jobs/{job.id}"})
+    return JSONResponse(job_fields(job, request), 202, {"location": f"/jobs/{job.id}"})
 
 
 @router.get("/{job_id}")
 async def show(job_id: str, request: Request, state: State) -> dict[str, Any]:
-    """How far the job is."""
-    return described(state.jobs.get(job_id, owner_of(request)), request)
+    """Describe the status of a job."""
+    return job_fields(state.jobs.get(job_id, owner_of(request)), request)
 
 
 @router.get("/{job_id}/result", response_class=Response)
 async def result(job_id: str, request: Request, state: State, accept: Annotated[str, Header()] = "") -> Response:
-    """The images, as ``POST /generate`` would have answered."""
+    """Return the images as ``POST /generate`` does."""
     generation = state.jobs.get(job_id, owner_of(request)).generation
     if generation.is_wanted:
         retry_after_s = generation.request.estimate_s or 1.0
@@ -49,21 +49,21 @@ async def result(job_id: str, request: Request, state: State, accept: Annotated[
 
 @router.get("/{job_id}/events", response_class=Response)
 async def follow(job_id: str, request: Request, state: State) -> Response:
-    """What has happened since the job began, then what happens, as server-sent events."""
+    """Stream all events of the job from its start."""
     job = state.jobs.get(job_id, owner_of(request))
     return sse.stream(request, sse.native_events(job.generation, state.responses))
 
 
 @router.delete("/{job_id}")
 async def cancel(job_id: str, request: Request, state: State) -> dict[str, Any]:
-    """Stop the job within one step; one that has ended stays as it is."""
+    """Stop a job within one step. Does nothing if it has ended."""
     job = state.jobs.get(job_id, owner_of(request))
     job.generation.cancel()
-    return described(job, request)
+    return job_fields(job, request)
 
 
-def described(job: Job, request: Request) -> dict[str, Any]:
-    """Status, seed, and where it waits or what went wrong."""
+def job_fields(job: Job, request: Request) -> dict[str, Any]:
+    """Return the status and seed of a job, and its queue position or its error."""
     generation = job.generation
     params, estimate_s = generation.request.params, generation.request.estimate_s
     description: dict[str, Any] = {"id": job.id, "status": generation.status, "seed": params.seed}

@@ -1,4 +1,4 @@
-"""``GET /modes``: what a picture takes in each cache mode, for whoever has to choose one."""
+"""``GET /modes``: the cache modes, with computed steps and estimated time for an image."""
 
 from typing import Annotated
 
@@ -16,7 +16,7 @@ router = APIRouter()
 
 
 class ModesQuery(BaseModel):
-    """The picture in question. What is left open is as ``POST /generate`` has it, and so are the limits."""
+    """Size, steps and guidance of the image. Defaults and limits are those of ``POST /generate``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,10 +26,10 @@ class ModesQuery(BaseModel):
     guidance_scale: float | None = None
 
     def request(self) -> GenerateRequest:
-        """The request for such a picture.
+        """Convert to the body of ``POST /generate``.
 
         Raises:
-            RequestValidationError: a number is outside its limits.
+            RequestValidationError: a field is outside its limits.
         """
         try:
             return GenerateRequest(prompt="", **self.model_dump(exclude_none=True))
@@ -38,21 +38,21 @@ class ModesQuery(BaseModel):
 
 
 class Mode(BaseModel):
-    """A cache mode, and what it means for the picture."""
+    """A cache mode for one kind of image."""
 
     name: str | int
-    """What ``cache`` takes."""
+    """The value for ``cache``."""
     computed: int
     total: int
     computed_steps: list[int]
     schedule: str
-    """As in the header ``x-schedule``."""
+    """The schedule, as in the header ``x-schedule``."""
     estimate_ms: int | None
-    """Denoising and decoding; None as long as nothing is known of the device's speed."""
+    """Estimated time of denoising and decoding; None until the first image was generated."""
 
 
 class Defaults(BaseModel):
-    """What holds for a request that leaves these open."""
+    """Default values of ``POST /generate``."""
 
     width: int
     height: int
@@ -62,7 +62,7 @@ class Defaults(BaseModel):
 
 
 class Modes(BaseModel):
-    """The answer."""
+    """The cache modes of the served model."""
 
     model: str
     default: Defaults
@@ -73,16 +73,16 @@ class Modes(BaseModel):
 async def modes(
     query: Annotated[ModesQuery, Query()], state: Annotated[GeneratorState, Depends(generator_state)]
 ) -> Modes:
-    """What the picture takes in each cache mode, and the defaults of this service."""
+    """List the cache modes with their estimated time for an image, and the defaults of this service."""
     return Modes(
         model=state.engine.info.name,
         default=defaults(state),
-        modes=[described(request) for request in await in_every_mode(query.request(), state)],
+        modes=[mode_of(request) for request in await resolve_all_modes(query.request(), state)],
     )
 
 
 def defaults(state: GeneratorState) -> Defaults:
-    """As ``Resolver`` fills them in."""
+    """Return the defaults that ``Resolver`` fills in."""
     side, blank = state.engine.info.default_side, GenerateRequest(prompt="", images=[])
     return Defaults(
         width=side,
@@ -93,8 +93,8 @@ def defaults(state: GeneratorState) -> Defaults:
     )
 
 
-async def in_every_mode(body: GenerateRequest, state: GeneratorState) -> list[Request]:
-    """The request in every mode, the service's default among them."""
+async def resolve_all_modes(body: GenerateRequest, state: GeneratorState) -> list[Request]:
+    """Resolve the request in every published mode and in the default mode."""
     requests = []
     for cache in dict.fromkeys(("none", *PUBLISHED, state.settings.default_cache)):
         try:
@@ -102,14 +102,13 @@ async def in_every_mode(body: GenerateRequest, state: GeneratorState) -> list[Re
             requests.append(await state.requests.run(state.resolver.resolve, in_mode, False))
         except InvalidRequest as error:
             if error.param != "cache":
-                raise  # else the default is a schedule that was not made for such a picture
+                raise  # else the default is a schedule that does not fit this kind of image
     return requests
 
 
-def described(request: Request) -> Mode:
-    """The mode of ``request`` as JSON."""
+def mode_of(request: Request) -> Mode:
     params, estimate_s = request.params, request.estimate_s
-    assert isinstance(params.cache, str | int)  # none of the modes above is a bound of the error
+    assert isinstance(params.cache, str | int)  # the modes above are not of the form max_error
     return Mode(
         name=params.cache,
         computed=params.schedule.num_computed,
