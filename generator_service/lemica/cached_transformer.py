@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from generator_service.lemica.errors import ScheduleMismatch
-from generator_service.lemica.predictor import CachedFeature
+from generator_service.lemica.predictor import CachedFeature, FeatureKind
 from generator_service.lemica.schedule import Schedule
 
 REQUIRED_MODULES = ("time_guidance_embed", "x_embedder", "norm_out", "proj_out")
@@ -119,17 +119,14 @@ class CachedTransformer:
         else:
             self._run.sigmas = self._run.sigmas or self._scheduler.sigmas.tolist()  # once: it waits for the device
             sigma = self._run.sigmas[step]
-        output = self._compute(arguments, sigma) if is_computed else self._predict(arguments, sigma)
+        if is_computed:
+            feature_kind = self._schedule.predictor.feature
+            output, feature = compute(self._transformer, self._num_image_tokens, arguments, feature_kind)
+            self._run.past.append(CachedFeature(sigma, feature))
+        else:
+            output = self._predict(arguments, sigma)
         self._run.step += 1
         return (output,)
-
-    def _compute(self, arguments: dict[str, Any], sigma: float) -> Tensor:
-        assert self._num_image_tokens is not None
-        output, residual = compute(self._transformer, self._num_image_tokens, arguments)
-        is_velocity = self._schedule.predictor.feature == "velocity"
-        feature = output[:, : self._num_image_tokens] if is_velocity else residual
-        self._run.past.append(CachedFeature(sigma, feature))
-        return output
 
     def _predict(self, arguments: dict[str, Any], sigma: float) -> Tensor:
         assert self._num_image_tokens is not None
@@ -153,16 +150,20 @@ def count_noisy_tokens(image_ids: Tensor) -> int:
     return int((ids[:, 0] == 0).sum())
 
 
-def compute(transformer: Any, num_image_tokens: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run the transformer and record the residual of its blocks.
+def compute(
+    transformer: Any, num_image_tokens: int, arguments: dict[str, Any], feature: FeatureKind
+) -> tuple[Tensor, Tensor]:
+    """Run the transformer and take the feature that predictors use.
 
     Args:
         transformer: as for ``CachedTransformer``.
         num_image_tokens: the number of noisy tokens.
         arguments: the transformer's keyword arguments.
+        feature: which one to take.
 
     Returns:
-        The velocity ``[B, all tokens, C]`` and the residual on the noisy tokens ``[B, noisy tokens, inner]``.
+        The velocity ``[B, all tokens, C]``, and of the noisy tokens either the residual of the blocks
+        ``[B, noisy tokens, inner]`` or the velocity.
     """
     captured: dict[str, Tensor] = {}
     hooks = [
@@ -177,6 +178,8 @@ def compute(transformer: Any, num_image_tokens: int, arguments: dict[str, Any]) 
         for hook in hooks:
             hook.remove()
     noisy = slice(num_image_tokens)
+    if feature == "velocity":
+        return output, output[:, noisy]
     return output, captured["h_out"][:, noisy] - captured["h_in"][:, noisy]
 
 

@@ -67,8 +67,7 @@ class TrajectoryRecorder:
         """Run the transformer and record the step."""
         noisy = count_noisy_tokens(rest["img_ids"])
         arguments = {**rest, "hidden_states": hidden_states, "timestep": timestep}
-        output, residual = compute(self._transformer, noisy, arguments)
-        feature = output[:, :noisy] if self._feature == "velocity" else residual
+        output, feature = compute(self._transformer, noisy, arguments, self._feature)
         self._latents.append(hidden_states[0, :noisy].to(self._device))
         self._features.append(feature[0].to(self._device))
         self._references, self._arguments = hidden_states[0, noisy:], rest
