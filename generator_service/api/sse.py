@@ -24,14 +24,14 @@ from generator_service.engine.events import (
 )
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.imaging import preview_file
+from generator_service.engine.request import Request as EngineRequest
 
 logger = logging.getLogger("flux2")
 
 MEDIA_TYPE = "text/event-stream"
 PING_S = 15
 AppStatus.enable_automatic_graceful_drain = False  # else SIGTERM would end streams before their images
-Events = AsyncIterator[tuple[str, dict[str, Any]]]
-"""Event names and their data."""
+Events = AsyncIterator[ServerSentEvent]
 
 
 def do_nothing() -> None:
@@ -49,13 +49,13 @@ def stream(request: Request, events: Events, on_end: Callable[[], None] = do_not
 
     async def messages() -> AsyncIterator[ServerSentEvent]:
         try:
-            async for name, data in events:
-                yield ServerSentEvent(json.dumps(data), event=name)
+            async for event in events:
+                yield event
         except Flux2Error as error:
-            yield _error_event(request, error)
+            yield json_event("error", problem_of(request, error).model_dump())
         except Exception as error:
             logger.exception("a streamed generation failed")
-            yield _error_event(request, unknown_error(error))
+            yield json_event("error", problem_of(request, unknown_error(error)).model_dump())
 
     return _EventStream(messages(), on_end)
 
@@ -74,8 +74,8 @@ class _EventStream(EventSourceResponse):
             self._on_end()
 
 
-def _error_event(request: Request, error: Flux2Error) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(problem_of(request, error).model_dump()), event="error")
+def json_event(name: str, data: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(json.dumps(data), event=name)
 
 
 def queue_fields(queued: Queued) -> dict[str, Any]:
@@ -99,17 +99,24 @@ async def native_events(generation: Generation, threads: ThreadPool) -> Events:
             case StepStarted():
                 step = {"index": event.index, "step": event.step, "total": num_steps, "computed": event.is_computed}
                 eta = {} if event.seconds_left is None else {"eta_ms": round(1000 * event.seconds_left)}
-                yield "step", step | eta
+                yield json_event("step", step | eta)
             case Queued():
-                yield "queued", queue_fields(event)
+                yield json_event("queued", queue_fields(event))
             case PromptUpsampled():
-                yield "rewritten", {"prompt": event.prompt}
+                yield json_event("rewritten", {"prompt": event.prompt})
             case EncodingPrompt():
-                yield "encoding", {}
+                yield json_event("encoding", {})
             case Preview():
-                image = await threads.run(preview_base64, event)
-                yield "preview", {"index": event.index, "number": event.number, "image": image}
+                yield await threads.run(preview_event, event)
             case GenerationResult():
-                fields = await threads.run(as_json, generation.request, event)
-                yield "completed", fields | {"index": index}
+                yield await threads.run(completed_event, generation.request, event, index)
                 index += 1
+
+
+def preview_event(preview: Preview) -> ServerSentEvent:
+    fields = {"index": preview.index, "number": preview.number, "image": preview_base64(preview)}
+    return json_event("preview", fields)
+
+
+def completed_event(request: EngineRequest, result: GenerationResult, index: int) -> ServerSentEvent:
+    return json_event("completed", as_json(request, result) | {"index": index})

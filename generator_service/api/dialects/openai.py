@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import Field, StrictInt, StrictStr, ValidationError
+from sse_starlette import ServerSentEvent
 from starlette.datastructures import FormData, UploadFile
 
 from flux2_shared.errors import InvalidRequest
@@ -17,6 +18,7 @@ from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
+from generator_service.api.json_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest, Sampling
 from generator_service.engine.events import Preview
 from generator_service.engine.generation import Generation, GenerationResult
@@ -25,7 +27,7 @@ from generator_service.engine.queue import Permit
 from generator_service.engine.request import Request
 from generator_service.errors import UnsupportedParameter
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=LargeBodyRoute)
 State = Annotated[GeneratorState, Depends(generator_state)]
 Prefix = Literal["image_generation", "image_edit"]
 EDIT_FORM = {
@@ -207,14 +209,20 @@ def usage_of(request: Request, state: GeneratorState) -> dict[str, Any]:
 async def openai_events(
     generation: Generation, prefix: Prefix, common: dict[str, Any], usage: dict[str, Any], threads: ThreadPool
 ) -> sse.Events:
-    """Yield ``partial_image`` events, then ``completed`` for each image."""
+    """Yield ``partial_image`` events, then ``completed`` for each image; they are encoded on ``threads``."""
     common = common | {"created_at": int(time.time())}
+
+    def partial_image(preview: Preview) -> ServerSentEvent:
+        kind = f"{prefix}.partial_image"
+        image = {"b64_json": sse.preview_base64(preview), "output_format": "jpeg"}
+        return sse.json_event(kind, {"type": kind, "partial_image_index": preview.number} | common | image)
+
+    def completed(result: GenerationResult) -> ServerSentEvent:
+        kind = f"{prefix}.completed"
+        return sse.json_event(kind, {"type": kind} | as_json(generation.request, result) | common | {"usage": usage})
+
     async for event in generation.events():
         if isinstance(event, Preview):
-            kind = f"{prefix}.partial_image"
-            image = {"b64_json": await threads.run(sse.preview_base64, event), "output_format": "jpeg"}
-            yield kind, {"type": kind, "partial_image_index": event.number} | common | image
+            yield await threads.run(partial_image, event)
         elif isinstance(event, GenerationResult):
-            kind = f"{prefix}.completed"
-            image = await threads.run(as_json, generation.request, event)
-            yield kind, {"type": kind} | image | common | {"usage": usage}
+            yield await threads.run(completed, event)
