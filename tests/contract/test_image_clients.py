@@ -1,4 +1,4 @@
-"""OpenAI's and Hugging Face's own clients against a real server, unchanged but for its address."""
+"""The official clients of OpenAI and Hugging Face against a real server, with only the address changed."""
 
 import base64
 import io
@@ -20,59 +20,57 @@ QUICK: dict[str, Any] = {"num_inference_steps": 4, "seed": 7, "cache": "none"}
 
 @pytest.fixture
 def client(generator_url: str) -> Iterator[openai.OpenAI]:
-    """OpenAI's client."""
     with openai.OpenAI(base_url=f"{generator_url}/v1", api_key="any", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture
 def inference(generator_url: str) -> Iterator[InferenceClient]:
-    """Hugging Face's client."""
     with InferenceClient(model=generator_url, token="any") as client:
         yield client
 
 
 def file_of(width: int = 80, height: int = 64) -> bytes:
-    """A picture as a PNG file."""
+    """An image as a PNG file."""
     buffer = io.BytesIO()
     ramp = np.add.outer(np.arange(height), np.arange(width)).astype(np.uint8)
     Image.fromarray(ramp).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def opened(b64: str | None) -> Image.Image:
-    """The picture in an answer."""
+def decode(b64: str | None) -> Image.Image:
+    """The image in a response."""
     assert b64 is not None
     return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 
 def test_openai_generations(client: openai.OpenAI) -> None:
-    """``images.generate``: n, size, format and our own extras; the seeds come back."""
-    answer = client.images.generate(
+    """``images.generate``: n, size, format and this project's extra fields; the seeds are returned."""
+    response = client.images.generate(
         model="flux2", prompt=PROMPT, n=2, size="64x80", output_format="webp", output_compression=50, extra_body=QUICK
     )
-    assert answer.data is not None
-    assert [opened(d.b64_json).format for d in answer.data] == ["WEBP", "WEBP"]
-    assert {opened(d.b64_json).size for d in answer.data} == {(64, 80)}
-    assert [d.seed for d in answer.data] == [7, 8]  # type: ignore[attr-defined]
-    assert (answer.size, answer.output_format) == ("64x80", "webp")
-    assert answer.usage is not None
-    assert (answer.usage.output_tokens, answer.usage.input_tokens) == (2 * 20, 32)
-    assert answer.usage.total_tokens == 72
+    assert response.data is not None
+    assert [decode(d.b64_json).format for d in response.data] == ["WEBP", "WEBP"]
+    assert {decode(d.b64_json).size for d in response.data} == {(64, 80)}
+    assert [d.seed for d in response.data] == [7, 8]  # type: ignore[attr-defined]
+    assert (response.size, response.output_format) == ("64x80", "webp")
+    assert response.usage is not None
+    assert (response.usage.output_tokens, response.usage.input_tokens) == (2 * 20, 32)
+    assert response.usage.total_tokens == 72
 
 
-def test_openai_fields_of_other_models_are_no_obstacle(client: openai.OpenAI) -> None:
-    """What other models can do and this one cannot is ignored where it is only a wish."""
-    answer = client.images.generate(
+def test_openai_fields_of_other_models_are_ignored(client: openai.OpenAI) -> None:
+    """Fields of other models that are only preferences are ignored."""
+    response = client.images.generate(
         prompt=PROMPT, size="auto", quality="high", background="auto", moderation="low", user="me", extra_body=QUICK
     )
-    assert answer.data is not None
-    assert opened(answer.data[0].b64_json).size == (128, 128)
+    assert response.data is not None
+    assert decode(response.data[0].b64_json).size == (128, 128)
 
 
 @pytest.mark.parametrize("partial_images", [0, 1, 3])
 def test_openai_streams(client: openai.OpenAI, partial_images: int) -> None:
-    """``stream=True`` gives the partial images that were asked for, then the picture with its usage."""
+    """``stream=True`` gives the requested partial images, then the image with its usage."""
     stream = client.images.generate(
         prompt=PROMPT, stream=True, partial_images=partial_images, size="64x64",
         extra_body=QUICK | {"num_inference_steps": 8},
@@ -80,7 +78,7 @@ def test_openai_streams(client: openai.OpenAI, partial_images: int) -> None:
     events = list(stream)
     kinds = [event.type for event in events]
     assert kinds == ["image_generation.partial_image"] * partial_images + ["image_generation.completed"]
-    assert all(opened(event.b64_json).size == (64, 64) for event in events)
+    assert all(decode(event.b64_json).size == (64, 64) for event in events)
     assert [e.partial_image_index for e in events if e.type == "image_generation.partial_image"] == list(
         range(partial_images)
     )
@@ -89,30 +87,30 @@ def test_openai_streams(client: openai.OpenAI, partial_images: int) -> None:
 
 @pytest.mark.parametrize("images", [file_of(), [("a.png", file_of()), ("b.png", file_of(96, 96))]])
 def test_openai_edits(client: openai.OpenAI, images: Any) -> None:
-    """``images.edit`` takes raw bytes or several files; the first one gives the size."""
-    answer = client.images.edit(image=images, prompt=PROMPT, n=1, extra_body=QUICK)
-    assert answer.data is not None
-    assert opened(answer.data[0].b64_json).size == (80, 64)
-    assert answer.usage is not None
-    assert answer.usage.input_tokens_details.image_tokens == (20 if isinstance(images, bytes) else 20 + 36)
+    """``images.edit`` accepts raw bytes or several files; the first one gives the size."""
+    response = client.images.edit(image=images, prompt=PROMPT, n=1, extra_body=QUICK)
+    assert response.data is not None
+    assert decode(response.data[0].b64_json).size == (80, 64)
+    assert response.usage is not None
+    assert response.usage.input_tokens_details.image_tokens == (20 if isinstance(images, bytes) else 20 + 36)
 
 
 def test_openai_edits_stream(client: openai.OpenAI) -> None:
-    """Edits stream under their own names."""
+    """Edits stream with their own event names."""
     events = list(client.images.edit(image=file_of(), prompt=PROMPT, stream=True, partial_images=1, extra_body=QUICK))
     assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
 
 
 async def test_openai_async(generator_url: str) -> None:
-    """The asynchronous client works alike."""
+    """The asynchronous client works like the synchronous one."""
     async with openai.AsyncOpenAI(base_url=f"{generator_url}/v1", api_key="any", max_retries=0) as client:
-        answer = await client.images.generate(prompt=PROMPT, size="64x64", extra_body=QUICK)
-        assert answer.data is not None
-        assert opened(answer.data[0].b64_json).size == (64, 64)
+        response = await client.images.generate(prompt=PROMPT, size="64x64", extra_body=QUICK)
+        assert response.data is not None
+        assert decode(response.data[0].b64_json).size == (64, 64)
 
 
 def test_openai_models(client: openai.OpenAI) -> None:
-    """``models.list`` and ``models.retrieve`` find the model."""
+    """``models.list`` and ``models.retrieve`` return the model."""
     (model,) = client.models.list().data
     assert model.id == "weights"
     assert client.models.retrieve("flux2").id == "flux2"
@@ -130,14 +128,14 @@ def test_openai_models(client: openai.OpenAI) -> None:
     ],
 )
 def test_openai_errors(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
-    """What cannot be used raises the client's own error with our code and the field."""
+    """Invalid values raise the client's own error with our code and the field."""
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         client.images.generate(prompt=PROMPT, **fields)
     assert (caught.value.code, caught.value.param) == ("invalid_request", param)
 
 
 def test_openai_masks_are_refused(client: openai.OpenAI) -> None:
-    """A mask is 400 ``unsupported_parameter``: it is never silently ignored."""
+    """A mask is 400 ``unsupported_parameter``; it is never silently ignored."""
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.edit(image=file_of(), mask=file_of(), prompt=PROMPT)
     assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "mask")
@@ -145,14 +143,14 @@ def test_openai_masks_are_refused(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("fields", [{"n": "two"}, {"seed": "-1"}, {"guidance_scale": "much"}, {"colour": "red"}])
 def test_openai_edits_name_the_field(client: openai.OpenAI, fields: dict[str, Any]) -> None:
-    """The fields of a multipart body are checked like JSON's."""
+    """The fields of a multipart body are validated like JSON's."""
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         client.images.edit(image=file_of(), prompt=PROMPT, extra_body=fields)
     assert caught.value.param == next(iter(fields))
 
 
 def test_hugging_face_text_to_image(inference: InferenceClient) -> None:
-    """``text_to_image`` with size, steps, guidance, seed and our own extras gives the picture."""
+    """``text_to_image`` with size, steps, guidance, seed and this project's extra fields gives the image."""
     options: dict[str, Any] = {"width": 64, "height": 80, "num_inference_steps": 4, "seed": 7, "guidance_scale": 4}
     image = inference.text_to_image(PROMPT, **options, extra_body={"cache": "none"})
     again = inference.text_to_image(PROMPT, **options, extra_body={"cache": "none"})
@@ -161,14 +159,14 @@ def test_hugging_face_text_to_image(inference: InferenceClient) -> None:
 
 
 def test_hugging_face_image_to_image(inference: InferenceClient) -> None:
-    """``image_to_image`` edits a picture."""
+    """``image_to_image`` edits an image."""
     image = inference.image_to_image(file_of(), prompt=PROMPT, num_inference_steps=4)
     assert image.size == (80, 64)
 
 
 def test_hugging_face_errors(inference: InferenceClient) -> None:
-    """What cannot be used is said in the client's own error."""
-    with pytest.raises(HfHubHTTPError, match="negative_prompt: not supported by this model"):
+    """Invalid values raise the client's own error."""
+    with pytest.raises(HfHubHTTPError, match="negative_prompt: this model has none"):
         inference.text_to_image(PROMPT, negative_prompt="ugly")
     with pytest.raises(HfHubHTTPError, match="width: must be a multiple of 16"):
         inference.text_to_image(PROMPT, width=65)

@@ -1,4 +1,4 @@
-"""The functions that public clients of the FLUX.2 remote text encoder have, against our encoder over a real socket."""
+"""Functions of public clients of the FLUX.2 remote text encoder against this project's encoder, over a socket."""
 
 import io
 import threading
@@ -37,7 +37,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, torch.Tensor]:
-    """What the library's own pipeline makes of the prompts, with the whole text encoder."""
+    """The result of diffusers' own pipeline with the complete text encoder."""
     pipeline = Flux2Pipeline.from_pretrained(WEIGHTS, transformer=None, vae=None, dtype=torch.float32)
     with torch.inference_mode():
         return {
@@ -47,7 +47,7 @@ def expected() -> dict[str, torch.Tensor]:
 
 
 def guide_remote_text_encoder(url: str, prompts: str | list[str]) -> torch.Tensor:
-    """The function of the FLUX.2 guide: a token is sent, the answer is loaded with torch's defaults."""
+    """The function of the FLUX.2 guide: it sends a token, and loads the response with torch's defaults."""
     response = requests.post(
         url,
         json={"prompt": prompts},
@@ -71,12 +71,12 @@ def lemica_remote_text_encoder(url: str, prompts: str | list[str], device: str =
 def test_public_clients_work_unchanged(
     url: str, expected: dict[str, torch.Tensor], client: object, prompts: str | list[str]
 ) -> None:
-    """They get the tensor that the whole text encoder gives: bit for bit alone, to rounding in a batch."""
+    """The clients get the tensor of the complete text encoder: bit for bit alone, up to rounding in a batch."""
     assert callable(client)
-    found = client(url, prompts)
+    embedding = client(url, prompts)
     wanted = torch.cat([expected[prompt] for prompt in ([prompts] if isinstance(prompts, str) else prompts)])
-    assert (found.shape, found.dtype) == (wanted.shape, torch.float32)
+    assert (embedding.shape, embedding.dtype) == (wanted.shape, torch.float32)
     if isinstance(prompts, str):
-        assert torch.equal(found, wanted)
+        assert torch.equal(embedding, wanted)
     else:
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(embedding, wanted, rtol=1e-4, atol=1e-4)

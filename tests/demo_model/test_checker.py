@@ -1,4 +1,4 @@
-"""The checker itself, on pictures whose content is known."""
+"""The checker itself, on images with known content."""
 
 import random
 
@@ -9,25 +9,25 @@ from demo_model.checker import mistakes, read_image
 from demo_model.scenes import Scene, Thing, random_layout, render, scenes
 
 
-def drawn(scene: Scene, seed: int = 0, side: int = 128) -> torch.Tensor:
-    """The ideal picture of a scene, 0..255."""
+def ideal_image(scene: Scene, seed: int = 0, side: int = 128) -> torch.Tensor:
+    """The ideal image of a scene, with values of 0 to 255."""
     return (render(scene, random_layout(scene, random.Random(seed)), side, side) + 1) * 127.5
 
 
 @pytest.mark.parametrize("side", [128, 256])
 @pytest.mark.parametrize("num_things", [1, 2])
-def test_ideal_pictures_are_right(num_things: int, side: int) -> None:
-    """Every drawn scene is read back without a mistake."""
+def test_ideal_images_have_no_mistakes(num_things: int, side: int) -> None:
+    """Every rendered scene is read back without a mistake."""
     for seed, scene in enumerate(scenes(random.Random(1), 100, num_things, held_out=True)):
-        assert mistakes(scene, read_image(drawn(scene, seed, side))) == []
+        assert mistakes(scene, read_image(ideal_image(scene, seed, side))) == []
 
 
 def test_noise_does_not_disturb() -> None:
-    """Noise of 8 levels and soft edges change no reading."""
+    """Noise of 8 levels and soft edges do not change the result."""
     noise = torch.Generator().manual_seed(0)
     for seed, scene in enumerate(scenes(random.Random(2), 60, 2, held_out=False)):
-        picture = drawn(scene, seed) + 8 * torch.randn(3, 128, 128, generator=noise)
-        assert mistakes(scene, read_image(picture)) == []
+        image = ideal_image(scene, seed) + 8 * torch.randn(3, 128, 128, generator=noise)
+        assert mistakes(scene, read_image(image)) == []
 
 
 @pytest.mark.parametrize(
@@ -44,34 +44,34 @@ def test_noise_does_not_disturb() -> None:
         ),
     ],
 )
-def test_each_mistake_is_named(other: Scene, mistake: str) -> None:
-    """A picture of something else is wrong in just what differs."""
+def test_each_mistake_is_reported(other: Scene, mistake: str) -> None:
+    """The image of another scene is wrong only in what differs."""
     wanted = Scene((Thing("small", "red", "circle"),), "on the left", "white")
-    assert mistakes(wanted, read_image(drawn(other))) == [mistake]
+    assert mistakes(wanted, read_image(ideal_image(other))) == [mistake]
 
 
-def test_a_pair_the_wrong_way_round_is_out_of_position() -> None:
-    """Above is not below."""
+def test_a_swapped_pair_is_a_mistake_of_position() -> None:
+    """A pair in the position "above" is not right for "below"."""
     pair = (Thing("small", "red", "circle"), Thing("large", "blue", "square"))
     wanted, got = Scene(pair, "above", "white"), Scene(pair, "below", "white")
-    assert mistakes(wanted, read_image(drawn(got))) == ["position"]
+    assert mistakes(wanted, read_image(ideal_image(got))) == ["position"]
 
 
 def test_swapped_colors_are_wrong() -> None:
-    """A pair whose colors are exchanged is not right."""
+    """A pair with exchanged colors is wrong."""
     wanted = Scene((Thing("small", "red", "circle"), Thing("small", "blue", "square")), "above", "white")
     got = Scene((Thing("small", "blue", "circle"), Thing("small", "red", "square")), "above", "white")
-    assert mistakes(wanted, read_image(drawn(got)))
+    assert mistakes(wanted, read_image(ideal_image(got)))
 
 
-def test_an_empty_picture_shows_nothing() -> None:
-    """A plain picture has a background and no things."""
+def test_an_empty_image_has_no_objects() -> None:
+    """A plain image has a background and no objects."""
     reading = read_image(torch.full((3, 128, 128), 250.0))
     assert (reading.background, reading.seen) == ("white", ())
 
 
 def test_held_out_prompts_are_a_fixed_tenth() -> None:
-    """Held-out scenes are about a tenth of all, and never among the training's."""
+    """Held-out scenes are about a tenth of all, and never in the training set."""
     rng = random.Random(3)
     sample = [scene for n in (1, 2) for held in (True, False) for scene in scenes(rng, 50, n, held_out=held)]
     assert sum(scene.is_held_out for scene in sample) == 100

@@ -1,4 +1,4 @@
-"""The port that a service takes."""
+"""The socket that a service listens on."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 def has_ipv6() -> bool:
-    """Whether this machine has an IPv6 loopback."""
+    """Whether this machine has an IPv6 loopback interface."""
     try:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
@@ -25,7 +25,7 @@ def has_ipv6() -> bool:
     ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6"))],
 )
 async def test_accepted_connections_send_at_once(host: str) -> None:
-    """What asyncio accepts at the port has ``TCP_NODELAY``: the second part of an answer does not wait."""
+    """Connections accepted at the port have ``TCP_NODELAY``, so the second part of a response is not delayed."""
     options: asyncio.Queue[int] = asyncio.Queue()
 
     async def note(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""The cache of embeddings."""
+"""The cache that is bounded by bytes."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from flux2_shared.model.byte_cache import ByteBoundedCache
 
 @dataclass(frozen=True)
 class Lump:
-    """Something of a size."""
+    """An item of a given size."""
 
     nbytes: int
 
 
-def test_the_least_recently_used_goes_first() -> None:
-    """The cache never holds more than its bytes; what was not used for longest goes first."""
+def test_the_least_recently_used_item_is_evicted() -> None:
+    """The cache never exceeds its bytes; the least recently used item is evicted first."""
     cache = ByteBoundedCache[Lump](100)
     for name in "abc":
         cache.put(name, Lump(40))
@@ -24,8 +24,8 @@ def test_the_least_recently_used_goes_first() -> None:
     assert cache.get("c") == Lump(40)
 
 
-def test_what_is_larger_than_the_cache_is_not_kept() -> None:
-    """An item larger than the whole cache displaces nothing."""
+def test_an_item_larger_than_the_cache_is_not_stored() -> None:
+    """An item larger than the whole cache is not stored, and evicts nothing."""
     cache = ByteBoundedCache[Lump](100)
     cache.put("small", Lump(60))
     cache.put("large", Lump(101))

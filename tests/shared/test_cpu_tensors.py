@@ -1,4 +1,4 @@
-"""Tensors read and copied without torch: the same results, and no thread pool."""
+"""Tensors read and copied without torch operations: equal results, and no thread pool."""
 
 import hashlib
 import json
@@ -63,22 +63,22 @@ for name in operations:
     thread.join()
 print(json.dumps(started))
 """
-"""Runs each operation at FLUX.2 [dev]'s full size on a new thread, and counts the threads that it starts."""
+"""Runs each operation at FLUX.2 [dev]'s full size on a new thread, and counts the threads it starts."""
 
 
 def of_patterns(patterns: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor whose elements have these bits."""
+    """The tensor whose elements have these bit patterns."""
     return torch.from_numpy(np.array(patterns, dtype=UNSIGNED[dtype.itemsize])).view(dtype)
 
 
 def random_tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """The same at every call."""
+    """Reproducible random values."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 def test_every_16_bit_pattern_is_classified_as_torch_does(dtype: torch.dtype) -> None:
-    """Of all 65 536 patterns, alone in a tensor, exactly those are finite that torch calls so."""
+    """Each of the 65,536 patterns, alone in a tensor, is classified as torch classifies it."""
     every = of_patterns(list(range(2**16)), dtype)
     ours = [is_finite(element) for element in every.split(1)]
     assert ours == torch.isfinite(every).tolist()
@@ -95,7 +95,7 @@ def edge_patterns(dtype: torch.dtype) -> list[int]:
 @settings(deadline=None)
 @given(data=st.data())
 def test_is_finite_agrees_with_torch(dtype: torch.dtype, data: st.DataObject) -> None:
-    """For any bit patterns in any order the answer is that of ``torch.isfinite(x).all()``."""
+    """For any bit patterns in any order the result equals ``torch.isfinite(x).all()``."""
     edges = st.sampled_from(edge_patterns(dtype))
     pattern = st.integers(0, 2 ** (8 * dtype.itemsize) - 1) | edges
     tensor = of_patterns(data.draw(st.lists(pattern, min_size=1, max_size=80)), dtype)
@@ -105,10 +105,10 @@ def test_is_finite_agrees_with_torch(dtype: torch.dtype, data: st.DataObject) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(deadline=None)
 @given(size=st.integers(1, 5000), data=st.data())
-def test_one_value_that_is_not_finite_is_found_at_any_position(
+def test_one_value_that_is_not_finite_is_detected_at_any_position(
     dtype: torch.dtype, size: int, data: st.DataObject
 ) -> None:
-    """One infinity or NaN among finite numbers of both signs decides, wherever it is."""
+    """One infinity or NaN among finite numbers of both signs is detected, wherever it is."""
     tensor = random_tensor(size, dtype=dtype)
     assert is_finite(tensor)
     tensor[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from([float("inf"), float("-inf"), torch.nan]))
@@ -127,8 +127,8 @@ def test_concatenate_is_torch_cat(dtype: torch.dtype, count: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compact_copies_only_what_is_not_compact(dtype: torch.dtype) -> None:
-    """A view of a larger storage and a transposed tensor are copied, in order; others are returned as they are."""
+def test_compact_copies_only_noncompact_tensors(dtype: torch.dtype) -> None:
+    """A view of a larger storage and a transposed tensor are copied in order; others are returned unchanged."""
     whole = random_tensor(4, 3, 5, dtype=dtype)
     assert compact(whole) is whole
     for view in (whole[1:2], whole.transpose(1, 2), whole[..., ::2]):
@@ -138,8 +138,8 @@ def test_compact_copies_only_what_is_not_compact(dtype: torch.dtype) -> None:
         assert copy.untyped_storage().nbytes() == copy.nbytes
 
 
-def test_tensors_of_inference_mode_are_taken() -> None:
-    """What the model computed under ``torch.inference_mode`` can be read on another thread, outside of that mode."""
+def test_tensors_of_inference_mode_are_supported() -> None:
+    """A result of ``torch.inference_mode`` can be read on another thread, outside of that mode."""
     with torch.inference_mode():
         row = random_tensor(2, 4, 6, dtype=torch.bfloat16)[1:]
     assert is_finite(row)
@@ -150,14 +150,14 @@ def test_tensors_of_inference_mode_are_taken() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, HASH_CHUNK - 1, HASH_CHUNK, 2 * HASH_CHUNK + 1])
 def test_the_digest_is_that_of_the_float32_values(dtype: torch.dtype, size: int) -> None:
-    """It does not depend on how the elements are divided, and equals the digest of torch's conversion."""
+    """It does not depend on the layout of the elements, and equals the digest of torch's conversion."""
     tensor = random_tensor(1, size, dtype=dtype)
     assert float32_sha256(tensor) == hashlib.sha256(tensor.float().numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists a process's threads")
 def test_no_operation_starts_a_thread_pool() -> None:
-    """On a thread of its own torch starts a pool for a tensor of full size, and none of this project's functions do."""
+    """On a new thread torch starts a pool for a tensor of full size, and none of these functions do."""
     environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", THREADS], env=environment, capture_output=True, text=True, timeout=300, check=True

@@ -1,4 +1,4 @@
-"""The texts are those that users of PyTorch met and reported, or the ones in its sources."""
+"""Classification of errors. The texts were reported by users of PyTorch, or are from its sources."""
 
 import errno
 import pickle
@@ -117,7 +117,7 @@ ORDINARY = [
 
 
 def accelerator_error(text: str, code: int | None = None) -> torch.AcceleratorError:
-    """As PyTorch raises it: with the code as an attribute."""
+    """An error with CUDA's code in its attribute, as PyTorch raises it."""
     error = torch.AcceleratorError(text)
     if code is not None:
         error.error_code = code  # type: ignore[attr-defined]
@@ -126,8 +126,8 @@ def accelerator_error(text: str, code: int | None = None) -> torch.AcceleratorEr
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
-def test_out_of_memory_is_recognised_by_its_text(text: str, kind: type[Exception]) -> None:
-    """Whichever library ran out of memory, and on whichever device, it is out of memory and nothing worse."""
+def test_out_of_memory_is_recognized_by_its_text(text: str, kind: type[Exception]) -> None:
+    """Messages about memory, of any library and device, are recognized, and are not a lost device."""
     assert is_out_of_memory(kind(text))
     assert not is_device_lost(kind(text))
 
@@ -144,14 +144,14 @@ def test_out_of_memory_is_recognised_by_its_text(text: str, kind: type[Exception
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_out_of_memory_is_recognised_by_its_type(error: Exception) -> None:
-    """Errors that have a type, or a code, of their own need no text."""
+def test_out_of_memory_is_recognized_by_its_type(error: Exception) -> None:
+    """Errors with their own type or code need no text."""
     assert is_out_of_memory(error)
     assert not is_device_lost(error)
 
 
 def test_the_cpu_really_runs_out_of_memory() -> None:
-    """What PyTorch raises on this machine for more memory than there is."""
+    """The error that PyTorch raises on this machine for an impossible allocation is recognized."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)
     assert is_out_of_memory(caught.value)
@@ -159,8 +159,8 @@ def test_the_cpu_really_runs_out_of_memory() -> None:
 
 @pytest.mark.parametrize("text", DEVICE_LOST)
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
-def test_a_lost_device_is_recognised_by_its_text(text: str, kind: type[Exception]) -> None:
-    """Errors after which each further call fails are recognised, whichever library met them first."""
+def test_a_lost_device_is_recognized_by_its_text(text: str, kind: type[Exception]) -> None:
+    """Errors after which every further call fails are recognized, whichever library reports them first."""
     assert is_device_lost(kind(text))
     assert not is_out_of_memory(kind(text))
 
@@ -168,8 +168,8 @@ def test_a_lost_device_is_recognised_by_its_text(text: str, kind: type[Exception
 @pytest.mark.parametrize(
     "code", [3, 4, 46, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 911, 999, 12345]
 )
-def test_a_lost_device_is_recognised_by_its_code(code: int) -> None:
-    """A code that is not known to be harmless is taken for a sticky one, whatever its text."""
+def test_a_lost_device_is_recognized_by_its_code(code: int) -> None:
+    """A code that is not known to be harmless counts as a sticky error, whatever its text."""
     assert is_device_lost(accelerator_error("CUDA error: something new", code))
     assert is_device_lost(pickle.loads(pickle.dumps(accelerator_error("CUDA error: something new", code))))
 
@@ -178,27 +178,27 @@ def test_a_lost_device_is_recognised_by_its_code(code: int) -> None:
     "code", [1, 2, 9, 98, 100, 101, 200, 209, 218, 400, 500, 600, 701, 712, 800, 801, 900, 901, 910]
 )
 def test_other_codes_leave_the_device_usable(code: int) -> None:
-    """Invalid arguments, kernels for other devices and too little memory end a call, not the process."""
+    """Invalid arguments, kernels for other devices and lack of memory end a call, not the process."""
     assert not is_device_lost(accelerator_error("CUDA error: something", code))
 
 
 @pytest.mark.parametrize("error", ORDINARY, ids=lambda error: f"{type(error).__name__} {error}"[:40])
-def test_ordinary_errors_are_neither(error: BaseException) -> None:
-    """Mistakes of a program, and messages that quote such a text, are ordinary errors."""
+def test_ordinary_errors_are_neither_kind(error: BaseException) -> None:
+    """Programming errors, and messages that quote such a text, are ordinary errors."""
     assert not is_out_of_memory(error)
     assert not is_device_lost(error)
 
 
-def test_an_accelerator_error_without_a_code_is_read() -> None:
-    """One that says nothing known is taken for a sticky one, one that names a wrong argument is not."""
+def test_an_accelerator_error_without_a_code_is_classified_by_its_text() -> None:
+    """An unknown text counts as a sticky error, a text about a wrong argument does not."""
     assert is_device_lost(torch.AcceleratorError("CUDA error: driver shutting down"))
     assert not is_device_lost(torch.AcceleratorError("CUDA error: invalid configuration argument" + ADVICE))
     assert not is_device_lost(torch.AcceleratorError("CUDA error: operation not supported" + ADVICE))
 
 
 @pytest.mark.parametrize("compiler", [BackendCompilerFailed, InductorError])
-def test_compilers_wrap_errors(compiler: type[Exception]) -> None:
-    """What really happened is looked for inside of a compiler's error, and of what was raised from it."""
+def test_errors_are_unwrapped_from_those_of_compilers(compiler: type[Exception]) -> None:
+    """The original error is looked up inside a compiler's error, and in the causes of an exception."""
     inner = RuntimeError("Triton Error [CUDA]: out of memory")
     wrapped = compiler("inductor", inner, None) if compiler is BackendCompilerFailed else compiler(inner, None)
     assert is_out_of_memory(wrapped)
@@ -214,13 +214,13 @@ def raised_while_handling(first: Exception, second: Exception) -> Exception:
         try:
             raise first
         except type(first):
-            raise second  # noqa: B904 - that it is not raised from the first is the point
+            raise second  # noqa: B904 - the test is about errors that are not raised from each other
     except type(second) as error:
         return error
 
 
 def test_a_mistake_in_a_fallback_is_not_a_lack_of_memory() -> None:
-    """An error that occurs while another is handled is judged by itself, unless it is raised from the other."""
+    """An error that occurs while another is handled is classified by itself, unless it is raised from the other."""
     mistake = raised_while_handling(torch.OutOfMemoryError("CUDA out of memory."), KeyError("fallback"))
     assert not is_out_of_memory(mistake)
     mistake.__cause__ = mistake.__context__
@@ -228,17 +228,17 @@ def test_a_mistake_in_a_fallback_is_not_a_lack_of_memory() -> None:
 
 
 def test_a_lost_device_stays_lost() -> None:
-    """Whatever fails while a sticky error is handled, with or without its own cause, the device is lost."""
+    """If an error occurs while a sticky error is handled, with or without its own cause, the device is lost."""
     sticky = accelerator_error("CUDA error: an illegal memory access was encountered", 700)
     assert is_device_lost(raised_while_handling(sticky, KeyError("cleanup")))
-    refusal = OutOfMemory("a picture does not fit")
+    refusal = OutOfMemory("an image does not fit")
     refusal.__cause__ = raised_while_handling(sticky, torch.OutOfMemoryError("CUDA out of memory."))
     assert is_device_lost(refusal)
     assert is_out_of_memory(refusal)
 
 
-def test_a_chain_that_bites_its_tail_ends() -> None:
-    """Errors that are each other's cause are looked at once."""
+def test_a_cyclic_chain_of_causes_ends() -> None:
+    """Errors that are each other's cause are each checked once."""
     first, second = RuntimeError("one"), RuntimeError("two")
     first.__cause__, second.__cause__ = second, first
     assert not is_out_of_memory(first)

@@ -1,4 +1,4 @@
-"""The bounded queue in front of one device."""
+"""The bounded queue in front of a device."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Gate:
-    """Work that a test lets go on when it likes, and that notes what reached the device."""
+    """Work that waits for the test, and records the items that reached the device."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -27,17 +27,17 @@ class Gate:
         return [2 * number for number in batch]
 
 
-async def ask(queue: DeviceQueue[int, int], number: int) -> int:
-    """Take a place and submit a number."""
+async def submit_number(queue: DeviceQueue[int, int], number: int) -> int:
+    """Acquire a slot and submit a number."""
     with queue.admit():
         return (await queue.submit(number)).value
 
 
-async def test_one_runs_and_the_rest_wait_or_are_refused() -> None:
-    """Of 200 callers at once, with 8 places to wait in, 9 are served and 191 are told when to come back."""
+async def test_calls_wait_or_are_refused() -> None:
+    """Of 200 simultaneous callers 1 runs, 8 wait, and 191 are refused with a time to retry after."""
     gate = Gate()
     async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=8) as queue:
-        calls = [asyncio.create_task(ask(queue, number)) for number in range(200)]
+        calls = [asyncio.create_task(submit_number(queue, number)) for number in range(200)]
         await asyncio.sleep(0.05)
         gate.opened.set()
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -48,22 +48,22 @@ async def test_one_runs_and_the_rest_wait_or_are_refused() -> None:
 
 
 async def test_work_that_arrives_together_shares_a_batch() -> None:
-    """Up to ``max_batch`` items that arrive within the wait are one batch, in order of arrival."""
+    """Up to ``max_batch`` items that arrive within the wait form one batch, in order of arrival."""
     gate = Gate()
     gate.opened.set()
     async with (
         DeviceThread() as thread,
         DeviceQueue[int, int](gate, thread, max_waiting=20, max_batch=4, max_wait_s=0.02) as queue,
     ):
-        assert await asyncio.gather(*(ask(queue, n) for n in range(6))) == [0, 2, 4, 6, 8, 10]
+        assert await asyncio.gather(*(submit_number(queue, n) for n in range(6))) == [0, 2, 4, 6, 8, 10]
     assert gate.batches == [[0, 1, 2, 3], [4, 5]]
 
 
-async def test_work_whose_caller_left_never_reaches_the_device() -> None:
-    """A cancelled caller's place is free again and its work is dropped when the batch is formed."""
+async def test_work_of_a_cancelled_caller_never_runs() -> None:
+    """A cancelled caller's slot is free again, and its work is dropped when the batch is formed."""
     gate = Gate()
     async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=2) as queue:
-        first, second, third = (asyncio.create_task(ask(queue, n)) for n in range(3))
+        first, second, third = (asyncio.create_task(submit_number(queue, n)) for n in range(3))
         await asyncio.sleep(0.02)
         second.cancel()
         await asyncio.sleep(0)
@@ -73,8 +73,8 @@ async def test_work_whose_caller_left_never_reaches_the_device() -> None:
     assert gate.batches == [[0], [2]]
 
 
-async def test_a_failure_belongs_to_its_batch() -> None:
-    """An exception reaches the callers of its batch and nobody else."""
+async def test_a_failure_reaches_the_callers_of_its_batch() -> None:
+    """An exception reaches the callers of its batch, and no others."""
 
     def fail_on_odd(batch: Sequence[int]) -> list[int]:
         if batch[0] % 2:
@@ -82,18 +82,18 @@ async def test_a_failure_belongs_to_its_batch() -> None:
         return list(batch)
 
     async with DeviceThread() as thread, DeviceQueue[int, int](fail_on_odd, thread, max_waiting=4) as queue:
-        results = await asyncio.gather(*(ask(queue, n) for n in range(4)), return_exceptions=True)
+        results = await asyncio.gather(*(submit_number(queue, n) for n in range(4)), return_exceptions=True)
         assert results[0] == 0
         assert results[2] == 2
         assert isinstance(results[1], ValueError)
         assert queue.depth == 0
 
 
-async def test_the_event_loop_goes_on_while_the_device_works() -> None:
+async def test_the_event_loop_is_not_blocked() -> None:
     """Other coroutines run while a batch is on the device."""
     gate = Gate()
     async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=1) as queue:
-        call = asyncio.create_task(ask(queue, 1))
+        call = asyncio.create_task(submit_number(queue, 1))
         for _ in range(10):
             await asyncio.sleep(0.001)
         assert not call.done()
@@ -102,7 +102,7 @@ async def test_the_event_loop_goes_on_while_the_device_works() -> None:
 
 
 async def test_work_whose_deadline_has_passed_never_runs() -> None:
-    """Of 20 items that may wait a moment behind a long one none runs, and each is told at its deadline."""
+    """Of 20 items with a short deadline behind a long one none runs, and each fails at its deadline."""
     gate = Gate()
 
     async def late(number: int) -> None:
@@ -110,32 +110,32 @@ async def test_work_whose_deadline_has_passed_never_runs() -> None:
             await queue.submit(number, within_s=0.05)
 
     async with DeviceThread() as thread, DeviceQueue[int, int](gate, thread, max_waiting=30) as queue:
-        first = asyncio.create_task(ask(queue, 1))
+        first = asyncio.create_task(submit_number(queue, 1))
         await asyncio.gather(*(late(number) for number in range(2, 22)))
         assert not first.done()
         gate.opened.set()
         assert await first == 2
-        assert await ask(queue, 30) == 60
+        assert await submit_number(queue, 30) == 60
     assert gate.batches == [[1], [30]]
 
 
-async def test_what_belongs_together_may_overtake_by_joining() -> None:
-    """Who waits longest is in the next batch, with those of the same key, wherever they wait; None joins nobody."""
+async def test_work_with_the_same_key_joins_an_earlier_batch() -> None:
+    """The next batch has the oldest item and those with the same key, wherever they are; None is never joined."""
     gate = Gate()
     keys = {0: None, 1: "odd", 2: "even", 3: "odd", 4: None, 5: "odd", 6: "even", 7: None}
     async with (
         DeviceThread() as thread,
         DeviceQueue[int, int](gate, thread, max_waiting=20, max_batch=2, key=keys.get) as queue,
     ):
-        calls = [asyncio.create_task(ask(queue, number)) for number in keys]
+        calls = [asyncio.create_task(submit_number(queue, number)) for number in keys]
         await asyncio.sleep(0.05)
         gate.opened.set()
         assert await asyncio.gather(*calls) == [2 * number for number in keys]
     assert gate.batches == [[0], [1, 3], [2, 6], [4], [5], [7]]
 
 
-async def test_an_error_of_one_is_its_own() -> None:
-    """A result that is an exception reaches its caller alone."""
+async def test_an_exception_as_a_result_reaches_only_its_caller() -> None:
+    """The other items of the batch return their results."""
 
     def halve(batch: Sequence[int]) -> list[int | Exception]:
         return [ValueError("odd") if number % 2 else number // 2 for number in batch]
@@ -144,6 +144,6 @@ async def test_an_error_of_one_is_its_own() -> None:
         DeviceThread() as thread,
         DeviceQueue[int, int](halve, thread, max_waiting=4, max_batch=2, max_wait_s=0.02) as queue,
     ):
-        odd, even = await asyncio.gather(ask(queue, 1), ask(queue, 4), return_exceptions=True)
+        odd, even = await asyncio.gather(submit_number(queue, 1), submit_number(queue, 4), return_exceptions=True)
     assert isinstance(odd, ValueError)
     assert even == 2

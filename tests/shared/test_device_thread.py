@@ -1,4 +1,4 @@
-"""The one thread of a service that uses its device."""
+"""The only thread of a service that uses its device."""
 
 import asyncio
 import threading
@@ -36,8 +36,8 @@ def raiser(error: Exception) -> Callable[[], None]:
     return fail
 
 
-async def test_everything_runs_on_one_thread() -> None:
-    """Calls, and the batches of a queue, run one after the other on the same thread, which is not the event loop's."""
+async def test_all_calls_run_on_one_thread() -> None:
+    """Calls, and the batches of a queue, run one after the other on the same thread, outside the event loop's."""
     threads: list[int] = []
 
     def run(batch: Sequence[int]) -> Sequence[int]:
@@ -55,7 +55,7 @@ async def test_everything_runs_on_one_thread() -> None:
 
 @pytest.mark.parametrize("error", STICKY, ids=str)
 async def test_a_sticky_error_ends_the_thread(error: Exception) -> None:
-    """After an error that leaves the device unusable every call is refused, and the owner hears of it once."""
+    """After an error that leaves the device unusable every call is refused, and the owner is notified once."""
     lost: list[bool] = []
     async with DeviceThread(lambda: lost.append(True)) as thread:
         for _ in range(2):
@@ -67,7 +67,7 @@ async def test_a_sticky_error_ends_the_thread(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", ORDINARY, ids=str)
-async def test_an_ordinary_error_does_not(error: Exception) -> None:
+async def test_an_ordinary_error_does_not_end_the_thread(error: Exception) -> None:
     """Any other error reaches its caller, and the next call is served."""
     async with DeviceThread() as thread:
         with pytest.raises(type(error)):
@@ -78,7 +78,7 @@ async def test_an_ordinary_error_does_not(error: Exception) -> None:
 
 @pytest.mark.parametrize("is_returned", [True, False])
 async def test_all_work_ends_when_the_device_is_lost(is_returned: bool) -> None:
-    """What runs, what shares its batch and what waits get ``DeviceLost``; nothing is admitted any more."""
+    """Running work, its batch and waiting work get ``DeviceLost``, and no new work is admitted."""
     ran: list[int] = []
     everyone_waits = threading.Event()
 
@@ -91,22 +91,22 @@ async def test_all_work_ends_when_the_device_is_lost(is_returned: bool) -> None:
 
     async with DeviceThread() as thread, DeviceQueue[int, int](run, thread, max_waiting=8, max_batch=2) as queue:
 
-        async def ask(number: int) -> int:
+        async def submit_number(number: int) -> int:
             with queue.admit():
                 return (await queue.submit(number)).value
 
-        calls = [asyncio.create_task(ask(number)) for number in range(6)]
+        calls = [asyncio.create_task(submit_number(number)) for number in range(6)]
         await asyncio.sleep(0)  # each has submitted its work
         everyone_waits.set()
         results = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(result) for result in results] == [DeviceLost] * 6
         with pytest.raises(DeviceLost):
-            await ask(7)
+            await submit_number(7)
     assert ran == [0, 1]
 
 
-async def test_closing_the_queue_answers_everyone() -> None:
-    """Work that runs or waits when the queue closes ends with ``ShuttingDown``; nobody waits for ever."""
+async def test_closing_the_queue_ends_every_call() -> None:
+    """Running and waiting work ends with ``ShuttingDown`` when the queue closes."""
     runs, may_end = threading.Event(), threading.Event()
 
     def run(batch: Sequence[int]) -> Sequence[int]:
@@ -117,19 +117,19 @@ async def test_closing_the_queue_answers_everyone() -> None:
     async with DeviceThread() as thread:
         async with DeviceQueue[int, int](run, thread, max_waiting=8) as queue:
 
-            async def ask(number: int) -> int:
+            async def submit_number(number: int) -> int:
                 with queue.admit():
                     return (await queue.submit(number)).value
 
-            calls = [asyncio.create_task(ask(number)) for number in range(3)]
+            calls = [asyncio.create_task(submit_number(number)) for number in range(3)]
             await asyncio.to_thread(runs.wait, 60)
         results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
         may_end.set()
     assert [type(result) for result in results] == [ShuttingDown] * 3
 
 
-async def test_a_device_that_hangs_does_not_hold_the_end() -> None:
-    """Once the device is lost, the thread is not waited for: it may never come back from the driver."""
+async def test_a_hanging_device_does_not_delay_the_shutdown() -> None:
+    """Once the device is lost, the thread is not joined, since it may never return from the driver."""
     came_back = threading.Event()
 
     def hang() -> None:

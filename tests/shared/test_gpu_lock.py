@@ -25,14 +25,14 @@ with FileLock(sys.argv[1]):
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The lock of a GPU that is pretended."""
+    """The lock file of a simulated GPU."""
     file = tmp_path / "flux2-gpu-1.lock"
     monkeypatch.setattr(gpu_lock, "lock_file", lambda _device: file)
     return file
 
 
 def test_a_service_waits_for_another_that_warms_up(file: Path) -> None:
-    """The second one says that it waits, and goes on when the first one's process has ended, even by SIGKILL."""
+    """The second service logs that it waits, and goes on when the first one's process has ended, even by SIGKILL."""
     stages: list[str] = []
     waits, entered = threading.Event(), threading.Event()
 
@@ -58,8 +58,8 @@ def test_a_service_waits_for_another_that_warms_up(file: Path) -> None:
     assert stages == ["waiting for another service that warms up on this GPU"]
 
 
-def test_the_lock_is_free_again_afterwards(file: Path) -> None:
-    """The block can be entered again, and after an error in it."""
+def test_the_lock_is_released(file: Path) -> None:
+    """The block can be entered again, also after an error in it."""
     with pytest.raises(ValueError, match="warm-up"), alone_on_gpu(GPU):
         raise ValueError("warm-up")
     heard: list[str] = []
@@ -68,10 +68,10 @@ def test_the_lock_is_free_again_afterwards(file: Path) -> None:
     assert heard == []
 
 
-def test_a_folder_that_cannot_be_written_stops_nobody(
+def test_an_unwritable_folder_does_not_prevent_the_warm_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The block runs, and the log says what may go wrong."""
+    """The block runs, and the log has the possible consequences."""
     (tmp_path / "file").touch()
     monkeypatch.setattr(gpu_lock, "lock_file", lambda _device: tmp_path / "file" / "flux2.lock")
     with alone_on_gpu(GPU):
@@ -80,13 +80,13 @@ def test_a_folder_that_cannot_be_written_stops_nobody(
 
 
 def test_a_cpu_needs_no_lock(file: Path) -> None:
-    """On a CPU nothing is chosen by measurement, and no file is made."""
+    """On a CPU nothing is chosen by measurement, and no file is created."""
     with alone_on_gpu(torch.device("cpu")):
         assert not file.exists()
 
 
 def test_the_file_names_the_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Containers see a GPU by different indices; its UUID is the same. The folder is that of compiled code."""
+    """Containers number GPUs differently; the UUID is the same. The folder is that of compiled code."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(uuid="1234-abcd"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     assert lock_file(GPU) == tmp_path / "inductor" / "flux2-gpu-1234-abcd.lock"

@@ -1,4 +1,4 @@
-"""The server around an app: from its first moment to its end, as a process."""
+"""The server as a process, from start to end."""
 
 import re
 import signal
@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from flux2_shared.web.server import FORCED_EXIT_S, LAST_RESPONSES_S
-from tests.e2e.test_services import PATIENCE_S, ROOT, answers, free_port, wait_for
+from tests.e2e.test_services import PATIENCE_S, ROOT, free_port, is_ok, wait_for
 
 SERVICE = """
 import asyncio, sys, threading
@@ -92,30 +92,29 @@ Service = tuple[subprocess.Popen[str], str]
 
 @contextmanager
 def service(folder: Path) -> Iterator[Service]:
-    """The service as a process, and its address. Files that appear in ``folder`` say what it does next."""
+    """The service as a process, and its address. Files created in ``folder`` control it."""
     port = free_port()
     command = [sys.executable, "-c", SERVICE, str(port), str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_for(lambda: answers(f"http://127.0.0.1:{port}/health/live"))
+            wait_for(lambda: is_ok(f"http://127.0.0.1:{port}/health/live"))
             yield process, f"http://127.0.0.1:{port}"
         finally:
             process.kill()
 
 
-def tell(folder: Path, *names: str) -> None:
-    """Have the service do something."""
+def send(folder: Path, *names: str) -> None:
+    """Create files that control the service."""
     for name in names:
         (folder / name).touch()
 
 
 def is_ready(url: str) -> bool:
-    """Whether the service is."""
     return httpx.get(f"{url}/health/ready").status_code == 200
 
 
 def test_a_service_answers_while_it_starts(tmp_path: Path) -> None:
-    """It is alive at once; readiness says how far it is, and work is refused with 503 ``starting`` until it serves."""
+    """The service is alive at once; readiness reports the progress, and requests get 503 ``starting`` before."""
     with service(tmp_path) as (process, url):
         ready = httpx.get(f"{url}/health/ready")
         assert (ready.status_code, ready.json()["status"]) == (503, "starting")
@@ -125,15 +124,15 @@ def test_a_service_answers_while_it_starts(tmp_path: Path) -> None:
         assert "3 of 8, 1024x1024" in refused.json()["detail"]
         assert int(refused.headers["retry-after"]) >= 1
         assert process.poll() is None
-        tell(tmp_path, "loaded", "run")
+        send(tmp_path, "loaded", "run")
         wait_for(lambda: is_ready(url))
         assert httpx.post(f"{url}/work").json() == 1
 
 
-def test_what_cannot_start_ends_in_one_line(tmp_path: Path) -> None:
-    """The service listens while it loads, and still ends with status 1 and one line when the model is refused."""
+def test_a_failed_start_ends_with_one_line(tmp_path: Path) -> None:
+    """The service listens while it loads, and ends with status 1 and one line if the model is refused."""
     with service(tmp_path) as (process, _):
-        tell(tmp_path, "refused", "loaded")
+        send(tmp_path, "refused", "loaded")
         assert process.wait(PATIENCE_S) == 1
         assert process.stderr is not None
         assert [line for line in process.stderr.read().splitlines() if line.startswith("flux2:")] == [
@@ -142,41 +141,41 @@ def test_what_cannot_start_ends_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_start_can_be_interrupted(tmp_path: Path) -> None:
-    """SIGTERM while the model loads ends the process at once, with status 0, although loading goes on."""
+    """SIGTERM while the model loads ends the process at once with status 0."""
     with service(tmp_path) as (process, _):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE_S) == 0  # nothing ever says "loaded"
+        assert process.wait(PATIENCE_S) == 0  # the file "loaded" is never created
 
 
-def test_a_service_that_lost_its_device_ends(tmp_path: Path) -> None:
-    """Running and waiting requests get a 503 that asks to be repeated; live is 500; then the status is 1."""
+def test_a_service_without_its_device_ends(tmp_path: Path) -> None:
+    """Running and waiting requests get a 503 that may be retried; live is 500; then the exit status is 1."""
     with service(tmp_path) as (process, url), ThreadPoolExecutor(4) as clients:
-        tell(tmp_path, "loaded", "broken")
+        send(tmp_path, "loaded", "broken")
         wait_for(lambda: is_ready(url))
         waiting = [clients.submit(httpx.post, f"{url}/work", timeout=PATIENCE_S) for _ in range(4)]
         wait_for(lambda: "flux2_queue_depth 4.0" in httpx.get(f"{url}/metrics").text)
-        tell(tmp_path, "run")
-        for answer in (client.result() for client in waiting):
-            assert (answer.status_code, answer.json()["code"]) == (503, "device_lost")
-            assert answer.headers["x-should-retry"] == "true"
-            assert int(answer.headers["retry-after"]) >= 1
+        send(tmp_path, "run")
+        for response in (client.result() for client in waiting):
+            assert (response.status_code, response.json()["code"]) == (503, "device_lost")
+            assert response.headers["x-should-retry"] == "true"
+            assert int(response.headers["retry-after"]) >= 1
         live, ready = (httpx.get(f"{url}/health/{name}") for name in ("live", "ready"))
         assert (live.status_code, ready.status_code) == (500, 503)
         assert process.wait(PATIENCE_S) == 1
     assert LAST_RESPONSES_S < FORCED_EXIT_S < 5
 
 
-def test_who_does_not_end_within_the_drain_gets_an_answer(tmp_path: Path) -> None:
-    """After SIGTERM requests may end; what has not after the drain is 503 ``shutting_down``, not a cut connection."""
+def test_requests_that_exceed_the_drain_get_503(tmp_path: Path) -> None:
+    """After SIGTERM requests that run longer than the drain get 503 ``shutting_down``; connections are not cut."""
     with service(tmp_path) as (process, url), ThreadPoolExecutor(4) as clients:
-        tell(tmp_path, "loaded")
+        send(tmp_path, "loaded")
         wait_for(lambda: is_ready(url))
         waiting = [clients.submit(httpx.post, f"{url}/work", timeout=PATIENCE_S) for _ in range(4)]
         wait_for(lambda: "flux2_queue_depth 4.0" in httpx.get(f"{url}/metrics").text)
         process.send_signal(signal.SIGTERM)
-        for answer in (client.result() for client in waiting):
-            assert (answer.status_code, answer.json()["code"]) == (503, "shutting_down")
-            assert answer.headers["content-type"] == "application/problem+json"
-            assert int(answer.headers["retry-after"]) >= 1
-        tell(tmp_path, "run")
+        for response in (client.result() for client in waiting):
+            assert (response.status_code, response.json()["code"]) == (503, "shutting_down")
+            assert response.headers["content-type"] == "application/problem+json"
+            assert int(response.headers["retry-after"]) >= 1
+        send(tmp_path, "run")
         assert process.wait(PATIENCE_S) == 0

@@ -1,4 +1,4 @@
-"""Which environment variables a setting is read from, and which devices they may name."""
+"""The environment variables of the settings, and the devices that they may name."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ from text_encoder_service.settings import TextEncoderSettings
 ROOT = Path(__file__).parents[2]
 
 
-def test_common_names_of_the_environment_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``MODEL``, ``REVISION`` or ``PORT`` of some other program mean nothing here."""
+def test_common_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``MODEL``, ``REVISION`` or ``PORT`` of another program are not read."""
     for name in ("MODEL", "REVISION", "PORT", "HOST", "TOKEN", "DEVICE"):
         monkeypatch.setenv(name, "other")
     settings = GeneratorSettings()
@@ -26,15 +26,15 @@ def test_common_names_of_the_environment_are_not_ours(monkeypatch: pytest.Monkey
 
 
 def test_one_variable_sets_the_model_of_both_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``FLUX2_MODEL`` and ``FLUX2_REVISION`` hold for both."""
+    """``FLUX2_MODEL`` and ``FLUX2_REVISION`` apply to both services."""
     monkeypatch.setenv("FLUX2_MODEL", "a/model")
     monkeypatch.setenv("FLUX2_REVISION", "0123")
     for settings in (GeneratorSettings(), TextEncoderSettings()):
         assert (settings.model, settings.revision) == ("a/model", "0123")
 
 
-def test_the_encoders_keys_open_it_to_the_generator(tmp_path: Path) -> None:
-    """One file serves both: what the encoder asks for, the generator sends; a token of its own goes first."""
+def test_the_encoders_keys_file_authenticates_the_generator(tmp_path: Path) -> None:
+    """One keys file configures both: the encoder requires its keys, the generator sends one; an explicit token wins."""
     keys = tmp_path / "keys"
     keys.write_text("# keys\n\n first-key \nsecond-key\n")
     assert TextEncoderSettings(keys_file=keys).tokens() == ("first-key", "second-key")
@@ -49,7 +49,7 @@ def test_the_encoders_keys_open_it_to_the_generator(tmp_path: Path) -> None:
 
 
 def has_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """PyTorch sees so many."""
+    """Simulate this number of GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
@@ -58,8 +58,8 @@ def has_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     ("name", "device"),
     [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
 )
-def test_a_gpu_always_has_an_index(monkeypatch: pytest.MonkeyPatch, name: str, device: str) -> None:
-    """PyTorch refuses to make a GPU without an index the current one, so the settings never give one without."""
+def test_gpus_have_an_index(monkeypatch: pytest.MonkeyPatch, name: str, device: str) -> None:
+    """PyTorch refuses to select a GPU without an index, so the settings always have one."""
     has_gpus(monkeypatch, 2)
     for settings in (GeneratorSettings(device=name), TextEncoderSettings(device=name)):
         assert str(settings.torch_device()) == device
@@ -67,8 +67,8 @@ def test_a_gpu_always_has_an_index(monkeypatch: pytest.MonkeyPatch, name: str, d
     assert GeneratorSettings(device=name).torch_dtype() == (torch.bfloat16 if bfloat16 else torch.float32)
 
 
-def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is asked for by name is refused, with what PyTorch was built for."""
+def test_without_a_gpu_auto_selects_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is requested by name is refused, with the build of PyTorch."""
     has_gpus(monkeypatch, 0)
     assert GeneratorSettings().torch_device() == torch.device("cpu")
     for version, built_for in (("13.0", "CUDA 13.0"), (None, "the CPU alone")):
@@ -83,7 +83,7 @@ def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ("count", "right"), [(1, "1 GPU here; set it to cuda:0"), (2, "2 GPUs here; set it to cuda:0 to cuda:1")]
 )
 def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch, count: int, right: str) -> None:
-    """The line says how many there are, and which numbers they have."""
+    """The message has the number of GPUs and their indices."""
     has_gpus(monkeypatch, count)
     with pytest.raises(ModelRefused, match=f"^TEXT_ENCODER_DEVICE=cuda:7: PyTorch sees {right}$"):
         TextEncoderSettings(device="cuda:7").torch_device()
@@ -94,7 +94,7 @@ def test_a_gpu_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch, count
     ["cuda:-1", "gpu", "mps", "xpu", "cuda:x", "cpu:3", "cpu:0", "meta", "cuda:", "cuda:01", "cuda:٣", " cuda", "CUDA"],
 )
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Also those that PyTorch knows; the line names the variable, its value, and what is supported."""
+    """Devices that are not supported, though PyTorch knows them, are refused with variable, value and valid values."""
     has_gpus(monkeypatch, 2)
     for settings, variable in (
         (GeneratorSettings(device=name), "GENERATOR_DEVICE"),
@@ -102,20 +102,20 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -
     ):
         with pytest.raises(ModelRefused) as refused:
             settings.torch_device()
-        line = f"{variable}={name}: no such device is supported; set it to auto, cpu, cuda, or cuda:N"
-        assert str(refused.value) == line
+        message = f"{variable}={name}: no such device is supported; set it to auto, cpu, cuda, or cuda:N"
+        assert str(refused.value) == message
 
 
 def test_an_index_that_is_too_large_for_pytorch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is compared before PyTorch, which keeps eight bits of it, sees it."""
+    """It is compared before PyTorch sees it, which keeps only eight bits."""
     has_gpus(monkeypatch, 2)
     with pytest.raises(ModelRefused, match="sees 2 GPUs"):
         GeneratorSettings(device="cuda:256").torch_device()
 
 
 @pytest.mark.parametrize("service", ["generator_service", "text_encoder_service"])
-def test_a_service_says_so_in_one_line(service: str, tmp_path: Path) -> None:
-    """It ends with status 1, before it looks for a model."""
+def test_a_service_reports_it_in_one_line(service: str, tmp_path: Path) -> None:
+    """It ends with status 1 before it looks for a model."""
     variable = f"{service.removesuffix('_service').upper()}_DEVICE"
     environment = os.environ | {variable: "cuda:x", "FLUX2_MODEL": "no/such", "PYTHONPATH": str(ROOT)}
     environment |= {f"{variable.removesuffix('DEVICE')}PORT": "0"}
@@ -123,13 +123,13 @@ def test_a_service_says_so_in_one_line(service: str, tmp_path: Path) -> None:
         [sys.executable, "-m", service], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.startswith("flux2:")]
+    lines = [message for message in done.stderr.splitlines() if message.startswith("flux2:")]
     assert lines == [f"flux2: {variable}=cuda:x: no such device is supported; set it to auto, cpu, cuda, or cuda:N"]
     assert "Traceback" not in done.stderr
 
 
-def test_what_keeps_a_calibration_has_an_index_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """``--keep`` is read as the settings are."""
+def test_the_option_keep_has_an_index_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """``--keep`` is parsed like the settings."""
     has_gpus(monkeypatch, 2)
     assert str(resolve_storage("cuda")) == "cuda:0"
     assert resolve_storage(str(tmp_path)) == tmp_path
@@ -138,7 +138,7 @@ def test_what_keeps_a_calibration_has_an_index_too(monkeypatch: pytest.MonkeyPat
 
 
 def test_settings_need_no_torch(tmp_path: Path) -> None:
-    """Settings are read and profiles are chosen where torch cannot be imported, so that a check can name it."""
+    """Settings are read and profiles chosen even if torch cannot be imported, so that a check can report it."""
     code = """
 import sys
 sys.modules["torch"] = None

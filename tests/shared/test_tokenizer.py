@@ -21,15 +21,15 @@ CHAT = [{"role": "user", "content": [{"type": "text", "text": "a small red circl
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model folder without weights whose chat template is in no file."""
-    made = tmp_path / "model"
-    shutil.copytree(WEIGHTS / "tokenizer", made / "tokenizer")
-    (made / "tokenizer" / "chat_template.jinja").unlink()
-    return made
+    """A model folder without weights and without a chat template in any file."""
+    copied = tmp_path / "model"
+    shutil.copytree(WEIGHTS / "tokenizer", copied / "tokenizer")
+    (copied / "tokenizer" / "chat_template.jinja").unlink()
+    return copied
 
 
 def token_ids(folder: Path) -> Any:
-    """A row of tokens, padded."""
+    """A padded row of token ids."""
     tokenizer = load_tokenizer(ModelFolder("model", "local", folder))
     row = tokenizer.apply_chat_template(
         CHAT, tokenize=True, return_dict=True, padding="max_length", truncation=True, max_length=24
@@ -40,26 +40,26 @@ def token_ids(folder: Path) -> Any:
 @pytest.mark.parametrize("padding_side", ["left", None])
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
 def test_files_of_transformers_4_give_the_same_tokens(tmp_path: Path, name: str, padding_side: str | None) -> None:
-    """Whatever class they name, and also where they leave the side of the padding to it."""
+    """Any class name, and an unspecified padding side, give the same tokens."""
     dev = lay_out_as_dev(WEIGHTS, tmp_path / "dev", tokenizer_class=name, padding_side=padding_side)
     ids, mask = token_ids(dev)
     assert (ids, mask) == token_ids(WEIGHTS)
     assert mask[0] == 0
 
 
-@pytest.mark.parametrize("place", ["tokenizer", "processor", "."])
+@pytest.mark.parametrize("subfolder", ["tokenizer", "processor", "."])
 @pytest.mark.parametrize("name", ["chat_template.json", "chat_template.jinja"])
-def test_a_chat_template_is_found(folder: Path, place: str, name: str) -> None:
-    """In the file of older processors or of newer ones, beside the tokenizer or where a processor is."""
+def test_the_chat_template_is_read_from_any_location(folder: Path, subfolder: str, name: str) -> None:
+    """A chat template is read from old and new processors' files, in the tokenizer's or the processor's folder."""
     template = (WEIGHTS / "tokenizer" / "chat_template.jinja").read_text()
-    (folder / place).mkdir(exist_ok=True)
+    (folder / subfolder).mkdir(exist_ok=True)
     text = json.dumps({"chat_template": template}) if name.endswith("json") else template
-    (folder / place / name).write_text(text)
+    (folder / subfolder / name).write_text(text)
     assert token_ids(folder) == token_ids(WEIGHTS)
 
 
-def test_without_a_chat_template_the_files_are_named(folder: Path) -> None:
-    """The line says where it was looked for."""
+def test_a_missing_chat_template_is_an_error(folder: Path) -> None:
+    """The error names the files that were looked for."""
     with pytest.raises(ModelRefused) as refused:
         token_ids(folder)
     for name in ("tokenizer/tokenizer_config.json", "tokenizer/chat_template.json", "processor/chat_template.json"):
@@ -68,23 +68,27 @@ def test_without_a_chat_template_the_files_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"chat_template": null}'])
-def test_a_file_without_a_template_is_named(folder: Path, content: str) -> None:
-    """A ``chat_template.json`` that holds no template is not passed over."""
+def test_an_empty_chat_template_is_an_error(folder: Path, content: str) -> None:
+    """A ``chat_template.json`` without a template is an error."""
     (folder / "tokenizer" / "chat_template.json").write_text(content)
     with pytest.raises(ModelRefused, match=r"tokenizer/chat_template\.json holds no text under chat_template"):
         token_ids(folder)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused(folder: Path) -> None:
-    """One line says so, not the library's traceback."""
+    """The error is one line, not the library's traceback."""
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ModelRefused, match="the tokenizer of model cannot be loaded"):
         token_ids(folder)
 
 
 def test_chat_templates_are_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Wherever they may be in a repository; what is not wanted is not."""
-    names = [f"{place}chat_template.{kind}" for place in ("", "processor/", "tokenizer/") for kind in ("json", "jinja")]
+    """Chat templates are downloaded from every possible location, and no other files are."""
+    names = [
+        f"{subfolder}chat_template.{kind}"
+        for subfolder in ("", "processor/", "tokenizer/")
+        for kind in ("json", "jinja")
+    ]
     repository = [*names, "tokenizer/processor_config.json", "flux2-dev.safetensors", "processor/weights.safetensors"]
     fetched: list[str] = []
 
@@ -98,8 +102,8 @@ def test_chat_templates_are_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch
     assert fetched == [*names, "tokenizer/processor_config.json"]
 
 
-def test_the_encoder_uses_it(folder: Path, random_weights: Path) -> None:
-    """A model whose chat template is in ``chat_template.json`` alone is served."""
+def test_the_encoder_uses_the_chat_template(folder: Path, random_weights: Path) -> None:
+    """A model with a chat template only in ``chat_template.json`` is served."""
     shutil.copytree(random_weights, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("chat_template.jinja"))
     template = (WEIGHTS / "tokenizer" / "chat_template.jinja").read_text()
     (folder / "tokenizer" / "chat_template.json").write_text(json.dumps({"chat_template": template}))

@@ -1,4 +1,4 @@
-"""OpenTelemetry's traces over both services."""
+"""OpenTelemetry traces over both services."""
 
 import sys
 
@@ -16,7 +16,7 @@ BODY = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_step
 
 @pytest.fixture
 def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    """Takes every span of services that are made from now on."""
+    """An exporter for the spans of services that are created from now on."""
     exporter = InMemorySpanExporter()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://nowhere.invalid")
     monkeypatch.setattr(tracing, "_processor", lambda: SimpleSpanProcessor(exporter))
@@ -24,13 +24,13 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
 
 def parent_of(span: ReadableSpan, spans: tuple[ReadableSpan, ...]) -> ReadableSpan | None:
-    """The span that ``span`` is within."""
+    """The parent of ``span``."""
     return next((s for s in spans if span.parent and s.context and s.context.span_id == span.parent.span_id), None)
 
 
 @pytest.mark.anyio
 async def test_one_trace_over_both_services(serve_generator: Serve, exporter: InMemorySpanExporter) -> None:
-    """A request is one trace: encode, with the encoder's own span within, draw, write; no prompt is in it."""
+    """A request is one trace: encode, with the encoder's own span inside, draw, and write; no span has the prompt."""
     async with serve_generator() as http:
         exporter.clear()
         trace_id = "0af7651916cd43dd8448eb211c80319c"
@@ -51,7 +51,7 @@ async def test_one_trace_over_both_services(serve_generator: Serve, exporter: In
 
 
 @pytest.mark.anyio
-async def test_nothing_is_traced_unasked(
+async def test_tracing_is_off_by_default(
     serve_generator: Serve, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without an endpoint there are no spans."""
@@ -61,8 +61,8 @@ async def test_nothing_is_traced_unasked(
     assert not exporter.get_finished_spans()
 
 
-def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces that are asked for and cannot be had are an error at start that says what to install."""
+def test_a_missing_extra_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If tracing is configured without its packages, the start fails with the extra to install."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
     with pytest.raises(ModelRefused, match="the extra otel is not installed"):

@@ -8,12 +8,11 @@ from flux2_shared import version as module
 
 
 def test_the_version_is_the_installed_one() -> None:
-    """It is what the package manager knows."""
     assert module.product_version() == version("flux2-services")
 
 
 def test_a_bare_copy_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is installed the version is unknown, which is no error."""
+    """Without an installation the version is unknown, which is not an error."""
 
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)

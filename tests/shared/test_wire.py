@@ -1,4 +1,4 @@
-"""The guarded loader: no hostile payload runs code, raises anything else, or is taken for something it is not."""
+"""The guarded loader: no payload runs code, raises another error, or is misread."""
 
 import io
 import os
@@ -32,7 +32,7 @@ def embedding(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def saved(thing: object) -> bytes:
-    """What ``torch.save`` makes of a thing."""
+    """The output of ``torch.save``."""
     buffer = io.BytesIO()
     torch.save(thing, buffer)
     return buffer.getvalue()
@@ -42,7 +42,7 @@ class RunsCode:
     """Executes a command when it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        """What the unpickler calls."""
+        """The unpickler's hook."""
         return os.system, ("touch pwned",)
 
 
@@ -59,19 +59,19 @@ def rezipped(data: bytes, compression: int = zipfile.ZIP_STORED, extra: int = 0,
 
 
 def bit_flipped(data: bytes) -> bytes:
-    """One bit of the tensor's values turned over."""
+    """Flip one bit of the tensor's values."""
     values = embedding().view(torch.uint8).numpy().tobytes()
     at = data.index(values) + 5
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 def huge_shape() -> bytes:
-    """A tensor that claims far more elements than it stores."""
+    """A tensor with a shape of far more elements than it stores."""
     return saved(torch.zeros(1).expand(1, 100_000, 100_000))
 
 
 def with_code() -> bytes:
-    """A pickle that runs a command, in an archive of the right form."""
+    """A pickle that runs a command, in a valid archive."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(RunsCode()))
@@ -80,13 +80,13 @@ def with_code() -> bytes:
 
 
 def sparse_out_of_range() -> bytes:
-    """A sparse tensor whose indices lie outside of it."""
+    """A sparse tensor with indices out of range."""
     tensor = torch.sparse_coo_tensor(torch.tensor([[9], [9], [9]]), torch.ones(1), (10, 10, 10), check_invariants=False)
     return saved(tensor)
 
 
 def with_nan() -> bytes:
-    """An embedding with one value that is not a number."""
+    """An embedding with one NaN."""
     tensor = embedding()
     tensor[0, 1, 2] = float("nan")
     return saved(tensor)
@@ -133,21 +133,21 @@ def saved_legacy(thing: object) -> bytes:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_payloads_are_refused(kind: str) -> None:
-    """Every kind of hostile payload is a WireError, and no code of it runs."""
+def test_malicious_payloads_are_refused(kind: str) -> None:
+    """Every malicious payload is a ``WireError``, and none of its code runs."""
     with pytest.raises(WireError):
         parse_torch(HOSTILE[kind](), SHAPE)
-    assert not os.path.exists("pwned")  # noqa: PTH110 - the simplest question
+    assert not os.path.exists("pwned")  # noqa: PTH110 - the simplest check
 
 
-def test_the_code_of_hostile_payloads_would_be_seen() -> None:
-    """Unpickled without a guard, the code in them leaves a file: where there is none it did not run."""
+def test_the_code_of_malicious_payloads_would_run_without_the_guard() -> None:
+    """Without the guard the code in the payloads leaves a file, so its absence shows that the code did not run."""
     assert pickle.loads(pickle.dumps(RunsCode())) == 0
     assert os.path.exists("pwned")  # noqa: PTH110 - as above
 
 
-def test_mutations_are_refused_or_harmless() -> None:
-    """Of 20 000 damaged payloads each is refused by WireError, or is the tensor that was sent."""
+def test_corrupted_payloads_are_refused_or_harmless() -> None:
+    """Each of 20,000 corrupted payloads is refused with ``WireError``, or is the tensor that was sent."""
     rng = random.Random(0)
     tensor = embedding()
     data = dump_torch(tensor)
@@ -165,7 +165,7 @@ def test_mutations_are_refused_or_harmless() -> None:
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Damage ``data`` once or a few times: flip, overwrite, cut, insert, repeat."""
+    """Corrupt ``data`` once or a few times: flip, overwrite, cut, insert, repeat."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 4))):
         at = rng.randrange(len(changed))
@@ -185,21 +185,21 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_tensors_survive_the_wire(dtype: torch.dtype) -> None:
-    """Both formats give back the tensor, bit for bit."""
+    """Both formats preserve the tensor bit for bit."""
     tensor = embedding(dtype)
     assert torch.equal(parse_torch(dump_torch(tensor), SHAPE), tensor)
     assert torch.equal(parse_safetensors(dump_safetensors(tensor), SHAPE), tensor)
 
 
-def test_a_view_weighs_no_more_than_itself() -> None:
-    """A row of a batch is saved without the batch: the file is at most the tensor + 4 KiB."""
+def test_a_view_is_saved_without_its_storage() -> None:
+    """A row of a batch is saved without the batch: the file is at most the tensor plus 4 KiB."""
     row = torch.zeros(64, 512, 16, dtype=torch.bfloat16)[3:4]
     assert len(dump_torch(row)) <= row.nbytes + MAX_HEADER_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_bodies_are_what_the_libraries_write(dtype: torch.dtype) -> None:
-    """Of a tensor and of a view of it, the bytes are those that the libraries write of a plain copy."""
+def test_bodies_equal_those_of_the_libraries(dtype: torch.dtype) -> None:
+    """A tensor and a view of it give the bytes that the libraries write for a plain copy."""
     batch = torch.stack([embedding(dtype)[0], embedding(dtype)[0] + 1])
     for tensor in (embedding(dtype), batch[1:], batch.transpose(1, 2)):
         copy = tensor.clone(memory_format=torch.contiguous_format)
@@ -207,8 +207,8 @@ def test_bodies_are_what_the_libraries_write(dtype: torch.dtype) -> None:
         assert dump_safetensors(tensor) == save_safetensors({"prompt_embeds": copy})
 
 
-def test_dimensions_may_be_left_open() -> None:
-    """Where the expected shape has None, any size will do."""
+def test_dimensions_may_be_unspecified() -> None:
+    """A dimension of None in the expected shape accepts any size."""
     assert parse_torch(dump_torch(embedding()), (1, None, 6)).shape == SHAPE
 
 
@@ -216,6 +216,6 @@ def test_dimensions_may_be_left_open() -> None:
     "body", [b"", b"x" * 40, b"\xff" * 8 + b"{}", struct.pack("<Q", 2**40) + b"{}", dump_torch(embedding())]
 )
 def test_bad_safetensors_are_refused(body: bytes) -> None:
-    """A safetensors body that is none is a WireError."""
+    """A malformed safetensors body is a ``WireError``."""
     with pytest.raises(WireError):
         parse_safetensors(body, SHAPE)

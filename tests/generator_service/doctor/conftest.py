@@ -1,4 +1,4 @@
-"""Model folders for ``flux2 doctor``."""
+"""Model folders for the tests of ``flux2 doctor``."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from tests.generator_service.doctor.hosts import write_safetensors, write_shards
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A copy of the demo model, to be broken."""
+    """A copy of the demo model that tests may damage."""
     return shutil.copytree(WEIGHTS, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")
 def flux2_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files, names, shapes and dtypes of FLUX.2 [dev]; its weights are holes in their files."""
+    """A folder with the files, names, shapes and dtypes of FLUX.2 [dev] whose weights are sparse files."""
     folder = tmp_path_factory.mktemp("dev") / "FLUX.2-dev"
     shutil.copytree(WEIGHTS, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     with torch.device("meta"):
@@ -38,12 +38,12 @@ def flux2_dev(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by its name; buffers are left out."""
+    """The shape of each parameter by its name, without buffers."""
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def encoder_shapes() -> dict[str, tuple[int, ...]]:
-    """The shapes of FLUX.2 [dev]'s text encoder: 40 layers, the head and a part of the vision tower."""
+    """The shapes of FLUX.2 [dev]'s text encoder: 40 layers, the head, and a part of the vision tower."""
     layer = {
         "self_attn.q_proj": (4096, 5120),
         "self_attn.k_proj": (1024, 5120),

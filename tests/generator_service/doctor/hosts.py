@@ -1,4 +1,4 @@
-"""Hosts that are described: programs on ``PATH``, files below another root, libraries that say what a test wants."""
+"""Simulated hosts: programs on ``PATH``, files below another root, and the output of libraries."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ SMI = "GPU-{k}, 580.95.05, NVIDIA H100 80GB HBM3, 81559, {used}, Default, Enable
 
 
 def gpu(index: int = 0, **more: Any) -> Gpu:
-    """An H100 that nobody uses, unless ``more`` says otherwise."""
+    """An unused H100, with the fields in ``more`` replaced."""
     facts = {"name": "NVIDIA H100 80GB HBM3", "capability": (9, 0), "total_bytes": H100_BYTES, "free_bytes": 84 * GB}
     return Gpu(index=index, uuid=f"GPU-{index}", **(facts | more))
 
 
 def libraries(*gpus: Gpu, **more: Any) -> Libraries:
-    """What the libraries say on a host with these GPUs and CUDA's build of torch."""
+    """The libraries' facts on a host with these GPUs and torch for CUDA."""
     facts: dict[str, Any] = {
         "versions": {"torch": "2.13.0", "transformers": "5.23.0", "diffusers": "0.42.1"},
         "cuda": "13.0",
@@ -37,11 +37,11 @@ def libraries(*gpus: Gpu, **more: Any) -> Libraries:
 
 
 def described(tmp_path: Path, **environ: str) -> Host:
-    """A host with an empty home, no programs, and an empty tree instead of ``/proc`` and ``/sys``."""
+    """A host with an empty home, no programs, and an empty tree in place of ``/proc`` and ``/sys``."""
     for name in ("bin", "root", "home"):
         (tmp_path / name).mkdir(exist_ok=True)
-    given = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path / "home"), **environ}
-    return Host(given, tmp_path / "root", program_timeout_s=30)
+    variables = {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path / "home"), **environ}
+    return Host(variables, tmp_path / "root", program_timeout_s=30)
 
 
 def install(tmp_path: Path, name: str, script: str) -> None:
@@ -52,7 +52,7 @@ def install(tmp_path: Path, name: str, script: str) -> None:
 
 
 def install_nvidia_smi(tmp_path: Path, gpus: str, processes: str = "") -> None:
-    """Install an ``nvidia-smi`` that answers both queries with these lines."""
+    """Install an ``nvidia-smi`` that prints these lines for both queries."""
     (tmp_path / "gpus.csv").write_text(gpus, encoding="utf-8")
     (tmp_path / "processes.csv").write_text(processes, encoding="utf-8")
     cat = shutil.which("cat")
@@ -81,8 +81,8 @@ def install_packages(folder: Path, **sources: str) -> str:
 
 
 def torch_with(*gpus: Gpu) -> str:
-    """The source of a package ``torch`` that sees these GPUs; it raises for any other index."""
-    facts = [found.model_dump() for found in gpus]
+    """The source of a package ``torch`` with these GPUs, which raises for any other index."""
+    facts = [gpu_info.model_dump() for gpu_info in gpus]
     return f"""
         from types import SimpleNamespace
 
@@ -105,11 +105,11 @@ STUBS = {
     "transformers": "__version__ = '5.23.0'\nAutoTokenizer = MistralModel = object",
     "diffusers": "__version__ = '0.42.1'\nAutoencoderKLFlux2 = Flux2Pipeline = Flux2Transformer2DModel = object",
 }
-"""Sources of packages that can be imported and do nothing else."""
+"""Sources of packages that can only be imported."""
 
 
 def write_safetensors(file: Path, shapes: Shapes, dtype: str = "BF16") -> None:
-    """Write a complete file whose data is sparse, so that it takes almost no disk space."""
+    """Write a complete file with sparse data, so that it takes almost no disk space."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + prod(shape) * ITEM_BYTES[dtype]
@@ -124,10 +124,10 @@ def write_safetensors(file: Path, shapes: Shapes, dtype: str = "BF16") -> None:
 def write_shards(folder: Path, stem: str, shapes: Shapes, num_shards: int) -> None:
     """Write the same tensors as several shards with their index."""
     names = list(shapes)
-    places = {name: f"{stem}-{k % num_shards + 1:05}-of-{num_shards:05}.safetensors" for k, name in enumerate(names)}
-    for shard in sorted(set(places.values())):
-        write_safetensors(folder / shard, {name: shapes[name] for name in names if places[name] == shard})
-    index = {"metadata": {}, "weight_map": places}
+    files = {name: f"{stem}-{k % num_shards + 1:05}-of-{num_shards:05}.safetensors" for k, name in enumerate(names)}
+    for shard in sorted(set(files.values())):
+        write_safetensors(folder / shard, {name: shapes[name] for name in names if files[name] == shard})
+    index = {"metadata": {}, "weight_map": files}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Checks that do not end each other, and hosts that are described."""
+"""Isolation of checks, and the properties of a host."""
 
 import shutil
 import sys
@@ -14,8 +14,8 @@ from tests.generator_service.doctor.hosts import described, install, put
 MEMINFO = "MemTotal:       65536000 kB\nMemFree: 1 kB\nMemAvailable:   32768000 kB\nHugePages_Total: 0\nodd\n"
 
 
-def test_what_a_check_does_not_expect_is_a_warning() -> None:
-    """An unexpected exception becomes a warning with its type, and checks found before it are kept."""
+def test_an_unexpected_exception_is_a_warning() -> None:
+    """An unexpected exception becomes a warning with its type, and earlier checks are kept."""
 
     def broken() -> Iterator[Check]:
         yield ok("first", "well")
@@ -27,8 +27,8 @@ def test_what_a_check_does_not_expect_is_a_warning() -> None:
     ]
 
 
-def test_what_cannot_be_found_out_has_a_value_all_the_same() -> None:
-    """A value that cannot be determined has its default, and a warning says why."""
+def test_unknown_values_have_a_default() -> None:
+    """A value that cannot be determined has its default, and a warning has the reason."""
 
     def broken() -> int:
         raise KeyError
@@ -39,7 +39,7 @@ def test_what_cannot_be_found_out_has_a_value_all_the_same() -> None:
 
 
 def test_other_programs_messages_become_one_line() -> None:
-    """Messages of other programs are shortened and lose control characters and line breaks."""
+    """Messages of other programs are shortened, without control characters and line breaks."""
     assert one_line(" a\n\tb\x1b[31m \r c\x00 ") == "a b [31m c"
     assert len(one_line("x" * 2000)) == MAX_CHARS
 
@@ -57,8 +57,10 @@ def test_other_programs_messages_become_one_line() -> None:
         ),
     ],
 )
-def test_memory_is_the_machines_or_the_containers(tmp_path: Path, limits: dict[str, str], expected: Memory) -> None:
-    """Host memory is the smaller of the machine's and the container's limit, for cgroups v1 and v2."""
+def test_memory_is_limited_by_the_machine_and_the_container(
+    tmp_path: Path, limits: dict[str, str], expected: Memory
+) -> None:
+    """Host memory is the smaller one of the machine's and the container's limit, for cgroups v1 and v2."""
     host = described(tmp_path)
     assert host.memory() is None
     put(host.root, "proc/meminfo", MEMINFO)
@@ -68,8 +70,8 @@ def test_memory_is_the_machines_or_the_containers(tmp_path: Path, limits: dict[s
     assert f"{expected.total / 1e9:.0f} GB of memory" in host.describe()
 
 
-def test_containers_are_known_by_their_marks(tmp_path: Path) -> None:
-    """Containers of Docker, Podman and Kubernetes are recognized, and those of our own images told apart."""
+def test_containers_are_recognized(tmp_path: Path) -> None:
+    """Containers of Docker, Podman and Kubernetes are recognized, and so are those of this project's images."""
     bare, marked = described(tmp_path), tmp_path / "marked"
     put(marked, "run/.containerenv", "")
     docker, kubernetes = Host({}, marked), Host({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, bare.root)
@@ -94,7 +96,7 @@ def test_programs_are_run_in_the_hosts_environment(tmp_path: Path) -> None:
     assert garbage.stdout == "\ufffd\ufffd"
 
 
-def test_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+def test_the_nearest_existing_folder(tmp_path: Path) -> None:
     """A folder that does not exist yet is represented by its nearest existing parent."""
     assert existing_folder(tmp_path / "a" / "b") == tmp_path
     assert existing_folder(tmp_path) == tmp_path

@@ -20,12 +20,12 @@ STATUSES = {status.value for status in Status}
 
 
 def run(*options: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    given = {"GENERATOR_PORT": "0", "TEXT_ENCODER_PORT": "0", "TEXT_ENCODER_URL": "http://127.0.0.1:9"}
+    """Run the command in its own process."""
+    variables = {"GENERATOR_PORT": "0", "TEXT_ENCODER_PORT": "0", "TEXT_ENCODER_URL": "http://127.0.0.1:9"}
     path = os.pathsep.join(filter(None, [environ.pop("PYTHONPATH", None), str(ROOT)]))
     return subprocess.run(
         [sys.executable, "-c", "from generator_service.cli.app import app; app()", "doctor", *options],
-        env={**os.environ, "FLUX2_MODEL": str(WEIGHTS), **given, **environ, "PYTHONPATH": path},
+        env={**os.environ, "FLUX2_MODEL": str(WEIGHTS), **variables, **environ, "PYTHONPATH": path},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -35,7 +35,7 @@ def run(*options: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess
 
 
 def checks_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The checks in the command's JSON by name, after its format was verified."""
+    """The checks in the command's JSON by name, after validation of its format."""
     assert done.stderr == ""
     report = json.loads(done.stdout)
     assert report["ok"] == (done.returncode == 0)
@@ -45,7 +45,7 @@ def checks_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_the_demo_model_starts_on_any_machine(tmp_path: Path) -> None:
-    """With the demo model on a CPU the command succeeds and says that the CPU is used."""
+    """With the demo model on a CPU the command succeeds and reports that the CPU is used."""
     done = run("--json", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     checks = checks_of(done)
     assert done.returncode == 0, done.stdout
@@ -55,7 +55,7 @@ def test_the_demo_model_starts_on_any_machine(tmp_path: Path) -> None:
         assert checks[name]["status"] == "ok"
 
 
-def test_it_works_when_half_of_the_host_is_broken(tmp_path: Path) -> None:
+def test_several_defects_are_reported_separately(tmp_path: Path) -> None:
     """A broken torch, ``.env``, port, setting and model are each one failed check with a fix, without a traceback."""
     (tmp_path / ".env").write_bytes(b"\xff\xfe")
     (tmp_path / "model" / "vae").mkdir(parents=True)
@@ -79,8 +79,8 @@ def test_it_works_when_half_of_the_host_is_broken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["diffusers", "transformers"])
-def test_a_missing_library_is_a_line(tmp_path: Path, package: str) -> None:
-    """A library that is missing is the one check that fails."""
+def test_a_missing_library_is_one_failed_check(tmp_path: Path, package: str) -> None:
+    """Only the check of the missing library fails."""
     missing = "raise ModuleNotFoundError(f'No module named {__name__!r}')"
     torch = "__version__ = '2'\nfrom types import SimpleNamespace as N\nversion = N(cuda=None)\n"
     torch += "cuda = N(is_available=lambda: False, get_arch_list=lambda: [])"

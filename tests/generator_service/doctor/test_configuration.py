@@ -35,7 +35,7 @@ def test_each_setting_has_a_variable() -> None:
         assert {variable_of(kind, field): field for field in kind.model_fields} == variables(kind)
 
 
-def test_each_bad_setting_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_invalid_setting_is_one_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each invalid setting is one failed check with the variable's name, not its value, and its default is used."""
     bad = {
         "GENERATOR_PORT": "tcp://10.0.0.1:8000",
@@ -78,7 +78,7 @@ def test_an_env_file_that_cannot_be_read_is_a_failure() -> None:
     assert read_settings(GeneratorSettings)[0].port == 8000
 
 
-def test_lines_that_are_not_understood_are_named() -> None:
+def test_invalid_lines_are_reported() -> None:
     """Lines of ``.env`` that cannot be parsed are a warning with their numbers."""
     Path(".env").write_text("# a comment\nGENERATOR_PORT=1\n=nonsense\nexport TEXT_ENCODER_PORT=2\n\n??? !\n")
     check = env_file_checks()[".env"]
@@ -89,7 +89,7 @@ def test_lines_that_are_not_understood_are_named() -> None:
 
 
 def test_a_misspelt_name_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable with almost the name of a setting is a warning; names set by Kubernetes or compose are not."""
+    """A variable with almost the name of a setting is a warning, except for names that Kubernetes or compose set."""
     for name in ("GENERATOR_PROT", "GENERATOR_SERVICE_HOST", "GENERATOR_PORT_8000_TCP_PORT", "GENERATOR_URL"):
         monkeypatch.setenv(name, "1")
     Path(".env").write_text("FLUX2_MODLE=x\nGENERATOR_GPU=1\nTEXT_ENCODER_KEY_FILE=y\nGENERATOR_TOKEN=z\n")
@@ -114,7 +114,7 @@ def test_a_misspelt_name_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, {"host": "0.0.0.0"}, None, Status.WARNING, "listens on 0.0.0.0"),  # noqa: S104 - as above
     ],
 )
-def test_who_may_use_a_service(
+def test_missing_authentication_is_a_warning(
     tmp_path: Path, content: str | None, settings: dict[str, Any], published: str | None, status: Status, message: str
 ) -> None:
     """A keys file without keys, and a reachable service without keys, are warnings."""
@@ -128,7 +128,7 @@ def test_who_may_use_a_service(
 
 
 def test_keys_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
-    """An unreadable keys file is a failure, for keys that are required and keys that are sent."""
+    """An unreadable keys file is a failure, both for required keys and for keys that are sent."""
     file = tmp_path / "keys"
     file.write_bytes(b"\xff\xfe\x00")
     [check] = check_keys(TextEncoderSettings(keys_file=file), "text encoder")
@@ -139,7 +139,7 @@ def test_keys_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
     assert list(check_key_to_send(GeneratorSettings())) == []
 
 
-def test_schedules_must_be_schedules(tmp_path: Path) -> None:
+def test_invalid_schedules_are_failures(tmp_path: Path) -> None:
     """A file without schedules and an unknown default schedule are failures."""
     [check] = check_schedules(GeneratorSettings())
     assert check.status is Status.OK
@@ -157,7 +157,7 @@ def test_schedules_must_be_schedules(tmp_path: Path) -> None:
     assert next(iter(check_schedules(GeneratorSettings(schedules_dir=folder)))).status is Status.OK
 
 
-def test_a_folder_of_schedules_that_is_gone_is_a_failure(tmp_path: Path) -> None:
+def test_a_missing_schedules_folder_is_a_failure(tmp_path: Path) -> None:
     """A schedules folder that disappears after the settings were read is a failure."""
     folder = tmp_path / "schedules"
     folder.mkdir()
@@ -167,8 +167,8 @@ def test_a_folder_of_schedules_that_is_gone_is_a_failure(tmp_path: Path) -> None
     assert check.status is Status.FAILED
 
 
-def test_adapters_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    """A broken adapter is a warning that names the file."""
+def test_broken_adapters_are_reported(tmp_path: Path) -> None:
+    """A broken adapter is a warning with the name of the file."""
     assert list(check_adapters(GeneratorSettings())) == []
     write_safetensors(tmp_path / "good.safetensors", {"a": (1,)})
     [check] = check_adapters(GeneratorSettings(lora_dir=tmp_path))
@@ -189,8 +189,8 @@ def test_sizes_to_warm_up_must_be_possible(monkeypatch: pytest.MonkeyPatch) -> N
     assert {check.status for check in checks} == {Status.FAILED}
 
 
-def test_what_is_checked_is_told() -> None:
-    """The report says which services are checked, and where the text encoder is if it runs elsewhere."""
+def test_the_checked_services_are_reported() -> None:
+    """The report has the checked services, and the address of a text encoder on another host."""
     assert is_loopback("127.0.0.1")
     assert is_loopback("[::1]")
     assert not is_loopback("text-encoder")

@@ -1,4 +1,4 @@
-"""A model that is not here: where it would come from, and whether there is room for it."""
+"""Models that must be downloaded: their source, and the space for them."""
 
 import shutil
 from pathlib import Path
@@ -27,13 +27,13 @@ SECRET = "hf_neverprinted"
 BOTH = tuple(Service)
 
 
-def here(path: Path, *, is_incomplete: bool = False) -> Model:
+def cached_model(path: Path, *, is_incomplete: bool = False) -> Model:
     """A model in the hub's cache."""
     return Model(FLUX2_DEV, "0123", path, is_incomplete=is_incomplete)
 
 
-def ours(tmp_path: Path, **environ: str) -> Host:
-    """A container of our own image."""
+def own_container(tmp_path: Path, **environ: str) -> Host:
+    """A container of this project's image."""
     host = described(tmp_path, HF_HOME="/weights", **environ)
     put(host.root, ".dockerenv", "")
     return host
@@ -45,13 +45,13 @@ def presence(model: Model, host: Host, problems: dict[str, str] | None = None) -
     return check
 
 
-def test_a_model_that_is_here_is_named(tmp_path: Path) -> None:
-    """The check of a model that is present names its folder, and fails if its download is incomplete."""
+def test_a_present_model_is_reported(tmp_path: Path) -> None:
+    """The check of a present model names its folder, and fails if its download is incomplete."""
     host = described(tmp_path)
-    assert presence(here(tmp_path), host).status is Status.OK
-    assert presence(here(tmp_path), host).detail == f"{FLUX2_DEV}@0123 in {tmp_path}, complete"
-    assert "with broken parts" in presence(here(tmp_path), host, {"vae": "x"}).detail
-    assert presence(here(tmp_path, is_incomplete=True), host).status is Status.FAILED
+    assert presence(cached_model(tmp_path), host).status is Status.OK
+    assert presence(cached_model(tmp_path), host).detail == f"{FLUX2_DEV}@0123 in {tmp_path}, complete"
+    assert "with broken parts" in presence(cached_model(tmp_path), host, {"vae": "x"}).detail
+    assert presence(cached_model(tmp_path, is_incomplete=True), host).status is Status.FAILED
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,8 @@ def test_a_model_that_is_here_is_named(tmp_path: Path) -> None:
         (OTHER, {"HF_HUB_OFFLINE": "true"}, Status.FAILED, "HF_HUB_OFFLINE prevents"),
     ],
 )
-def test_a_model_that_is_not_here(
-    tmp_path: Path, model: Model, environ: dict[str, str], status: Status, message: str
-) -> None:
-    """An absent model is a warning if the services could download it, else a failure."""
+def test_an_absent_model(tmp_path: Path, model: Model, environ: dict[str, str], status: Status, message: str) -> None:
+    """An absent model is a warning if the services can download it, else a failure."""
     check = presence(model, described(tmp_path, **environ))
     assert check.status is status
     assert message in check.detail
@@ -75,15 +73,15 @@ def test_a_model_that_is_not_here(
     assert SECRET not in str(check)
 
 
-def test_what_fetches_it_depends_on_where_this_runs(tmp_path: Path) -> None:
+def test_the_fix_depends_on_the_environment(tmp_path: Path) -> None:
     """The fix is ``flux2 weights``, compose's service in our images, or copying a local folder again."""
     assert download_hint(ABSENT, described(tmp_path)) == "run flux2 weights"
-    assert "docker compose run --rm weights" in download_hint(ABSENT, ours(tmp_path))
+    assert "docker compose run --rm weights" in download_hint(ABSENT, own_container(tmp_path))
     assert str(tmp_path) in download_hint(Model("x", "local", tmp_path), described(tmp_path))
 
 
-def test_the_token_is_found_where_the_library_finds_it(tmp_path: Path) -> None:
-    """The token is found in the environment or a file and never printed."""
+def test_the_token_is_read_where_the_library_reads_it(tmp_path: Path) -> None:
+    """The token is read from the environment or a file, and never printed."""
     host = described(tmp_path)
     assert token_source(host) is None
     file = tmp_path / "home" / ".cache" / "huggingface" / "token"
@@ -101,18 +99,18 @@ def test_the_token_is_found_where_the_library_finds_it(tmp_path: Path) -> None:
     assert SECRET not in str(check)
 
 
-def test_a_token_is_wanted_for_a_gated_model_alone(tmp_path: Path) -> None:
+def test_a_token_is_needed_only_for_a_gated_model(tmp_path: Path) -> None:
     """A missing token is a warning only for a gated model that is not complete."""
     bare = described(tmp_path)
     for model, status in (
         (ABSENT, Status.WARNING),
         (OTHER, Status.SKIPPED),
-        (here(tmp_path), Status.SKIPPED),
-        (here(tmp_path, is_incomplete=True), Status.WARNING),
+        (cached_model(tmp_path), Status.SKIPPED),
+        (cached_model(tmp_path, is_incomplete=True), Status.WARNING),
     ):
         [check] = check_token(model, bare)
         assert check.status is status
-    [check] = check_token(ABSENT, ours(tmp_path))
+    [check] = check_token(ABSENT, own_container(tmp_path))
     assert check.status is Status.SKIPPED
     assert "only the download" in check.detail
 
@@ -120,19 +118,18 @@ def test_a_token_is_wanted_for_a_gated_model_alone(tmp_path: Path) -> None:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A disk whose free bytes a test sets."""
-    found = SimpleNamespace(free=200 * GB)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: found)
-    return found
+    usage = SimpleNamespace(free=200 * GB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    return usage
 
 
 def disk_check(model: Model, host: Host, services: tuple[Service, ...] = BOTH) -> Check:
-    """The check of the disk."""
     file_bytes = FLUX2_DEV_SIZES.file_bytes if model.name == FLUX2_DEV else None
     [check] = check_disk(model, file_bytes, services, host)
     return check
 
 
-def test_there_must_be_room_for_what_is_missing(tmp_path: Path, disk: SimpleNamespace) -> None:
+def test_the_disk_must_have_room_for_the_download(tmp_path: Path, disk: SimpleNamespace) -> None:
     """The disk must have room for the services' files, less those already downloaded."""
     host = described(tmp_path, HF_HOME=str(tmp_path / "hf"))
     assert disk_check(ABSENT, host).status is Status.OK
@@ -149,10 +146,10 @@ def test_there_must_be_room_for_what_is_missing(tmp_path: Path, disk: SimpleName
 
 
 @pytest.mark.usefixtures("disk")
-def test_room_is_not_wanted_for_what_is_here(tmp_path: Path) -> None:
+def test_a_complete_model_needs_no_space(tmp_path: Path) -> None:
     """Space is not checked for a complete model, and a read-only cache is a failure."""
     host = described(tmp_path)
-    assert disk_check(here(tmp_path), host).status is Status.SKIPPED
+    assert disk_check(cached_model(tmp_path), host).status is Status.SKIPPED
     assert disk_check(OTHER, host).status is Status.OK
     assert "must be downloaded" not in disk_check(OTHER, host).detail
     (tmp_path / "file").touch()

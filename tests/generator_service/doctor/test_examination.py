@@ -1,4 +1,4 @@
-"""Whole hosts, described: what is said of each, and that nothing ends the examination."""
+"""Whole simulated hosts: the report about each, and that nothing ends the examination."""
 
 import re
 import shutil
@@ -31,16 +31,16 @@ from tests.generator_service.doctor.hosts import (
 from tests.test_docs import rows, text_of
 
 MEMINFO = "MemTotal: 250000000 kB\nMemAvailable: 240000000 kB\n"
-NOBODY = "http://127.0.0.1:9"
-SERVICES = {"GENERATOR_PORT": "0", "TEXT_ENCODER_PORT": "0", "TEXT_ENCODER_URL": NOBODY}
-"""Ports that are free everywhere, and a text encoder that does not run."""
+CLOSED_PORT = "http://127.0.0.1:9"
+SERVICES = {"GENERATOR_PORT": "0", "TEXT_ENCODER_PORT": "0", "TEXT_ENCODER_URL": CLOSED_PORT}
+"""Ports that are always free, and a text encoder that does not run."""
 CUDA = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 Set = Callable[..., None]
 
 
 @pytest.fixture
 def settings(monkeypatch: pytest.MonkeyPatch) -> Set:
-    """Sets the services' variables."""
+    """Set the services' variables."""
 
     def set_variables(**variables: str) -> None:
         for name, value in {**SERVICES, **variables}.items():
@@ -50,13 +50,13 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Set:
 
 
 def gpu_host(tmp_path: Path, *gpus: Gpu, **environ: str) -> Host:
-    """A machine with these GPUs, enough of everything else, and all that Triton needs but Triton."""
+    """A machine with these GPUs, enough of all other resources, and everything but Triton itself for compiling."""
     packages = install_packages(tmp_path / "packages", torch=torch_with(*gpus), **STUBS)
-    given = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c"), "TRITON_CACHE_DIR": str(tmp_path / "c")}
-    host = described(tmp_path, PYTHONPATH=packages, **CUDA, **given, **environ)
+    cache_folders = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c"), "TRITON_CACHE_DIR": str(tmp_path / "c")}
+    host = described(tmp_path, PYTHONPATH=packages, **CUDA, **cache_folders, **environ)
     put(host.root, "proc/meminfo", MEMINFO)
     install(tmp_path, "gcc", "")
-    install_nvidia_smi(tmp_path, "\n".join(SMI.format(k=found.index, used=4) for found in gpus))
+    install_nvidia_smi(tmp_path, "\n".join(SMI.format(k=checks.index, used=4) for checks in gpus))
     return host
 
 
@@ -71,7 +71,7 @@ def failures(checks: dict[str, Check]) -> set[str]:
 
 
 def test_two_h100_hold_flux2_dev(tmp_path: Path, settings: Set, flux2_dev: Path) -> None:
-    """With a service on each of two H100s nothing fails, and the report says what would be chosen."""
+    """With a service on each of two H100s nothing fails, and the report has the chosen configuration."""
     settings(FLUX2_MODEL=str(flux2_dev), TEXT_ENCODER_DEVICE="cuda:0", GENERATOR_DEVICE="cuda:1")
     checks = checks_of(gpu_host(tmp_path, gpu(0), gpu(1)))
     assert failures(checks) == set()
@@ -97,10 +97,10 @@ def test_one_h100_does_not_hold_both_services(tmp_path: Path, settings: Set, flu
     assert failures(checks_of(gpu_host(tmp_path, large))) == set()
 
 
-def test_composes_variables_place_the_services(
+def test_composes_variables_assign_the_gpus(
     tmp_path: Path, settings: Set, monkeypatch: pytest.MonkeyPatch, flux2_dev: Path
 ) -> None:
-    """``ENCODER_GPU`` and ``GENERATOR_GPU`` in ``.env`` say where the services run."""
+    """``ENCODER_GPU`` and ``GENERATOR_GPU`` in ``.env`` assign the services to GPUs."""
     settings(FLUX2_MODEL=str(flux2_dev))
     Path(".env").write_text("ENCODER_GPU=1\nGENERATOR_GPU=0\n")
     checks = checks_of(gpu_host(tmp_path, gpu(0), gpu(1)))
@@ -122,7 +122,7 @@ def test_a_small_gpu_gets_offload(tmp_path: Path, settings: Set, flux2_dev: Path
 
 
 def test_flux2_dev_without_a_gpu_fails(tmp_path: Path, settings: Set, flux2_dev: Path) -> None:
-    """FLUX.2 [dev] on a host without a GPU fails with what is needed, downloaded or not."""
+    """FLUX.2 [dev] on a host without a GPU fails with the requirements, downloaded or not."""
     settings(FLUX2_MODEL=str(flux2_dev))
     packages = install_packages(tmp_path / "packages", torch=torch_with().replace('"13.0"', "None"), **STUBS)
     host = described(tmp_path, PYTHONPATH=packages)
@@ -143,8 +143,8 @@ def test_an_old_driver_is_the_reason(tmp_path: Path, settings: Set, flux2_dev: P
     assert "550.54.15 is too old for torch's CUDA 13.0" in checks["nvidia driver"].detail
 
 
-def test_a_broken_model_is_named_and_not_counted(tmp_path: Path, settings: Set, folder: Path) -> None:
-    """A model with a broken part fails, and its memory is not counted."""
+def test_a_broken_model_is_reported_and_not_counted(tmp_path: Path, settings: Set, folder: Path) -> None:
+    """A model with a broken component fails, and its memory is not counted."""
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     settings(FLUX2_MODEL=str(folder))
     checks = checks_of(gpu_host(tmp_path, gpu(0)))
@@ -152,8 +152,8 @@ def test_a_broken_model_is_named_and_not_counted(tmp_path: Path, settings: Set, 
     assert checks["memory"].status is Status.SKIPPED
 
 
-def test_only_the_generator_is_checked_where_the_encoder_is_elsewhere(tmp_path: Path, settings: Set) -> None:
-    """If ``TEXT_ENCODER_URL`` is another host only the generator is checked, unless the option says otherwise."""
+def test_a_remote_encoder_is_not_checked(tmp_path: Path, settings: Set) -> None:
+    """If ``TEXT_ENCODER_URL`` is another host, only the generator is checked, unless the option overrides it."""
     settings(FLUX2_MODEL=str(WEIGHTS), TEXT_ENCODER_URL="http://text-encoder.invalid:8006")
     host = gpu_host(tmp_path, gpu(0))
     checks = checks_of(host)
@@ -180,11 +180,11 @@ def test_without_torch_the_rest_is_checked(tmp_path: Path, settings: Set) -> Non
         assert checks[name].status is Status.SKIPPED
 
 
-def test_a_bad_setting_of_both_services_is_said_once(tmp_path: Path, settings: Set) -> None:
+def test_a_bad_setting_of_both_services_is_reported_once(tmp_path: Path, settings: Set) -> None:
     """A setting that both services read is reported once."""
     settings(FLUX2_MODEL=str(WEIGHTS), LOG_LEVEL="loud", TEXT_ENCODER_MAX_BATCH="0", GENERATOR_MAX_BATCH="0")
-    found = examine(gpu_host(tmp_path, gpu(0)))
-    wrong = [check.name for check in found if check.status is Status.FAILED]
+    checks = examine(gpu_host(tmp_path, gpu(0)))
+    wrong = [check.name for check in checks if check.status is Status.FAILED]
     assert sorted(wrong) == ["GENERATOR_MAX_BATCH", "LOG_LEVEL", "TEXT_ENCODER_MAX_BATCH"]
 
 
@@ -207,7 +207,7 @@ def test_a_bad_setting_of_both_services_is_said_once(tmp_path: Path, settings: S
         "network.check_encoder",
     ],
 )
-def test_a_defect_in_one_check_leaves_the_others(
+def test_a_defect_in_one_check_does_not_affect_the_others(
     tmp_path: Path, settings: Set, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     """A defect in one check is a single warning, and all other checks run."""

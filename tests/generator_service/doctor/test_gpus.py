@@ -28,7 +28,7 @@ ON_CPU = libraries(cuda=None)
 
 
 def board(k: int = 0, mode: str = "Default", *processes: Process) -> Board:
-    """An H100 as the driver describes it."""
+    """An H100 as reported by the driver."""
     return Board(f"GPU-{k}", "NVIDIA H100", 85 * GB, GB, mode, is_persistent=False, processes=processes)
 
 
@@ -50,7 +50,7 @@ def test_each_gpu_is_one_check(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "seen", "environ", "message"),
+    ("facts", "seen", "environ", "message"),
     [
         (libraries(gpu_error="RuntimeError: no kernel driver"), (board(),), {}, "torch cannot use a GPU: RuntimeError"),
         (libraries(cuda=None), (board(),), {}, "built for the CPU only and cannot use NVIDIA H100"),
@@ -67,17 +67,17 @@ def test_each_gpu_is_one_check(host: Host) -> None:
     ],
 )
 def test_a_gpu_that_torch_cannot_use_is_a_warning(
-    tmp_path: Path, found: Libraries, seen: tuple[Board, ...], environ: dict[str, str], message: str
+    tmp_path: Path, facts: Libraries, seen: tuple[Board, ...], environ: dict[str, str], message: str
 ) -> None:
     """A GPU that torch cannot use is a warning with the reason."""
-    [check] = check_gpus(found, Driver("580", seen), described(tmp_path, **environ))
+    [check] = check_gpus(facts, Driver("580", seen), described(tmp_path, **environ))
     assert check.status is Status.WARNING
     assert message in check.detail
     assert check.fix
 
 
-def test_a_host_without_gpus_is_no_mistake(host: Host) -> None:
-    """The check is skipped on a host without GPUs, and where torch cannot be imported."""
+def test_a_host_without_gpus_is_skipped(host: Host) -> None:
+    """The check is skipped on a host without GPUs, and if torch cannot be imported."""
     [check] = check_gpus(ON_CPU, Driver(), host)
     assert (check.status, check.detail) == (Status.SKIPPED, "none: the CPU is used")
     [check] = check_gpus(libraries(gpu_error="RuntimeError: no driver"), Driver(), host)
@@ -102,8 +102,8 @@ def test_a_host_without_gpus_is_no_mistake(host: Host) -> None:
         ((9, 0), ["something"], False),
     ],
 )
-def test_code_runs_on_later_gpus_of_its_kind(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:
-    """``sm_`` code runs on later minor versions of its major, ``compute_`` code on all later GPUs."""
+def test_code_runs_on_compatible_gpus(capability: tuple[int, int], architectures: list[str], runs: bool) -> None:
+    """``sm_`` code runs on later minor versions of its major version, ``compute_`` code on all later GPUs."""
     assert has_kernels(capability, architectures) == runs
 
 
@@ -111,7 +111,7 @@ def test_code_runs_on_later_gpus_of_its_kind(capability: tuple[int, int], archit
     ("setting", "index"),
     [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), ("cpu", None), ("GPU-1", 1)],
 )
-def test_a_setting_means_a_device(setting: str, index: int | None) -> None:
+def test_a_setting_selects_a_device(setting: str, index: int | None) -> None:
     """A device setting, or a GPU's UUID, selects the device that the services would use."""
     first, second = gpu(0), gpu(1)
     expected = None if index is None else (first, second)[index]
@@ -119,7 +119,7 @@ def test_a_setting_means_a_device(setting: str, index: int | None) -> None:
 
 
 @pytest.mark.parametrize("setting", ["auto", "cpu"])
-def test_without_gpus_it_is_the_cpu(setting: str) -> None:
+def test_without_gpus_the_cpu_is_selected(setting: str) -> None:
     """Without GPUs ``auto`` and ``cpu`` select the CPU."""
     assert gpu_of(setting, ON_CPU) is None
 
@@ -134,10 +134,10 @@ def test_without_gpus_it_is_the_cpu(setting: str) -> None:
         ("GPU-9", 2, "torch sees no GPU with this UUID"),
     ],
 )
-def test_a_device_that_is_not_there_fails(setting: str, num_gpus: int, message: str) -> None:
+def test_an_absent_device_fails(setting: str, num_gpus: int, message: str) -> None:
     """A device that does not exist is a failure with its variable."""
-    found = libraries(*map(gpu, range(num_gpus)))
-    placements, [check] = place({Service.TEXT_ENCODER: setting}, found, {Service.TEXT_ENCODER: SMALL})
+    facts = libraries(*map(gpu, range(num_gpus)))
+    placements, [check] = place({Service.TEXT_ENCODER: setting}, facts, {Service.TEXT_ENCODER: SMALL})
     assert placements == {}
     assert (check.name, check.status) == ("text encoder device", Status.FAILED)
     assert f"TEXT_ENCODER_DEVICE={setting}: {message}" in check.detail
@@ -152,8 +152,8 @@ def test_a_device_that_is_not_there_fails(setting: str, num_gpus: int, message: 
         ("cpu", LARGE, Status.WARNING),
     ],
 )
-def test_a_large_model_is_for_a_gpu(setting: str, weight_bytes: int, status: Status) -> None:
-    """A setting of ``cpu`` is respected; without a setting the check fails and names what is needed."""
+def test_a_large_model_needs_a_gpu(setting: str, weight_bytes: int, status: Status) -> None:
+    """A setting of ``cpu`` is respected; without a setting the check fails with the requirements."""
     placements, [check] = place({Service.GENERATOR: setting}, ON_CPU, {Service.GENERATOR: weight_bytes})
     assert placements == {Service.GENERATOR: Placement(Service.GENERATOR, None)}
     assert check.status is status
@@ -164,20 +164,20 @@ def test_a_large_model_is_for_a_gpu(setting: str, weight_bytes: int, status: Sta
 
 @pytest.mark.parametrize("broken", [gpu(error="x"), gpu(capability=(7, 0))])
 def test_a_gpu_that_cannot_be_used_fails_where_it_is_needed(broken: Gpu) -> None:
-    """A GPU that cannot be used is a failure for the service that is placed on it."""
+    """A GPU that cannot be used is a failure for the service that is assigned to it."""
     _, [check] = place({Service.GENERATOR: "auto"}, libraries(broken), {Service.GENERATOR: LARGE})
     assert check.status is Status.FAILED
 
 
-def test_without_torch_no_device_is_known() -> None:
+def test_without_torch_devices_are_skipped() -> None:
     """Without torch the devices are skipped, since the failure of torch is already reported."""
     placements, checks = place(dict.fromkeys(BOTH, "auto"), libraries(versions={}), dict.fromkeys(BOTH, LARGE))
     assert placements == {}
     assert [check.status for check in checks] == [Status.SKIPPED, Status.SKIPPED]
 
 
-def test_composes_variables_say_which_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose's GPU variables count unless a device is set or the host is a container."""
+def test_composes_variables_select_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose's GPU variables apply unless a device is set or the host is a container."""
     host = described(tmp_path, GENERATOR_GPU="1", ENCODER_GPU="GPU-0")
     assert device_setting(Service.GENERATOR, GeneratorSettings(), host) == "cuda:1"
     assert device_setting(Service.TEXT_ENCODER, TextEncoderSettings(), host) == "GPU-0"
@@ -201,9 +201,9 @@ def test_composes_variables_say_which_gpu(tmp_path: Path, monkeypatch: pytest.Mo
         ("Prohibited", BOTH[:1], Status.FAILED),
     ],
 )
-def test_an_exclusive_gpu_lets_in_one_service(mode: str, services: tuple[Service, ...], status: Status | None) -> None:
+def test_an_exclusive_gpu_admits_one_service(mode: str, services: tuple[Service, ...], status: Status | None) -> None:
     """An exclusive compute mode fails for two services on one GPU and warns for one."""
     shared = gpu()
     placements = {service: Placement(service, shared) for service in services}
-    found = {check.status for check in check_compute_mode(placements, Driver("580", (board(0, mode),)))}
-    assert found == ({status} if status else set())
+    facts = {check.status for check in check_compute_mode(placements, Driver("580", (board(0, mode),)))}
+    assert facts == ({status} if status else set())

@@ -1,4 +1,4 @@
-"""What the libraries say in a process of their own, which may crash, hang or print something else."""
+"""The probe of the libraries in its own process, which may crash, hang or print other output."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -41,10 +41,10 @@ def host_with(tmp_path: Path, **sources: str) -> Host:
 
 def test_gpus_are_read_from_torch(tmp_path: Path) -> None:
     """The probe reports versions, CUDA and each GPU with its free memory."""
-    found = read_libraries(host_with(tmp_path, torch=torch_with(gpu(0), gpu(1, free_bytes=5))))
-    assert found.versions == {"torch": "2.13.0", "transformers": "5.23.0", "diffusers": "0.42.1"}
-    assert (found.cuda, found.architectures, found.errors) == ("13.0", ("sm_80", "sm_90"), {})
-    assert [(each.capability, each.total_bytes, each.free_bytes) for each in found.gpus] == [
+    facts = read_libraries(host_with(tmp_path, torch=torch_with(gpu(0), gpu(1, free_bytes=5))))
+    assert facts.versions == {"torch": "2.13.0", "transformers": "5.23.0", "diffusers": "0.42.1"}
+    assert (facts.cuda, facts.architectures, facts.errors) == ("13.0", ("sm_80", "sm_90"), {})
+    assert [(each.capability, each.total_bytes, each.free_bytes) for each in facts.gpus] == [
         ((9, 0), H100_BYTES, gpu().free_bytes),
         ((9, 0), H100_BYTES, 5),
     ]
@@ -63,9 +63,9 @@ def test_gpus_are_read_from_torch(tmp_path: Path) -> None:
 )
 def test_a_torch_that_cannot_be_imported_is_a_failure(tmp_path: Path, source: str, message: str) -> None:
     """A torch that raises, crashes or exits at import is a failure, and its dependents are skipped."""
-    found = read_libraries(host_with(tmp_path, torch=source))
-    assert not found.has_torch
-    checks = by_name(list(check_libraries(found, BOTH)))
+    facts = read_libraries(host_with(tmp_path, torch=source))
+    assert not facts.has_torch
+    checks = by_name(list(check_libraries(facts, BOTH)))
     assert checks["torch"].status is Status.FAILED
     assert message in checks["torch"].detail
     assert "pip install" in checks["torch"].fix
@@ -75,24 +75,24 @@ def test_a_torch_that_cannot_be_imported_is_a_failure(tmp_path: Path, source: st
 def test_a_torch_that_hangs_is_stopped(tmp_path: Path) -> None:
     """An import that hangs is stopped after the timeout."""
     host = host_with(tmp_path, torch="import time; time.sleep(600)")
-    found = read_libraries(Host(host.environ, host.root, import_timeout_s=3))
-    assert found.errors.keys() == {"torch"}
-    assert "took longer than 3 s" in found.errors["torch"]
+    facts = read_libraries(Host(host.environ, host.root, import_timeout_s=3))
+    assert facts.errors.keys() == {"torch"}
+    assert "took longer than 3 s" in facts.errors["torch"]
 
 
 @pytest.mark.parametrize("name", ["transformers", "diffusers"])
-def test_another_library_that_is_broken_is_named(tmp_path: Path, name: str) -> None:
-    """A broken library is the only one that fails."""
+def test_a_broken_library_is_reported(tmp_path: Path, name: str) -> None:
+    """Only the check of the broken library fails."""
     source = "__version__ = '1'\ndef __getattr__(name): raise ImportError(f'cannot import {name}')"
-    found = read_libraries(host_with(tmp_path, torch=torch_with(), **{name: source}))
-    checks = by_name(list(check_libraries(found, BOTH)))
+    facts = read_libraries(host_with(tmp_path, torch=torch_with(), **{name: source}))
+    checks = by_name(list(check_libraries(facts, BOTH)))
     assert {each for each, check in checks.items() if check.status is Status.FAILED} == {name}
     assert "ImportError: cannot import Auto" in checks[name].detail
     if name == "diffusers":
-        assert all(check.status is Status.OK for check in check_libraries(found, (Service.TEXT_ENCODER,)))
+        assert all(check.status is Status.OK for check in check_libraries(facts, (Service.TEXT_ENCODER,)))
 
 
-def test_a_gpu_that_fails_is_told_beside_it(tmp_path: Path) -> None:
+def test_the_error_of_a_gpu_is_reported_with_it(tmp_path: Path) -> None:
     """An error on one GPU is stored with that GPU, and the others are reported."""
     source = (
         torch_with(gpu(0), gpu(1))
@@ -120,45 +120,45 @@ def test_a_gpu_that_fails_is_told_beside_it(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_why_torch_sees_no_gpu_is_known(tmp_path: Path, change: str, message: str) -> None:
+def test_the_reason_why_torch_sees_no_gpu(tmp_path: Path, change: str, message: str) -> None:
     """The reason why torch sees no GPU is kept, even if the driver ends the process."""
     (tmp_path / "x").mkdir()
     source = "\n".join([*torch_with().splitlines(), *(f"        {line}" for line in change.splitlines())])
-    found = read_libraries(host_with(tmp_path, torch=source))
-    assert found.gpus == ()
-    assert message in found.gpu_error
-    assert found.has_torch
+    facts = read_libraries(host_with(tmp_path, torch=source))
+    assert facts.gpus == ()
+    assert message in facts.gpu_error
+    assert facts.has_torch
 
 
-def test_what_libraries_print_is_passed_over(tmp_path: Path) -> None:
+def test_output_of_libraries_is_ignored(tmp_path: Path) -> None:
     """Output of the libraries does not disturb the facts."""
     noise = 'print("{\\"versions\\": nonsense"); print("hello")'
-    found = read_libraries(host_with(tmp_path, torch=torch_with(gpu()), diffusers=f"{noise}\n{STUBS['diffusers']}"))
-    assert found.versions.keys() == {"torch", "transformers", "diffusers"}
+    facts = read_libraries(host_with(tmp_path, torch=torch_with(gpu()), diffusers=f"{noise}\n{STUBS['diffusers']}"))
+    assert facts.versions.keys() == {"torch", "transformers", "diffusers"}
 
 
-def test_an_attention_that_cannot_be_measured_is_told(tmp_path: Path) -> None:
+def test_a_failed_attention_measurement_is_reported(tmp_path: Path) -> None:
     """A failed attention measurement is reported, and all other facts are kept."""
-    found = read_libraries(host_with(tmp_path, torch=torch_with(gpu())), Attention(gpu=0))
-    assert found.attention == ""
-    assert "Error" in found.attention_lines[-1]
-    assert len(found.gpus) == 1
+    facts = read_libraries(host_with(tmp_path, torch=torch_with(gpu())), Attention(gpu=0))
+    assert facts.attention == ""
+    assert "Error" in facts.attention_lines[-1]
+    assert len(facts.gpus) == 1
     assert (
         read_libraries(host_with(tmp_path / "other", torch=torch_with(gpu())), Attention(gpu=1)).attention_lines == ()
     )
 
 
-def test_the_kernel_is_the_generators_choice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_kernel_is_chosen_as_in_the_generator(capsys: pytest.CaptureFixture[str]) -> None:
     """The attention kernel is chosen by the generator's own measurement."""
     question = {"device": "cpu", "heads": 4, "head_dim": 32, "num_tokens": 64, "dtype": "float32"}
     choose_attention(Facts(), question)
-    found = Libraries.model_validate_json(capsys.readouterr().out.splitlines()[-1])
-    assert found.attention == "native"
-    assert any(line.startswith("attention over 64 tokens: native") for line in found.attention_lines)
+    facts = Libraries.model_validate_json(capsys.readouterr().out.splitlines()[-1])
+    assert facts.attention == "native"
+    assert any(line.startswith("attention over 64 tokens: native") for line in facts.attention_lines)
 
 
-def test_every_package_of_the_services_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages of the services' extras must be installed, those of other extras need not."""
+def test_every_package_of_the_services_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages of the services' extras must be installed; those of other extras are optional."""
     [check] = check_packages(BOTH)
     assert check.status is Status.OK
     required = [
@@ -186,7 +186,7 @@ def test_a_project_that_is_not_installed_is_a_failure(monkeypatch: pytest.Monkey
     assert "pip install" in check.fix
 
 
-def test_versions_are_told() -> None:
+def test_versions_are_reported() -> None:
     """The report has Python's version and the CUDA version of torch's build."""
     [python] = check_python()
     assert python.detail.startswith("3.")

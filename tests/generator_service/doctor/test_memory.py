@@ -1,4 +1,4 @@
-"""Memory that a model needs, counted from its files, against what a host has."""
+"""The memory that a model needs, from its files, compared with that of a host."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ BOTH = (Service.GENERATOR, Service.TEXT_ENCODER)
 
 
 def read_sizes(folder: Path) -> Sizes:
-    """The sizes in the headers of a folder."""
+    """The sizes in the headers of a folder's files."""
     model, problems = inspect(Model("m", "local", folder), (*SUBFOLDERS[BOTH[0]], *SUBFOLDERS[BOTH[1]]))
     assert problems == {}
     sizes = sizes_of(model)
@@ -52,14 +52,14 @@ def test_the_known_sizes_are_those_of_the_files(flux2_dev: Path) -> None:
         assert counted.file_bytes[service] == pytest.approx(FLUX2_DEV_SIZES.file_bytes[service], rel=0.02)
 
 
-def test_a_model_that_is_not_here_is_known_if_it_is_flux2_dev() -> None:
-    """Sizes of an absent model are known for FLUX.2 [dev] alone."""
+def test_sizes_of_flux2_dev_are_known_without_its_files() -> None:
+    """Sizes of an absent model are known only for FLUX.2 [dev]."""
     assert sizes_of(Model(FLUX2_DEV, "main")) == FLUX2_DEV_SIZES
     assert sizes_of(Model("someone/other", "main")) is None
 
 
 def test_the_demo_model_is_counted() -> None:
-    """The demo model counts with three of its four layers."""
+    """The demo model's text encoder counts with three of its four layers."""
     sizes = read_sizes(WEIGHTS)
     assert len(sizes.blocks) == 6
     assert 0 < sizes.encoder_linear + sizes.encoder_rest < 1_352_792 / 2
@@ -69,7 +69,7 @@ def test_the_demo_model_is_counted() -> None:
 @pytest.mark.parametrize(
     ("total", "is_offloaded", "fits"), [(85, False, True), (51, False, False), (25, True, True), (8, True, False)]
 )
-def test_what_holds_the_generator(total: int, is_offloaded: bool, fits: bool) -> None:
+def test_gpus_for_the_generator(total: int, is_offloaded: bool, fits: bool) -> None:
     """80 GB hold the generator, 48 GB do not, and 24 GB do with blocks offloaded to host memory."""
     small = gpu(total_bytes=total * GB, free_bytes=total * GB)
     need = generator_need(FLUX2_DEV_SIZES, small, "bfloat16", is_offloaded=is_offloaded)
@@ -82,7 +82,7 @@ def test_what_holds_the_generator(total: int, is_offloaded: bool, fits: bool) ->
     ("total", "weights", "fits"),
     [(42, "full", True), (34, "full", False), (25, "int8", True), (17, "int8", False), (17, "int4", True)],
 )
-def test_what_holds_the_text_encoder(total: int, weights: str, fits: bool) -> None:
+def test_gpus_for_the_text_encoder(total: int, weights: str, fits: bool) -> None:
     """40 GB hold the text encoder, 24 GB with int8 weights, 16 GB with int4 weights."""
     small = gpu(total_bytes=total * GB, free_bytes=total * GB)
     need = encoder_need(FLUX2_DEV_SIZES, small, "bfloat16", weights, TOKENS)
@@ -92,7 +92,7 @@ def test_what_holds_the_text_encoder(total: int, weights: str, fits: bool) -> No
 
 
 def needs(on: Gpu, other: Gpu | None = None) -> list[Need]:
-    """What both services need for FLUX.2 [dev]."""
+    """The memory that both services need for FLUX.2 [dev]."""
     return [
         encoder_need(FLUX2_DEV_SIZES, other or on, "bfloat16", "full", TOKENS),
         generator_need(FLUX2_DEV_SIZES, on, "bfloat16", is_offloaded=False),
@@ -108,7 +108,7 @@ def check_on(
 
 
 def test_two_services_on_one_gpu_are_added() -> None:
-    """Both services on one GPU do not fit into 80 GB and fit into 140 GB."""
+    """Both services on one GPU exceed 80 GB and fit into 140 GB."""
     small, large = gpu(), gpu(total_bytes=141 * GB, free_bytes=140 * GB)
     [failed] = check_on(needs(small), dict.fromkeys(BOTH, small))
     assert failed.status is Status.FAILED
@@ -119,8 +119,8 @@ def test_two_services_on_one_gpu_are_added() -> None:
     assert passed.status is Status.OK
 
 
-def test_two_gpus_are_suggested_where_there_are_two() -> None:
-    """With two GPUs the fix is to give each service its own, where both fit."""
+def test_two_gpus_are_suggested_if_available() -> None:
+    """With two GPUs the fix is a GPU for each service, if both fit."""
     first, second = gpu(0), gpu(1)
     [failed] = check_on(needs(first), dict.fromkeys(BOTH, first), (first, second))
     assert "TEXT_ENCODER_DEVICE=cuda:0 and GENERATOR_DEVICE=cuda:1" in failed.fix
@@ -153,8 +153,8 @@ def test_the_smallest_change_that_fits_is_suggested(total: int, suggested: str |
         assert failed.fix.startswith(suggested)
 
 
-def test_memory_that_others_use_is_missing() -> None:
-    """Memory in use by others is a failure, unless the service itself is running."""
+def test_memory_in_use_is_subtracted() -> None:
+    """Memory in use by other processes is a failure, unless it is the service itself."""
     busy = gpu(free_bytes=10 * GB)
     need = generator_need(FLUX2_DEV_SIZES, busy, "bfloat16", is_offloaded=False)
     [failed] = check_on([need], {Service.GENERATOR: busy})
@@ -166,7 +166,7 @@ def test_memory_that_others_use_is_missing() -> None:
     assert other.status is Status.FAILED
 
 
-def test_without_a_gpu_there_is_nothing_to_count() -> None:
+def test_without_a_gpu_gpu_memory_is_skipped() -> None:
     """GPU memory is skipped if no service uses a GPU."""
     placements = {Service.GENERATOR: Placement(Service.GENERATOR, None)}
     [skipped] = check_gpu_memory([Need(Service.GENERATOR, 0, 1, "x")], placements, (), ())
@@ -178,7 +178,7 @@ def test_without_a_gpu_there_is_nothing_to_count() -> None:
     [(64, 60, Status.OK), (64, 20, Status.WARNING), (32, 30, Status.FAILED)],
 )
 def test_host_memory(total: int, available: int, status: Status) -> None:
-    """Too little host memory is a failure, and memory that others use at present a warning."""
+    """Too little host memory is a failure; too little free memory is a warning."""
     need = encoder_need(FLUX2_DEV_SIZES, gpu(), "bfloat16", "full", TOKENS)
     [check] = check_host_memory([need], Memory(total * GB, available * GB), ())
     assert check.status is status
@@ -186,7 +186,7 @@ def test_host_memory(total: int, available: int, status: Status) -> None:
     assert running.status is Status.SKIPPED
 
 
-def test_host_memory_that_is_not_known_is_skipped() -> None:
+def test_unknown_host_memory_is_skipped() -> None:
     """Host memory is skipped if it cannot be read."""
     [check] = check_host_memory([Need(Service.GENERATOR, 0, 1, "x")], None, ())
     assert check.status is Status.SKIPPED

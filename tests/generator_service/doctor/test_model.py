@@ -1,4 +1,4 @@
-"""Whether a model folder is complete, and what its files say of it."""
+"""Whether a model folder is complete, and the properties read from its files."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from generator_service.doctor.model import Model, check_leftovers, check_parts, 
 from generator_service.doctor.weights_files import BrokenFile
 from tests.generator_service.doctor.hosts import by_name, described
 
-ALL_PARTS = (*SUBFOLDERS[Service.GENERATOR], *SUBFOLDERS[Service.TEXT_ENCODER])
+ALL_COMPONENTS = (*SUBFOLDERS[Service.GENERATOR], *SUBFOLDERS[Service.TEXT_ENCODER])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/demo"
 
 
-def problems_of(folder: Path, wanted: tuple[str, ...] = ALL_PARTS) -> dict[str, str]:
-    """What is wrong with a folder's parts."""
+def problems_of(folder: Path, wanted: tuple[str, ...] = ALL_COMPONENTS) -> dict[str, str]:
+    """The problems of a folder's components."""
     return inspect(Model(folder.name, "local", folder), wanted)[1]
 
 
@@ -39,20 +39,20 @@ def replace_by_file(folder: Path) -> None:
 
 def test_the_demo_model_is_complete() -> None:
     """The demo model has no problems, and its configuration is read."""
-    model, problems = inspect(Model("weights", "local", WEIGHTS), ALL_PARTS)
+    model, problems = inspect(Model("weights", "local", WEIGHTS), ALL_COMPONENTS)
     assert problems == {}
-    assert model.configs.keys() == set(ALL_PARTS)
+    assert model.configs.keys() == set(ALL_COMPONENTS)
     assert model.weights.keys() == {"transformer", "vae", "text_encoder"}
     assert model.prompt_format == PromptFormat((1, 2, 3), 32)
     assert model.embedding_shape == (32, 384)
-    assert all(check.status is Status.OK for check in check_parts(model, problems, ALL_PARTS, "nothing"))
+    assert all(check.status is Status.OK for check in check_parts(model, problems, ALL_COMPONENTS, "nothing"))
 
 
 def test_flux2_dev_is_complete(flux2_dev: Path) -> None:
     """A sharded folder in the layout of FLUX.2 [dev] has no problems."""
-    model, problems = inspect(Model("FLUX.2-dev", "local", flux2_dev), ALL_PARTS)
+    model, problems = inspect(Model("FLUX.2-dev", "local", flux2_dev), ALL_COMPONENTS)
     assert problems == {}
-    assert {part: weights.num_files for part, weights in model.weights.items()} == {
+    assert {component: weights.num_files for component, weights in model.weights.items()} == {
         "transformer": 7,
         "vae": 1,
         "text_encoder": 10,
@@ -62,55 +62,77 @@ def test_flux2_dev_is_complete(flux2_dev: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "damage", "message"),
+    ("component", "damage", "message"),
     [
         ("vae", shutil.rmtree, "the folder vae is missing"),
         ("vae", replace_by_file, "the folder vae is missing"),
-        ("scheduler", lambda part: (part / "scheduler_config.json").unlink(), "scheduler_config.json is missing"),
-        ("transformer", lambda part: (part / "config.json").write_text("{"), "config.json is not JSON"),
-        ("transformer", lambda part: edit(part / "config.json", _class_name="FluxTransformer2DModel"), "FLUX.2 has"),
-        ("transformer", lambda part: (part / "old.ckpt").write_text("x"), "transformer/old.ckpt is refused"),
-        ("vae", lambda part: (part / "diffusion_pytorch_model.safetensors").unlink(), "is missing"),
-        ("text_encoder", lambda part: (part / "model.safetensors").write_bytes(b""), "is empty"),
-        ("text_encoder", lambda part: edit(part / "config.json", model_type="t5"), "FLUX.2 has 'mistral3'"),
-        ("text_encoder", lambda part: edit(part / "config.json", flux2_prompt_format={"layers": 1}), "unknown key"),
-        ("text_encoder", lambda part: edit(part / "config.json", flux2_prompt_format=None), "it has 4 layers"),
-        ("tokenizer", lambda part: (part / "tokenizer.json").unlink(), "there is no vocabulary"),
-        ("tokenizer", lambda part: (part / "tokenizer.json").write_text("{"), "tokenizer.json is not JSON"),
-        ("tokenizer", lambda part: (part / "chat_template.jinja").unlink(), "there is no chat template"),
-        ("tokenizer", lambda part: (part / "tokenizer_config.json").unlink(), "tokenizer_config.json is missing"),
+        (
+            "scheduler",
+            lambda component: (component / "scheduler_config.json").unlink(),
+            "scheduler_config.json is missing",
+        ),
+        ("transformer", lambda component: (component / "config.json").write_text("{"), "config.json is not JSON"),
+        (
+            "transformer",
+            lambda component: edit(component / "config.json", _class_name="FluxTransformer2DModel"),
+            "FLUX.2 has",
+        ),
+        ("transformer", lambda component: (component / "old.ckpt").write_text("x"), "transformer/old.ckpt is refused"),
+        ("vae", lambda component: (component / "diffusion_pytorch_model.safetensors").unlink(), "is missing"),
+        ("text_encoder", lambda component: (component / "model.safetensors").write_bytes(b""), "is empty"),
+        ("text_encoder", lambda component: edit(component / "config.json", model_type="t5"), "FLUX.2 has 'mistral3'"),
+        (
+            "text_encoder",
+            lambda component: edit(component / "config.json", flux2_prompt_format={"layers": 1}),
+            "unknown key",
+        ),
+        (
+            "text_encoder",
+            lambda component: edit(component / "config.json", flux2_prompt_format=None),
+            "it has 4 layers",
+        ),
+        ("tokenizer", lambda component: (component / "tokenizer.json").unlink(), "there is no vocabulary"),
+        ("tokenizer", lambda component: (component / "tokenizer.json").write_text("{"), "tokenizer.json is not JSON"),
+        ("tokenizer", lambda component: (component / "chat_template.jinja").unlink(), "there is no chat template"),
+        (
+            "tokenizer",
+            lambda component: (component / "tokenizer_config.json").unlink(),
+            "tokenizer_config.json is missing",
+        ),
     ],
 )
-def test_a_broken_part_is_named(folder: Path, part: str, damage: Callable[[Path], object], message: str) -> None:
-    """A broken part is reported with its problem, and no other part is."""
-    damage(folder / part)
+def test_a_broken_component_is_reported(
+    folder: Path, component: str, damage: Callable[[Path], object], message: str
+) -> None:
+    """Only the broken component is reported, with its problem."""
+    damage(folder / component)
     problems = problems_of(folder)
-    assert problems.keys() == {part}
-    assert message in problems[part]
+    assert problems.keys() == {component}
+    assert message in problems[component]
 
 
-def test_a_chat_template_may_lie_in_three_places(folder: Path) -> None:
+def test_a_chat_template_may_be_in_three_files(folder: Path) -> None:
     """A chat template may be in ``chat_template.jinja``, ``chat_template.json`` or the tokenizer's configuration."""
-    part = folder / "tokenizer"
-    template = (part / "chat_template.jinja").read_text()
-    (part / "chat_template.jinja").unlink()
-    (part / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    component = folder / "tokenizer"
+    template = (component / "chat_template.jinja").read_text()
+    (component / "chat_template.jinja").unlink()
+    (component / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert problems_of(folder) == {}
-    (part / "chat_template.json").write_text("{}")
+    (component / "chat_template.json").write_text("{}")
     assert "there is no chat template" in problems_of(folder)["tokenizer"]
-    (part / "chat_template.json").unlink()
-    edit(part / "tokenizer_config.json", chat_template="x")
+    (component / "chat_template.json").unlink()
+    edit(component / "tokenizer_config.json", chat_template="x")
     assert problems_of(folder) == {}
 
 
-def test_a_transformer_for_another_text_encoder_is_named(folder: Path) -> None:
-    """A transformer that takes other embeddings than the text encoder gives is a problem."""
+def test_a_transformer_for_another_text_encoder_is_reported(folder: Path) -> None:
+    """A transformer for embeddings of another width than the text encoder's is a problem."""
     edit(folder / "transformer" / "config.json", joint_attention_dim=999)
     assert problems_of(folder) == {"text_encoder": "its embeddings have 384 numbers, the transformer takes 999"}
 
 
-def test_only_the_parts_of_a_service_are_looked_at(folder: Path) -> None:
-    """The generator's host needs none of the text encoder but its configuration."""
+def test_only_the_components_of_a_service_are_checked(folder: Path) -> None:
+    """The generator's host needs only the configuration of the text encoder."""
     shutil.rmtree(folder / "tokenizer")
     (folder / "text_encoder" / "model.safetensors").unlink()
     assert problems_of(folder, SUBFOLDERS[Service.GENERATOR]) == {}
@@ -120,8 +142,8 @@ def test_only_the_parts_of_a_service_are_looked_at(folder: Path) -> None:
     }
 
 
-def test_each_part_is_one_check(folder: Path) -> None:
-    """Each broken part is a failed check with the fix."""
+def test_each_component_is_one_check(folder: Path) -> None:
+    """Each broken component is a failed check with the fix."""
     (folder / "text_encoder" / "config.json").unlink()
     (folder / "vae" / "config.json").write_text("")
     wanted = SUBFOLDERS[Service.GENERATOR]
@@ -133,65 +155,65 @@ def test_each_part_is_one_check(folder: Path) -> None:
     assert checks["transformer"].detail.startswith("1 file, 0.01 GB")
 
 
-def cached(home: Path, folder: Path) -> Path:
-    """Create a hub cache with this model; returns its snapshot."""
-    snapshot = home / "hub" / "models--someone--demo" / "snapshots" / COMMIT
-    shutil.copytree(folder, snapshot)
+def create_cache(home: Path, folder: Path) -> Path:
+    """Create a hub cache with this model; returns the folder of its commit."""
+    cached_folder = home / "hub" / "models--someone--demo" / "snapshots" / COMMIT
+    shutil.copytree(folder, cached_folder)
     refs = home / "hub" / "models--someone--demo" / "refs"
     refs.mkdir()
     (refs / "main").write_text(COMMIT)
-    return snapshot
+    return cached_folder
 
 
 @pytest.mark.parametrize("revision", ["main", COMMIT])
-def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path: Path, folder: Path, revision: str) -> None:
-    """A cached model is found by branch or commit without the network."""
+def test_a_model_of_the_hub_is_located_in_the_cache(tmp_path: Path, folder: Path, revision: str) -> None:
+    """A cached model is located by branch or commit without the network."""
     host = described(tmp_path, HF_HOME=str(tmp_path / "hf"))
-    snapshot = cached(tmp_path / "hf", folder)
-    assert find(NAME, revision, ALL_PARTS, host) == Model(NAME, COMMIT, snapshot)
-    assert find(NAME, "other", ALL_PARTS, host) == Model(NAME, "other")
+    cached_folder = create_cache(tmp_path / "hf", folder)
+    assert find(NAME, revision, ALL_COMPONENTS, host) == Model(NAME, COMMIT, cached_folder)
+    assert find(NAME, "other", ALL_COMPONENTS, host) == Model(NAME, "other")
 
 
 @pytest.mark.parametrize(
     "variables", [{"HF_HUB_CACHE": "{}/hf/hub"}, {"XDG_CACHE_HOME": "{}"}, {"HF_HOME": "{}/hf"}, {"HOME": "{}/home"}]
 )
-def test_the_cache_is_where_the_library_has_it(tmp_path: Path, folder: Path, variables: dict[str, str]) -> None:
+def test_the_cache_is_that_of_the_library(tmp_path: Path, folder: Path, variables: dict[str, str]) -> None:
     """The cache is located by the same variables as in huggingface_hub."""
-    cached(tmp_path / "hf", folder)
+    create_cache(tmp_path / "hf", folder)
     (tmp_path / "huggingface").symlink_to(tmp_path / "hf")
     host = described(tmp_path, **{name: value.format(tmp_path) for name, value in variables.items()})
     (tmp_path / "home" / ".cache").mkdir()
     (tmp_path / "home" / ".cache" / "huggingface").symlink_to(tmp_path / "hf")
-    assert find(NAME, "main", ALL_PARTS, host).path is not None
+    assert find(NAME, "main", ALL_COMPONENTS, host).path is not None
 
 
-def test_a_cache_that_lacks_files_of_the_hubs_list_is_incomplete(tmp_path: Path, folder: Path) -> None:
-    """A snapshot that lacks files of the hub's listing is incomplete for the services that need them."""
+def test_a_cache_without_all_files_of_the_hub_is_incomplete(tmp_path: Path, folder: Path) -> None:
+    """A cached commit that lacks files of the hub's listing is incomplete for the services that need them."""
     host = described(tmp_path, HF_HOME=str(tmp_path / "hf"))
-    snapshot = cached(tmp_path / "hf", folder)
+    cached_folder = create_cache(tmp_path / "hf", folder)
     trees = tmp_path / "hf" / "hub" / "models--someone--demo" / "trees"
     trees.mkdir()
     entry = {"size": 1, "blob_id": "0" * 40, "lfs_sha256": None, "lfs_size": None, "xet_hash": None}
     files = {"vae/config.json": entry, "vae/other.json": entry}
     (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": files}))
-    found = find(NAME, COMMIT, ALL_PARTS, host)
-    assert (found.path, found.is_incomplete) == (snapshot, True)
+    model = find(NAME, COMMIT, ALL_COMPONENTS, host)
+    assert (model.path, model.is_incomplete) == (cached_folder, True)
     assert not find(NAME, COMMIT, SUBFOLDERS[Service.TEXT_ENCODER], host).is_incomplete
 
 
 @pytest.mark.parametrize("name", ["/models/flux2", "./model", "a/b/c", "a name"])
-def test_what_can_be_neither_a_folder_nor_a_hub_id_is_named(tmp_path: Path, name: str) -> None:
+def test_invalid_model_names_are_refused(tmp_path: Path, name: str) -> None:
     """A name that is neither an existing folder nor a valid hub id is refused."""
     with pytest.raises(BrokenFile, match="neither a folder nor"):
-        find(name, "main", ALL_PARTS, described(tmp_path))
+        find(name, "main", ALL_COMPONENTS, described(tmp_path))
 
 
-def test_interrupted_downloads_are_named(tmp_path: Path, folder: Path) -> None:
+def test_interrupted_downloads_are_reported(tmp_path: Path, folder: Path) -> None:
     """Interrupted downloads are a warning with the command that removes them."""
     host = described(tmp_path, HF_HOME=str(tmp_path / "hf"))
-    snapshot = cached(tmp_path / "hf", folder)
-    model = Model(NAME, COMMIT, snapshot)
-    blobs = snapshot.parents[1] / "blobs"
+    cached_folder = create_cache(tmp_path / "hf", folder)
+    model = Model(NAME, COMMIT, cached_folder)
+    blobs = cached_folder.parents[1] / "blobs"
     assert list(check_leftovers(model, host)) == []
     blobs.mkdir()
     (blobs / "abc.incomplete").write_bytes(bytes(100))

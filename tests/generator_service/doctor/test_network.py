@@ -1,4 +1,4 @@
-"""Ports, and the services that the generator asks, by real sockets."""
+"""Ports, and the services that the generator depends on, over real sockets."""
 
 import itertools
 import json
@@ -24,41 +24,40 @@ from generator_service.settings import GeneratorSettings
 from text_encoder_service.settings import TextEncoderSettings
 
 OPENAPI = {"info": {"title": "FLUX.2 generator"}}
-NOBODY = "http://127.0.0.1:9"
+CLOSED_PORT = "http://127.0.0.1:9"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers each path as ``answers`` says, anything else with 404."""
+    """Responds to each path in ``routes``, and with 404 to any other."""
 
-    answers: ClassVar[dict[str, tuple[int, bytes]]] = {}
-    asked: ClassVar[list[tuple[str, str]]] = []
+    routes: ClassVar[dict[str, tuple[int, bytes]]] = {}
+    received: ClassVar[list[tuple[str, str]]] = []
 
     def do_GET(self) -> None:
-        """Answer one request."""
-        self.asked.append((self.path, self.headers.get("Authorization", "")))
-        status, body = self.answers.get(self.path, (404, b""))
+        self.received.append((self.path, self.headers.get("Authorization", "")))
+        status, body = self.routes.get(self.path, (404, b""))
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, *_arguments: object) -> None:
-        """Say nothing."""
+        """Suppress the log."""
 
 
 @contextmanager
-def answering(**answers: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """A server's address, and what it was asked. Paths are given with ``_`` for ``/``; bodies are bytes or JSON."""
+def serving(**routes: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """A server's address, and the requests it received. Paths have ``_`` for ``/``; bodies are bytes or JSON."""
     bodies = {
         "/" + path.replace("_", "/"): (status, body if isinstance(body, bytes) else json.dumps(body).encode())
-        for path, (status, body) in answers.items()
+        for path, (status, body) in routes.items()
     }
-    asked: list[tuple[str, str]] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"answers": bodies, "asked": asked}))
+    received: list[tuple[str, str]] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"routes": bodies, "received": received}))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", received
     finally:
         server.shutdown()
         server.server_close()
@@ -66,7 +65,6 @@ def answering(**answers: Any) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def port_of(url: str) -> int:
-    """The port in an address."""
     port = httpx.URL(url).port
     assert port is not None
     return port
@@ -86,7 +84,7 @@ def test_a_free_port_is_free() -> None:
         assert (check.name, check.status, is_running) == ("generator port", Status.OK, False)
 
 
-def test_a_service_that_runs_already_is_told_apart(generator_url: str, encoder_url: str) -> None:
+def test_a_running_service_is_recognized(generator_url: str, encoder_url: str) -> None:
     """A port used by the service itself is fine, and one used by the other service a failure."""
     check, is_running = generator_at(generator_url)
     assert (check.status, is_running) == (Status.OK, True)
@@ -100,7 +98,7 @@ def test_a_service_that_runs_already_is_told_apart(generator_url: str, encoder_u
 
 
 @pytest.mark.parametrize(
-    ("answers", "message"),
+    ("routes", "message"),
     [
         ({}, "is used by another program"),
         ({"health_live": (200, b""), "openapi.json": (200, {"info": {"title": "x"}})}, "is used by another program"),
@@ -109,9 +107,9 @@ def test_a_service_that_runs_already_is_told_apart(generator_url: str, encoder_u
         ({"openapi.json": (200, OPENAPI), "health_live": (500, b"")}, "/health/live has status 500"),
     ],
 )
-def test_a_port_that_another_program_uses_is_a_failure(answers: dict[str, Any], message: str) -> None:
+def test_a_port_of_another_program_is_a_failure(routes: dict[str, Any], message: str) -> None:
     """A port used by another program, or by a service that is not alive, is a failure."""
-    with answering(**answers) as (url, _):
+    with serving(**routes) as (url, _):
         check, is_running = generator_at(url)
     assert (check.status, is_running) == (Status.FAILED, False)
     assert message in check.detail
@@ -125,17 +123,17 @@ def test_a_port_that_another_program_uses_is_a_failure(answers: dict[str, Any], 
         ((503, b"nonsense"), "which is running"),
     ],
 )
-def test_how_far_a_running_service_is(ready: tuple[int, Any], message: str) -> None:
+def test_the_readiness_of_a_running_service(ready: tuple[int, Any], message: str) -> None:
     """A running service's readiness is reported with its own reason."""
-    answers = {"openapi.json": (200, OPENAPI), "health_live": (200, b""), "health_ready": ready}
-    with answering(**answers) as (url, _):
+    routes = {"openapi.json": (200, OPENAPI), "health_live": (200, b""), "health_ready": ready}
+    with serving(**routes) as (url, _):
         check, is_running = generator_at(url)
     assert (check.status, is_running) == (Status.OK, True)
     assert message in check.detail
 
 
-def test_a_port_that_does_not_answer_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port whose user does not answer is a failure."""
+def test_a_silent_port_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port with a process that does not respond is a failure."""
     monkeypatch.setattr(network, "TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         check, is_running = check_port(Service.GENERATOR, GeneratorSettings(port=server.getsockname()[1]))
@@ -151,7 +149,7 @@ def test_an_address_of_another_host_is_a_failure(host: str) -> None:
     assert "GENERATOR_HOST" in check.fix
 
 
-def test_two_services_need_two_ports() -> None:
+def test_equal_ports_are_a_failure() -> None:
     """Two services with the same port are a failure."""
     same = {Service.GENERATOR: GeneratorSettings(port=1), Service.TEXT_ENCODER: TextEncoderSettings(port=1)}
     [check] = check_ports_differ(same)
@@ -161,9 +159,9 @@ def test_two_services_need_two_ports() -> None:
     assert list(check_ports_differ({Service.GENERATOR: GeneratorSettings(port=1)})) == []
 
 
-def test_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers are bounded in size and total time."""
-    with answering(long=(200, bytes(100))) as (url, _):
+def test_responses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses are bounded in size and total time."""
+    with serving(long=(200, bytes(100))) as (url, _):
         assert get(f"{url}/long").status == 200
         monkeypatch.setattr(network, "MAX_BYTES", 99)
         with pytest.raises(httpx.ReadError, match="too long"):
@@ -177,7 +175,7 @@ def test_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def demo_model() -> Model:
-    """The demo model as its files describe it."""
+    """The demo model, read from its files."""
     return inspect(Model("weights", "local", WEIGHTS), ("scheduler", "transformer", "vae"))[0]
 
 
@@ -191,7 +189,7 @@ def encoder_at(url: str, model: Model, token: str | None = None) -> Check:
 
 
 @pytest.mark.parametrize("path", ["", "/predict"])
-def test_a_text_encoder_of_this_model_is_well(encoder_url: str, demo_model: Model, path: str) -> None:
+def test_a_matching_text_encoder(encoder_url: str, demo_model: Model, path: str) -> None:
     """The detail names its model, revision and embeddings."""
     check = encoder_at(encoder_url + path, demo_model)
     assert check.status is Status.OK
@@ -199,7 +197,7 @@ def test_a_text_encoder_of_this_model_is_well(encoder_url: str, demo_model: Mode
 
 
 def test_a_text_encoder_of_another_model_is_a_failure(encoder_url: str, demo_model: Model) -> None:
-    """A text encoder of another model is a failure, with the words of the generator's readiness."""
+    """A text encoder of another model is a failure, with the reason that the generator's readiness would have."""
     other = replace(demo_model, name="other", revision="main")
     check = encoder_at(encoder_url, other)
     assert check.status is Status.FAILED
@@ -239,21 +237,21 @@ INFO = {
         ((500, b""), Status.FAILED, "has status 500"),
     ],
 )
-def test_other_answers_of_a_text_encoder(
+def test_bad_responses_of_a_text_encoder(
     demo_model: Model, info: tuple[int, Any], status: Status, message: str
 ) -> None:
-    """Answers with which the generator would never become ready are failures."""
-    with answering(info=info) as (url, asked):
+    """Responses with which the generator would never become ready are failures."""
+    with serving(info=info) as (url, received):
         check = encoder_at(url, demo_model, "the-key")
     assert (check.name, check.status) == ("text encoder", status)
     assert message in check.detail
-    assert asked == [("/info", "Bearer the-key")]
+    assert received == [("/info", "Bearer the-key")]
     assert "the-key" not in str(check)
 
 
-@pytest.mark.parametrize("url", [NOBODY, "http://no-such-host.invalid:8006"])
-def test_a_text_encoder_that_does_not_answer_is_a_warning(demo_model: Model, url: str) -> None:
-    """A text encoder that does not answer is a warning, since it may be started later."""
+@pytest.mark.parametrize("url", [CLOSED_PORT, "http://no-such-host.invalid:8006"])
+def test_an_unavailable_text_encoder_is_a_warning(demo_model: Model, url: str) -> None:
+    """A text encoder that does not respond is a warning, since it may be started later."""
     check = encoder_at(url, demo_model)
     assert check.status is Status.WARNING
     assert "does not respond (ConnectError" in check.detail
@@ -264,10 +262,10 @@ def upsampler_at(url: str | None, **settings: Any) -> list[Check]:
     return list(check_upsampler(GeneratorSettings(upsampler_url=AnyHttpUrl(url) if url else None, **settings)))
 
 
-def test_an_upsampler_is_asked_only_if_it_is_set() -> None:
-    """An upsampler is checked only if it is set, and never a failure."""
+def test_an_upsampler_is_checked_only_if_it_is_set() -> None:
+    """An upsampler is checked only if it is set, and is never a failure."""
     assert upsampler_at(None) == []
-    [check] = upsampler_at(f"{NOBODY}/v1")
+    [check] = upsampler_at(f"{CLOSED_PORT}/v1")
     assert check.status is Status.WARNING
 
 
@@ -282,10 +280,10 @@ def test_an_upsampler_is_asked_only_if_it_is_set() -> None:
         ((401, b""), Status.WARNING, "rejects the token"),
     ],
 )
-def test_answers_of_an_upsampler(models: tuple[int, Any], status: Status, message: str) -> None:
+def test_responses_of_an_upsampler(models: tuple[int, Any], status: Status, message: str) -> None:
     """An upsampler that does not list the configured model, or refuses the token, is a warning."""
-    with answering(v1_models=models) as (url, asked):
+    with serving(v1_models=models) as (url, received):
         [check] = upsampler_at(f"{url}/v1/", upsampler_token=SecretStr("secret"))
     assert check.status is status
     assert message in check.detail
-    assert asked == [("/v1/models", "Bearer secret")]
+    assert received == [("/v1/models", "Bearer secret")]

@@ -1,4 +1,4 @@
-"""The driver, by an ``nvidia-smi`` that answers, hangs, or says something else."""
+"""The driver, by an ``nvidia-smi`` that responds, hangs, or prints other output."""
 
 import shutil
 from pathlib import Path
@@ -30,9 +30,9 @@ def host(tmp_path: Path) -> Host:
     return described(tmp_path)
 
 
-def checks_of(host: Host, found: Libraries, *, needs_gpu: bool = True) -> dict[str, Check]:
+def checks_of(host: Host, facts: Libraries, *, needs_gpu: bool = True) -> dict[str, Check]:
     """The checks of the driver."""
-    return by_name(list(check_driver(read_driver(host), found, host, needs_gpu=needs_gpu)))
+    return by_name(list(check_driver(read_driver(host), facts, host, needs_gpu=needs_gpu)))
 
 
 def test_two_gpus_are_read(tmp_path: Path, host: Host) -> None:
@@ -46,7 +46,7 @@ def test_two_gpus_are_read(tmp_path: Path, host: Host) -> None:
     assert first.processes == (Process("1234", 39_000 * MIB), Process("77", None))
     assert (first.compute_mode, first.is_persistent) == ("Default", True)
     assert (second.total_bytes, second.compute_mode, second.is_persistent) == (None, "Exclusive_Process", False)
-    assert driver.board("1") == driver.board("GPU-1") == second  # torch writes no prefix
+    assert driver.board("1") == driver.board("GPU-1") == second  # torch has no prefix
     assert driver.board("") is driver.board("GPU-2") is None
 
 
@@ -61,9 +61,7 @@ def test_two_gpus_are_read(tmp_path: Path, host: Host) -> None:
         ("kill -9 $$", "nvidia-smi ended with status -9"),
     ],
 )
-def test_an_nvidia_smi_that_says_something_else_is_quoted(
-    tmp_path: Path, host: Host, script: str, message: str
-) -> None:
+def test_unusable_output_of_nvidia_smi_is_a_warning(tmp_path: Path, host: Host, script: str, message: str) -> None:
     """Unusable output of nvidia-smi is a warning, and the version comes from ``/proc``."""
     install(tmp_path, "nvidia-smi", script.replace("head", str(shutil.which("head"))))
     put(host.root, "proc/driver/nvidia/version", OPEN_PROC)
@@ -82,14 +80,14 @@ def test_an_nvidia_smi_that_hangs_is_stopped(tmp_path: Path, host: Host) -> None
     assert driver.problem == "nvidia-smi did not finish within 0.2 s: the driver hangs"
 
 
-def test_an_nvidia_smi_that_cannot_be_started_is_named(tmp_path: Path, host: Host) -> None:
+def test_an_nvidia_smi_that_cannot_be_started_is_reported(tmp_path: Path, host: Host) -> None:
     """An nvidia-smi that cannot be executed is reported."""
     install(tmp_path, "nvidia-smi", "")
     (tmp_path / "bin" / "nvidia-smi").write_bytes(b"\x7fELF, but not really")
     assert read_driver(host).problem == "nvidia-smi cannot be started: Exec format error"
 
 
-def test_without_a_driver_nothing_is_wrong_by_itself(host: Host) -> None:
+def test_a_host_without_a_driver_is_skipped(host: Host) -> None:
     """A host without a driver is skipped, since the services may run on the CPU."""
     assert read_driver(host) == Driver(problem="nvidia-smi is not on PATH")
     checks = checks_of(host, libraries(cuda=None))
@@ -108,7 +106,7 @@ def test_without_a_driver_nothing_is_wrong_by_itself(host: Host) -> None:
         (PROC, "12.6", (gpu(),), True, Status.OK),
         (OPEN_PROC, "13.0", (gpu(),), True, Status.OK),
         (PROC.replace("570", "520"), "12.6", (), True, Status.FAILED),
-        (PROC, "14.1", (), True, Status.OK),  # of which nobody knows yet
+        (PROC, "14.1", (), True, Status.OK),  # a future version
         (PROC, None, (), False, Status.OK),
     ],
 )
@@ -124,7 +122,7 @@ def test_the_driver_must_be_new_enough_for_torch(
         assert "TORCH_INDEX_URL" in check.fix
 
 
-def test_the_kernels_version_is_found_where_proc_has_none(host: Host) -> None:
+def test_the_drivers_version_is_read_from_sys(host: Host) -> None:
     """The driver's version is read from ``/sys`` if ``/proc`` lacks it."""
     put(host.root, "sys/module/nvidia/version", "535.104.05\n")
     assert read_driver(host).version == "535.104.05"

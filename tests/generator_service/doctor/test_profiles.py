@@ -1,4 +1,4 @@
-"""Which profiles would be chosen and why, and what compiling them needs."""
+"""Which profiles would be chosen and why, and the requirements for compiling them."""
 
 import sys
 import sysconfig
@@ -34,13 +34,13 @@ T4 = gpu(name="Tesla T4", capability=(7, 5), total_bytes=200 * GB)
 
 @pytest.fixture
 def has_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the extra ``quantization`` were installed, whether or not it is."""
+    """Simulate an installation with the extra ``quantization``."""
     monkeypatch.setattr(module, "find_spec", lambda name: object() if name == "torchao" else None)
 
 
 @pytest.fixture
 def has_no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if neither torchao nor Triton were installed."""
+    """Simulate an installation without torchao and Triton."""
     monkeypatch.setattr(module, "find_spec", lambda _: None)
 
 
@@ -61,7 +61,7 @@ def profile_of(where: Gpu | None, **settings: Any) -> Check:
         (None, "profile exact: nothing changed; chosen because the CPU is used"),
     ],
 )
-def test_auto_says_why(where: Gpu | None, message: str) -> None:
+def test_auto_reports_the_reason(where: Gpu | None, message: str) -> None:
     """The check names the profile, its optimizations and the reason for it."""
     check = profile_of(where)
     assert check.status is Status.OK
@@ -69,15 +69,15 @@ def test_auto_says_why(where: Gpu | None, message: str) -> None:
 
 
 @pytest.mark.usefixtures("has_torchao")
-def test_what_can_be_done_is_done() -> None:
-    """The profile ``fastest`` is chosen where the GPU and torchao support it."""
+def test_fastest_is_used_if_supported() -> None:
+    """The profile ``fastest`` is chosen if the GPU and torchao support it."""
     check = profile_of(gpu(), performance="fastest")
     assert check.status is Status.OK
     assert "profile fastest: attention, compile, fp8" in check.detail
 
 
 @pytest.mark.usefixtures("has_no_packages")
-def test_what_is_left_out_is_a_warning(tmp_path: Path) -> None:
+def test_excluded_optimizations_are_a_warning(tmp_path: Path) -> None:
     """A profile that cannot be used as requested is a warning; what adapters exclude is not."""
     check = profile_of(gpu(), performance="fastest")
     assert check.status is Status.WARNING
@@ -88,7 +88,7 @@ def test_what_is_left_out_is_a_warning(tmp_path: Path) -> None:
     assert "fused_qkv is left out" in with_adapters.detail
 
 
-def test_adapters_and_offload_do_not_go_together(tmp_path: Path) -> None:
+def test_adapters_with_offload_are_a_failure(tmp_path: Path) -> None:
     """LoRA adapters with offloaded blocks are a failure."""
     assert profile_of(L40S, lora_dir=tmp_path).status is Status.FAILED
     assert profile_of(gpu(), lora_dir=tmp_path, performance="offload").status is Status.FAILED
@@ -114,14 +114,14 @@ def test_the_attention_kernel(
     assert attention == "" or "_flash_3 does not run here" in check.detail
 
 
-def test_on_a_cpu_there_is_one_kernel() -> None:
-    """On a CPU the kernel is ``native`` whatever the profile."""
+def test_the_kernel_on_a_cpu() -> None:
+    """On a CPU the kernel is ``native`` with every profile."""
     performance = choose_generator_profile(GeneratorSettings(performance="fast"), None, 0)
     [check] = check_attention(performance, None, libraries(cuda=None))
     assert (check.status, check.detail) == (Status.OK, "native, the only one for a CPU")
 
 
-def test_the_models_own_attention_is_measured() -> None:
+def test_attention_is_measured_in_the_models_shape() -> None:
     """Attention is measured in the model's own shape, and only if the profile would choose a kernel."""
     assert attention_to_measure(GeneratorSettings(), Model("x", "main")) == Attention(gpu=0)
     configs: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ def test_the_encoders_profile(where: Gpu | None, profile: str) -> None:
         (None, {"weights": "int8"}, Status.OK),
     ],
 )
-def test_weights_that_the_device_has_not_are_a_failure(
+def test_weights_that_the_device_does_not_support_are_a_failure(
     where: Gpu | None, settings: dict[str, Any], status: Status
 ) -> None:
     """int4 weights without a GPU or bfloat16 are a failure."""
@@ -177,7 +177,7 @@ def test_the_dtype_depends_on_the_device() -> None:
 
 
 @pytest.mark.usefixtures("has_no_packages")
-def test_a_compiler_is_looked_for_where_something_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_is_needed_only_for_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing compiler or header is a warning, and only if something is compiled."""
     header = tmp_path / "include"
     header.mkdir()
@@ -202,7 +202,7 @@ def test_a_compiler_is_looked_for_where_something_is_compiled(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("fixture", "status"), [("has_no_packages", Status.WARNING), (None, Status.OK)])
-def test_triton_belongs_to_torch_for_cuda(
+def test_triton_is_needed_by_torch_for_cuda(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixture: str | None, status: Status
 ) -> None:
     """A missing Triton is a warning on Linux with CUDA."""
@@ -210,19 +210,19 @@ def test_triton_belongs_to_torch_for_cuda(
     monkeypatch.setattr(module, "find_spec", lambda _: object())
     if fixture is not None:
         request.getfixturevalue(fixture)
-    found = by_name(list(check_compiler(described(tmp_path), libraries(), is_compiled=True, has_gpu=True)))
-    assert found["triton"].status is status
+    checks = by_name(list(check_compiler(described(tmp_path), libraries(), is_compiled=True, has_gpu=True)))
+    assert checks["triton"].status is status
 
 
-def test_compiled_code_is_kept_where_pytorch_keeps_it() -> None:
+def test_the_default_cache_folders_are_pytorchs() -> None:
     """The default cache folders are those of PyTorch."""
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # noqa: PLC0415 - its place is PyTorch's own
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # noqa: PLC0415 - PyTorch's own location
 
     folders = cache_folders({})
     assert str(folders["TORCHINDUCTOR_CACHE_DIR"]) == default_cache_dir()
     assert folders["TRITON_CACHE_DIR"].is_relative_to(folders["TORCHINDUCTOR_CACHE_DIR"])
-    given = {"TORCHINDUCTOR_CACHE_DIR": "/a", "TRITON_CACHE_DIR": "/b"}
-    assert cache_folders(given) == {name: Path(folder) for name, folder in given.items()}
+    variables = {"TORCHINDUCTOR_CACHE_DIR": "/a", "TRITON_CACHE_DIR": "/b"}
+    assert cache_folders(variables) == {name: Path(folder) for name, folder in variables.items()}
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "x:1"}, Status.WARNING),
     ],
 )
-def test_the_allocator_leaves_no_gaps(tmp_path: Path, environ: dict[str, str], status: Status) -> None:
+def test_expandable_segments_are_recommended(tmp_path: Path, environ: dict[str, str], status: Status) -> None:
     """Missing expandable segments and contradicting variables are warnings on a GPU."""
     host = described(tmp_path, **environ)
     [check] = check_allocator(host, has_gpu=True)

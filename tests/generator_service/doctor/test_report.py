@@ -1,4 +1,4 @@
-"""What is printed: for people, for pipes, and for programs."""
+"""The printed report: for terminals, pipes and programs."""
 
 import io
 import json
@@ -13,13 +13,13 @@ BAD = [*GOOD, failed("model", "[red]broken[/red] " + "long " * 60, "run flux2 we
 
 
 def printed(checks: list[Check], *, is_terminal: bool) -> str:
-    """The report as a text."""
+    """The report as text."""
     out = io.StringIO()
     print_report(checks, Console(file=out, force_terminal=is_terminal, width=80, color_system=None))
     return out.getvalue()
 
 
-def test_a_failed_check_decides() -> None:
+def test_a_failed_check_makes_the_report_fail() -> None:
     """The report is ok unless a check failed."""
     assert is_ok(GOOD)
     assert not is_ok(BAD)
@@ -35,7 +35,7 @@ def test_json_has_every_check() -> None:
     assert [check["status"] for check in report["checks"]] == ["ok", "skipped", "warning", "failed"]
 
 
-def test_a_pipe_gets_a_line_for_each_check() -> None:
+def test_without_a_terminal_each_check_is_one_line() -> None:
     """Without a terminal each check is one line, followed by its fix, without markup."""
     lines = printed(BAD, is_terminal=False).splitlines()
     assert lines[0].split() == ["ok", "torch", "2.13.0"]
@@ -45,7 +45,7 @@ def test_a_pipe_gets_a_line_for_each_check() -> None:
     assert lines[-1] == "1 check failed: the services would not start here as configured."
 
 
-def test_a_terminal_gets_a_table() -> None:
+def test_on_a_terminal_the_report_is_a_table() -> None:
     """On a terminal the report is a table of its width."""
     text = printed(BAD, is_terminal=True)
     assert max(map(len, text.splitlines())) <= 80

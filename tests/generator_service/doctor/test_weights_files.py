@@ -1,4 +1,4 @@
-"""Whether a safetensors file is whole, by its header alone."""
+"""Whether a safetensors file is complete, by its header."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SECOND_SHARD = "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def test_a_whole_file_tells_its_shapes(tmp_path: Path) -> None:
+def test_shapes_are_read_from_the_header(tmp_path: Path) -> None:
     """The shapes of a file that safetensors wrote are read from its header."""
     tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
@@ -48,7 +48,7 @@ def cut(file: Path, num_bytes: int) -> None:
         (lambda file: file.unlink() or file.symlink_to("gone"), "is missing"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_a_damaged_file_is_an_error(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     """Every kind of damage raises ``BrokenFile`` with the file's name and the problem."""
     file = tmp_path / "x.safetensors"
     write_safetensors(file, SHAPES)
@@ -57,8 +57,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], object
         read_shapes(file)
 
 
-def test_shards_are_one_part(tmp_path: Path) -> None:
-    """The shards of an index are read as one part."""
+def test_shards_are_one_component(tmp_path: Path) -> None:
+    """The shards of an index are read as one component."""
     write_shards(tmp_path, STEM, SHAPES, 2)
     weights = read_weights(tmp_path, STEM)
     sizes = [(tmp_path / name).stat().st_size for name in (FIRST_SHARD, SECOND_SHARD)]
@@ -66,7 +66,7 @@ def test_shards_are_one_part(tmp_path: Path) -> None:
     assert (weights.num_files, weights.num_bytes, weights.largest_bytes) == (2, sum(sizes), max(sizes))
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
     """A shard that the index names and that is absent is reported."""
     write_shards(tmp_path, STEM, SHAPES, 2)
     (tmp_path / SECOND_SHARD).unlink()
@@ -74,7 +74,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path, STEM)
 
 
-def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_reported(tmp_path: Path) -> None:
     """A truncated shard is reported."""
     write_shards(tmp_path, STEM, SHAPES, 2)
     cut(tmp_path / SECOND_SHARD, (tmp_path / SECOND_SHARD).stat().st_size - 1)
@@ -82,7 +82,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path, STEM)
 
 
-def test_a_shard_of_another_model_is_named(tmp_path: Path) -> None:
+def test_a_shard_of_another_model_is_reported(tmp_path: Path) -> None:
     """A shard without the tensors that the index places in it is reported."""
     write_shards(tmp_path, STEM, SHAPES, 2)
     write_safetensors(tmp_path / SECOND_SHARD, {"other": (1,)})
@@ -91,7 +91,7 @@ def test_a_shard_of_another_model_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "\udcff"])
-def test_a_garbage_index_is_named(tmp_path: Path, index: str) -> None:
+def test_an_invalid_index_is_reported(tmp_path: Path, index: str) -> None:
     """An index that cannot be parsed is reported."""
     write_shards(tmp_path, STEM, SHAPES, 2)
     (tmp_path / INDEX).write_bytes(index.encode(errors="surrogateescape"))
