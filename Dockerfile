@@ -1,13 +1,13 @@
-# Both services: `--target text-encoder` and `--target generator`. One file, because everything up to torch is the same,
-# and layers that are the same are stored and sent once.
+# Images of both services: `--target text-encoder` and `--target generator`. They share all layers up to torch, so these
+# are stored and transferred once.
 
-# What the tests run with, for every platform. Any other Debian-based Python from 3.11 will do.
+# The tested base image, for all platforms. Other Debian-based images with Python 3.11 or newer work too.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d
 
-# Empty. A folder of wheels takes its place with --build-context wheels=FOLDER: for hosts that have no package index.
+# Empty by default. For hosts without a package index, pass a folder of wheels with --build-context wheels=FOLDER.
 FROM scratch AS wheels
 
-# Our own wheel, so that no source and no build tool gets into the images.
+# Builds this project's wheel, so that the images contain neither the source tree nor build tools.
 FROM ${PYTHON_IMAGE} AS project
 WORKDIR /project
 COPY . .
@@ -15,10 +15,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip wheel --no-deps --wheel-dir /dist .
 
 FROM ${PYTHON_IMAGE} AS runtime
-# Triton, with which PyTorch compiles for GPUs, asks a C compiler to build its launcher.
+# Triton, PyTorch's compiler for GPUs, needs a C compiler to build its launcher.
 # hadolint ignore=DL3008 # Debian keeps one version of it for each release
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-# An index with another build of torch than PyPI's, which is for CUDA 13: CUDA 12's, or the CPU's.
+# An index with another build of torch, for example for CUDA 12 or CPUs; PyPI's build is for CUDA 13.
 ARG TORCH_INDEX_URL=
 ENV PIP_ROOT_USER_ACTION=ignore \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -28,16 +28,16 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,from=wheels,target=/wheels \
     python -m pip install -c /constraints.txt --find-links /wheels \
         ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} torch
-# The user of most hosts' first account, so that its secret files can be read. A new volume takes the folder's owner.
+# 1000 is the first user of most hosts, so that secret files are readable. A new volume inherits the folder's owner.
 RUN useradd --uid 1000 --no-create-home flux2 && install --directory --owner flux2 --group flux2 /weights /compiled
-# The root is read-only: /weights holds the hub's cache, /tmp whatever a library wants to write.
-# Beside the weights a GPU has little room, and images of different sizes need pieces of different sizes: segments that
-# grow leave no gaps. A container may set this variable to something else, or PYTORCH_CUDA_ALLOC_CONF, which wins.
+# The root file system is read-only: /weights contains the hub's cache, and libraries write to /tmp.
+# The weights leave little GPU memory, and images of different sizes fragment it. Expandable segments avoid that. A
+# container may override this variable, or set PYTORCH_CUDA_ALLOC_CONF, which takes precedence.
 ENV HF_HOME=/weights \
     HOME=/tmp \
     PYTORCH_ALLOC_CONF=expandable_segments:True
 
-# Both services and Ray, for deploy/ray/rayservice.yaml. KubeRay brings the command, and asks how it is with wget.
+# Both services with Ray, for deploy/ray/rayservice.yaml. KubeRay sets the command; its health checks need wget.
 FROM runtime AS ray
 # hadolint ignore=DL3008 # Debian keeps one version of it for each release
 RUN apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*

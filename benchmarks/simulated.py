@@ -1,4 +1,4 @@
-"""Generators that take a given time and draw nothing, so that many fit on few cores: the engine's work is left."""
+"""Simulated generators whose steps sleep instead of computing, so that many fit on a few cores."""
 
 import time
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from flux2_shared.model.folder import find_model, read_prompt_format
 from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.components import load_components
-from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, StepListener
+from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, StepCallback
 from generator_service.pipelines.optimizations.compiled_model import ShapeKind
 from generator_service.pipelines.params import Params
 from generator_service.settings import GeneratorSettings
 
 
 class SimulatedModel(Flux2Model):
-    """The demo model as far as requests are concerned; its steps are sleep, its pictures noise."""
+    """The demo model with simulated steps; its images are noise."""
 
     step_s = 0.0
 
     def generate(
-        self, params: Params, on_step: StepListener | None = None, previews: Previews | None = None
+        self, params: Params, on_step: StepCallback | None = None, previews: Previews | None = None
     ) -> GeneratedImage:
-        """Sleep through every step, as a thread sleeps that waits for a GPU."""
+        """Sleep during each step, like a thread that waits for a GPU."""
         del previews
         began = time.perf_counter()
         for step in range(params.schedule.num_steps):
@@ -37,17 +37,17 @@ class SimulatedModel(Flux2Model):
         return GeneratedImage(image, time.perf_counter() - began, 0.0, torch.empty(0), 0.0, params.schedule)
 
     def warm_up(self, batch: Sequence[Params], kind: ShapeKind = "static") -> list[GeneratedImage]:
-        """There is nothing to compile."""
+        """Generate the images; there is nothing to compile."""
         del kind
         return [self.generate(params) for params in batch]
 
 
 class SimulatedGenerator(GeneratorReplica):
-    """A generator replica, real but for its model.
+    """A generator replica with a simulated model.
 
     Args:
-        encoder: as ``GeneratorReplica``.
-        step_s: what a step takes.
+        encoder: handle of the ``EncoderReplica`` deployment.
+        step_s: duration of a step.
     """
 
     async def __init__(self, encoder: Any, step_s: float) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -55,7 +55,7 @@ class SimulatedGenerator(GeneratorReplica):
         await super().__init__(encoder)
 
     def load(self, settings: GeneratorSettings) -> tuple[Flux2Model, tuple[int, int]]:
-        """The demo model, simulated."""
+        """Load the simulated model."""
         folder = find_model(settings.model, settings.revision, SUBFOLDERS[Service.GENERATOR])
         model = SimulatedModel(folder, load_components(folder, settings.torch_device(), settings.torch_dtype()))
         model.step_s = self._step_s

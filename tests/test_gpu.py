@@ -53,7 +53,7 @@ PROFILES: list[tuple[Optimization, ...]] = [(), ("attention", "fused_qkv", "vae"
 @pytest.fixture(autouse=True)
 def native_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel is chosen for its speed: here all are the CPU's, and diffusers would give the choice to every model."""
-    monkeypatch.setattr(attention, "WORTH", 0.0)
+    monkeypatch.setattr(attention, "MAX_TIME_RATIO", 0.0)
 
 
 @pytest.fixture(autouse=True)

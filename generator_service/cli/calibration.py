@@ -1,4 +1,4 @@
-"""Calibration of a model: from prompts to an error graph, and from graphs to schedules."""
+"""Calibrates a model: measures error graphs from prompts, and plans schedules from graphs."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,9 @@ from generator_service.pipelines.callbacks import DenoisingCallback
 from generator_service.pipelines.params import Params, pipeline_arguments
 from generator_service.settings import GeneratorSettings
 
-TOO_LARGE = "the runs and a batch do not fit into the device's memory together: try a smaller --batch, or --keep cpu"
+TOO_LARGE = (
+    "the trajectories and a batch do not fit into the device's memory together; use a smaller --batch or --keep cpu"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     """
     prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     if not prompts:
-        raise InvalidRequest(f"{file.name} holds no prompts: write one on each line")
+        raise InvalidRequest(f"{file.name} contains no prompts; write one prompt per line")
     return prompts
 
 
@@ -177,9 +179,9 @@ def record(
 
     Args:
         model: generates the image.
-        params: of the image.
-        feature: what to keep of each step.
-        storage: the device, or the folder, that keeps it; None for the model's own device.
+        params: parameters of the image.
+        feature: feature to record at each step.
+        storage: device or folder for the features; None for the model's device.
     """
     scheduler = model.components.new_scheduler()
     recorder = TrajectoryRecorder(model.components.transformer, feature, storage or model.device)

@@ -1,4 +1,4 @@
-"""A client of a running generator, for the command line."""
+"""HTTP client of the generator for the command line."""
 
 import base64
 import json
@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 
 CONNECT_TIMEOUT_S = 5.0
-ANSWER_TIMEOUT_S = 600.0
+RESPONSE_TIMEOUT_S = 600.0
 
 
 class GeneratorError(RuntimeError):
-    """The generator refused or could not be reached; the text is for people."""
+    """The generator rejected the request or could not be reached."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class GeneratedFile:
 def post_generate(
     url: str, body: dict[str, Any], token: str | None = None, transport: httpx.BaseTransport | None = None
 ) -> GeneratedFile:
-    """``POST /generate``.
+    """Send ``POST /generate``.
 
     Raises:
-        GeneratorError: no connection, or an answer other than 200; the text is the service's own.
+        GeneratorError: no connection, or a status other than 200; the message is that of the service.
     """
     with _connection(url, token, transport) as http:
         response = http.post("/generate", json=body)
@@ -47,7 +47,7 @@ def stream_generate(
     token: str | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> GeneratedFile:
-    """As ``post_generate``, with ``on_step`` called for every step as the generator tells of it."""
+    """Like ``post_generate``, but follow the stream of events and call ``on_step`` for each step."""
     headers = {"Accept": "text/event-stream"}
     with (
         _connection(url, token, transport) as http,
@@ -63,22 +63,22 @@ def stream_generate(
                 raise GeneratorError(data["detail"])
             elif name == "completed":
                 return GeneratedFile(base64.b64decode(data.pop("image")), data)
-    raise GeneratorError("the generator's answer broke off")
+    raise GeneratorError("the generator's response is incomplete")
 
 
 @contextmanager
 def _connection(url: str, token: str | None, transport: httpx.BaseTransport | None) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    timeout = httpx.Timeout(RESPONSE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport) as http:
             yield http
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise GeneratorError(f"no answer from {url}: is the generator running? ({type(error).__name__})") from error
+        raise GeneratorError(f"no response from {url}: is the generator running? ({type(error).__name__})") from error
 
 
 def _events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and data of each server-sent event."""
+    """Yield the name and data of each server-sent event."""
     name = ""
     for line in response.iter_lines():
         field, _, value = line.partition(": ")
@@ -92,4 +92,4 @@ def _detail(response: httpx.Response) -> str:
     try:
         return str(response.json()["detail"])
     except (ValueError, KeyError, TypeError):
-        return f"the generator answered with status {response.status_code}"
+        return f"the generator responded with status {response.status_code}"

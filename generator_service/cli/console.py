@@ -23,7 +23,7 @@ class one_line_errors:  # noqa: N801 - reads as the statement it is
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether a user can cause ``error``. The classes are imported only once something has failed."""
+    """Return whether ``error`` is shown as one line. Imports the classes only after a failure."""
     from flux2_shared.errors import Flux2Error  # noqa: PLC0415
     from generator_service.cli.client import GeneratorError  # noqa: PLC0415
     from generator_service.engine.imaging import NoProvenance  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Generation without services: the model is loaded into this process, text encoder first, then the rest."""
+"""Generation without services: loads the text encoder, then the transformer and VAE, into this process."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +26,11 @@ class LocalResult:
     denoise_s: float
 
 
-def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepListener) -> LocalResult:
-    """Do what ``POST /generate`` does with ``body``.
+def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.StepCallback) -> LocalResult:
+    """Generate the image of a ``POST /generate`` body.
 
     Raises:
-        InvalidRequest: a field of ``body`` cannot be used.
+        InvalidRequest: a field of ``body`` is invalid.
         ModelRefused: the model of ``settings`` cannot be loaded.
     """
     try:
@@ -39,7 +39,7 @@ def generate(body: dict[str, Any], settings: GeneratorSettings, on_step: flux2.S
         raise InvalidRequest("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
     device, dtype = settings.torch_device(), settings.torch_dtype()
     folder = find_model(settings.model, settings.revision, ALL_SUBFOLDERS)
-    assert valid.prompt is not None  # the command line gives no embeddings
+    assert valid.prompt is not None  # the command line does not accept embeddings
     (embeddings,) = prompt.embed_prompts(folder, [valid.prompt], device, dtype)
     model = flux2.Flux2Model.load(folder, device, dtype, settings.lora_dir, settings.max_loras)
     shape = (embeddings.shape[1], embeddings.shape[2])

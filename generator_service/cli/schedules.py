@@ -74,7 +74,7 @@ def calibrate(
 
 @contextmanager
 def progress_of(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; yields a function of what is done and of the total."""
+    """Show a progress bar; yield a function that takes the completed and the total number."""
     columns = TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(name)
@@ -83,7 +83,7 @@ def progress_of(name: str) -> Iterator[Callable[[int, int], None]]:
 
 @schedules.command("list")
 def list_schedules(
-    folder: Annotated[Path, typer.Argument(help="Folder of schedules. Default: the shipped ones.")] = SHIPPED,
+    folder: Annotated[Path, typer.Argument(help="Folder of schedules. Default: the built-in schedules.")] = SHIPPED,
 ) -> None:
     """List the schedules in a folder."""
     with one_line_errors():

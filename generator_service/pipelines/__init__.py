@@ -1,1 +1,1 @@
-"""The models that draw. The only package that imports diffusers."""
+"""Image generation with diffusers. Only this package imports diffusers."""

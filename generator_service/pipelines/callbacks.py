@@ -1,4 +1,4 @@
-"""What happens after each step of a run: when it ended, whether it left numbers, and what the picture will be."""
+"""Pipeline callbacks: measure the steps of a run, check its latents, and decode previews."""
 
 import time
 from collections import deque
@@ -12,28 +12,28 @@ from PIL.Image import Image
 from generator_service.errors import NonFiniteOutput
 
 STEPS_AHEAD = 4
-"""How far the host may be ahead of a GPU: so far that it never waits, so near that progress and cancel are true."""
-PreviewListener = Callable[[Image], None]
+"""Largest number of steps that the host queues ahead of the GPU. More would delay progress events and cancellation."""
+PreviewCallback = Callable[[Image], None]
 
 
 @dataclass(frozen=True)
 class Previews:
-    """Wants to see, after some steps, what the picture will be as far as it is known."""
+    """Requested previews of an unfinished image."""
 
     steps: frozenset[int]
-    """After which; 0 gives none, since one step has no direction yet."""
-    listener: PreviewListener
-    """Called on the thread that draws."""
+    """Steps after which a preview is shown. Step 0 is ignored, because its velocity is unknown."""
+    callback: PreviewCallback
+    """Called on the device thread."""
     shown: set[int] = field(default_factory=set, compare=False)
-    """The steps whose preview it has seen: a run that is started again shows only the others."""
+    """Steps whose preview was shown; a repeated run shows only the others."""
 
 
 class PreviewDecoder:
-    """Shows where the latents would end if they went on as in the last step, which they nearly do: flows are straight.
+    """Decodes previews by extrapolating the latents with the velocity of the last step; flows are nearly straight.
 
     Args:
-        previews: after which steps, and who wants to see it.
-        width: the picture's, in tokens.
+        previews: the requested previews.
+        width: width of the image in tokens.
     """
 
     def __init__(self, previews: Previews, width: int) -> None:
@@ -42,32 +42,32 @@ class PreviewDecoder:
         self._before = torch.empty(0)
 
     def is_due(self, step: int) -> bool:
-        """Whether there is a preview after this step."""
         return step in self._previews.steps - self._previews.shown and step > 0
 
     def __call__(self, pipeline: Any, step: int, latents: torch.Tensor) -> None:
-        """Call the listener with the preview, if one is due."""
+        """Decode and show a preview if one is due."""
         if self.is_due(step):
             sigmas = pipeline.scheduler.sigmas
             velocity = (latents.float() - self._before) / (sigmas[step + 1] - sigmas[step])
-            self._previews.listener(self._decoded(pipeline, latents.float() - sigmas[step + 1] * velocity))
+            self._previews.callback(self._decode(pipeline, latents.float() - sigmas[step + 1] * velocity))
             self._previews.shown.add(step)
         self._before = latents.float()
 
-    def _decoded(self, pipeline: Any, latents: torch.Tensor) -> Image:
+    def _decode(self, pipeline: Any, latents: torch.Tensor) -> Image:
         vae = pipeline.vae
         maps = latents.to(vae.dtype).transpose(1, 2).reshape(1, latents.shape[2], -1, self._width)
         mean, variance = (moment.view(1, -1, 1, 1) for moment in (vae.bn.running_mean, vae.bn.running_var))
         maps = maps * torch.sqrt(variance + vae.config.batch_norm_eps) + mean
-        decoded = vae.decode(pipeline._unpatchify_latents(maps), return_dict=False)[0]  # noqa: SLF001 - as the pipeline decodes
-        picture: Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
-        return picture
+        latents = pipeline._unpatchify_latents(maps)  # noqa: SLF001 - as the pipeline decodes
+        decoded = vae.decode(latents, return_dict=False)[0]
+        image: Image = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
+        return image
 
 
 class DenoisingCallback:
-    """A pipeline callback that notes when the last step ended, on the device too, and checks what it left.
+    """Callback for ``callback_on_step_end``: records the end of the last step and checks the final latents.
 
-    Nothing in it waits for the device to be idle before the last step, but for previews.
+    Before the last step, only previews synchronize with the device.
     """
 
     def __init__(self, num_steps: int, device: torch.device, preview: PreviewDecoder | None = None) -> None:
@@ -82,20 +82,20 @@ class DenoisingCallback:
     def __call__(
         self, pipeline: Any, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """As diffusers calls ``callback_on_step_end``; raises ``NonFiniteOutput`` after the last step."""
+        """Handle the end of a step; raise ``NonFiniteOutput`` if the final latents are not finite."""
         if self._device.type == "cuda":
             self._throttle_host()
         if self._preview is not None:
             self._show(self._preview, pipeline, step, tensors["latents"])
         if step == self._last:
-            self.latents = tensors["latents"].cpu()  # waits for the device
+            self.latents = tensors["latents"].cpu()  # synchronizes with the device
             self.ended = time.perf_counter()
             if not self.latents.isfinite().all():
-                raise NonFiniteOutput("the model drew no picture: not every value is a finite number")
+                raise NonFiniteOutput("the model generated latents that are not finite")
         return tensors
 
     def _throttle_host(self) -> None:
-        """Wait for the step of some steps ago; the device has the later ones to do meanwhile."""
+        """Wait until the device has finished the step ``STEPS_AHEAD`` steps ago."""
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
@@ -104,7 +104,7 @@ class DenoisingCallback:
 
     def _show(self, preview: PreviewDecoder, pipeline: Any, step: int, latents: torch.Tensor) -> None:
         if self._device.type == "cuda" and preview.is_due(step):
-            torch.cuda.synchronize(self._device)  # the steps' own time is not the preview's
+            torch.cuda.synchronize(self._device)  # so that the time of earlier steps is not attributed to the preview
         began = time.perf_counter()
         preview(pipeline, step, latents)
         self.previews_s += time.perf_counter() - began

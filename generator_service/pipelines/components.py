@@ -1,4 +1,4 @@
-"""The parts of a FLUX.2 pipeline that draw, loaded from a checked folder straight to their device."""
+"""Loads transformer, VAE and scheduler of a FLUX.2 pipeline from a checked folder to their device."""
 
 import hashlib
 import logging
@@ -22,25 +22,25 @@ logger = logging.getLogger("flux2")
 
 @dataclass(frozen=True)
 class Components:
-    """Diffusers' own classes, which ship no types."""
+    """Components of a pipeline, as instances of diffusers' classes, which have no type annotations."""
 
     transformer: Any
     vae: Any
     scheduler: Any
-    """For its configuration: each run has its own scheduler."""
+    """Only its configuration is used; each run creates a scheduler."""
 
     def new_scheduler(self) -> Any:
-        """A scheduler for one run: it counts steps."""
+        """Create a scheduler for one run, because schedulers have state."""
         return type(self.scheduler).from_config(self.scheduler.config)
 
     def pipeline(
         self, transformer: Any, scheduler: Any, reference_cache: ByteBoundedCache[torch.Tensor]
     ) -> Flux2Pipeline:
-        """Diffusers' pipeline for one run: it embeds no prompts, and encodes each reference image once.
+        """Create a pipeline for one run, without a text encoder.
 
         Args:
-            transformer: what computes each step.
-            scheduler: of ``new_scheduler``.
+            transformer: called at each step.
+            scheduler: returned by ``new_scheduler``.
             reference_cache: latents of reference images.
         """
         pipeline = ReferenceCachingPipeline(
@@ -52,7 +52,7 @@ class Components:
 
 
 class ComponentsReader(Protocol):
-    """Where parts come from; ``load_components`` is the one that reads their weights from files."""
+    """A function that loads components, such as ``load_components``."""
 
     def __call__(
         self,
@@ -61,23 +61,23 @@ class ComponentsReader(Protocol):
         dtype: torch.dtype,
         transformer_device: torch.device | None = None,
     ) -> Components:
-        """As ``load_components``."""
+        """See ``load_components``."""
 
 
 def load_components(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
 ) -> Components:
-    """Read the weights of ``folder``, shard by shard, to ``device``: host memory never holds the whole model.
+    """Load the weights of ``folder`` shard by shard, so that the whole model is never in host memory.
 
     Args:
-        folder: a diffusers pipeline.
-        device: where they go.
-        dtype: of the weights.
-        transformer_device: where the transformer goes, if not there.
+        folder: folder of a diffusers pipeline.
+        device: device of the components.
+        dtype: dtype of the weights.
+        transformer_device: device of the transformer; default: ``device``.
 
     Raises:
-        ModelRefused: it is not a FLUX.2 pipeline, or a file is missing or broken.
-        OutOfMemory: it does not fit into the device's memory.
+        ModelRefused: the folder is not a FLUX.2 pipeline, or a file is missing or damaged.
+        OutOfMemory: the weights do not fit into the device's memory.
     """
     diffusers_logging.disable_progress_bar()
     with loading_errors(f"the pipeline of {folder.name}", device):
@@ -89,7 +89,7 @@ def load_components(
 
 
 def _load(kind: Any, folder: ModelFolder, part: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """One part, and a line in the log about how fast it came from the disk."""
+    """Load a component and log its loading speed."""
     num_bytes = folder.num_bytes(part)
     logger.info("loading %s: %.1f GB", part, num_bytes / 1e9)
     began = time.perf_counter()
@@ -102,10 +102,10 @@ def _load(kind: Any, folder: ModelFolder, part: str, device: torch.device, dtype
 
 
 class ReferenceCachingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffusers ships no types
-    """``Flux2Pipeline`` that encodes each reference image once, as long as ``reference_cache`` holds it."""
+    """``Flux2Pipeline`` that caches the latents of reference images."""
 
     reference_cache: ByteBoundedCache[torch.Tensor]
-    """Latents by a hash of the prepared pixels; set after the construction."""
+    """Latents by a hash of the preprocessed pixels; set after construction."""
 
     def _encode_vae_image(self, image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         pixels = image.contiguous().cpu().view(torch.uint8).numpy().tobytes()
@@ -118,9 +118,9 @@ class ReferenceCachingPipeline(Flux2Pipeline):  # type: ignore[misc]  # diffuser
 
 
 def describe_model(folder: ModelFolder, components: Components) -> ModelInfo:
-    """What the API and the schedules need to know about a model."""
+    """Collect the properties of a model that the API and the schedules need."""
     vae, transformer = components.vae, components.transformer
-    scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # as Flux2Pipeline.vae_scale_factor
+    scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)  # equals Flux2Pipeline.vae_scale_factor
     return ModelInfo(
         name=folder.name,
         revision=folder.revision,

@@ -1,8 +1,7 @@
-"""FLUX.2's pipeline without its text encoder: from parameters to an image, under a LeMiCa schedule.
+"""Runs FLUX.2's pipeline without its text encoder, under a LeMiCa schedule.
 
-The denoising loop, preparation and decoding are ``diffusers.Flux2Pipeline``'s own. Every generation gets a pipeline
-object, a scheduler and a ``CachedTransformer`` of its own around the shared weights, so that nothing one generation
-does, or leaves undone, can reach another.
+Preparation, denoising loop and decoding are those of ``diffusers.Flux2Pipeline``. Each generation creates its own
+pipeline object, scheduler and ``CachedTransformer`` around the shared weights, so generations share no state.
 """
 
 import logging
@@ -47,26 +46,26 @@ from generator_service.pipelines.optimizations.profiles import EXACT, Performanc
 from generator_service.pipelines.params import Params, pipeline_arguments
 
 TIME_EMBEDDINGS = 1024
-"""How many are kept, 12 KB each for FLUX.2 [dev]: a dozen lengths of runs."""
+"""Number of cached time embeddings, 12 KB each for FLUX.2 [dev]; enough for about a dozen numbers of steps."""
 TEXT_TOKENS = 512
-"""Of the image that attention is measured for; how many there are is known only with the first prompt."""
+"""Assumed text tokens when attention backends are measured, because no prompt is known at that time."""
 logger = logging.getLogger("flux2")
 
 REFERENCE_CACHE_BYTES = 256 * 2**20
-"""For the latents of reference images, on the device; one of 1024x1024 takes 1 MiB in bfloat16."""
+"""Size of the cache of reference latents on the device; an image of 1024x1024 takes 1 MiB in bfloat16."""
 ATTEMPTS = 2
-"""How often an image that does not fit into memory is tried as it is."""
+"""Attempts for an image that does not fit into memory, before its cached features are given up."""
 TOO_LARGE = "does not fit into the device's memory now"
-StepListener = Callable[[int, bool], None]
+StepCallback = Callable[[int, bool], None]
 
 
 class GenerationCancelled(Exception):
-    """The image is not wanted any more."""
+    """Raised by ``on_step`` to end a generation."""
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image, and how long it took."""
+    """An image and its timings."""
 
     image: Image
     denoise_s: float
@@ -74,23 +73,23 @@ class GeneratedImage:
     latents: torch.Tensor = field(repr=False)
     """The final latents, ``[1, tokens, C]``, on the CPU."""
     previews_s: float
-    """The part of ``denoise_s`` that previews took."""
+    """Part of ``denoise_s`` that was spent on previews."""
     schedule: Schedule
-    """That of the parameters, or one that computes every step if that one did not give an image."""
+    """The schedule that was used: that of the parameters, or, after a failed attempt, one that computes every step."""
 
 
 class Flux2Model:
-    """The weights of a FLUX.2 model on one device. Use it from one thread at a time.
+    """A FLUX.2 model on one device. Not thread-safe.
 
     Args:
-        folder: where ``components`` come from: their name, revision and fingerprint.
-        components: on their device. They are changed in place as ``performance`` says.
-        lora_dir: where LoRA adapters lie.
-        max_loras: how many of them are kept on the device.
-        performance: how it is made fast.
+        folder: folder of the components, which has the model's name, revision and fingerprint.
+        components: components on their device; modified in place by optimizations.
+        lora_dir: folder of LoRA adapters.
+        max_loras: largest number of adapters on the device.
+        performance: optimizations to apply.
 
     Raises:
-        ModelRefused: reused steps do not work on this transformer.
+        ModelRefused: reused steps do not work with this transformer.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Flux2Model:
     ) -> None:
         self.folder = folder
         self.components = components
-        components.vae.enable_slicing()  # of a batch each image is decoded as it would be alone
+        components.vae.enable_slicing()  # decode images of a batch one by one, as without a batch
         self.device: torch.device = components.vae.device  # an offloaded transformer is in two places
         self.dtype: torch.dtype = components.transformer.dtype
         self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
@@ -126,10 +125,10 @@ class Flux2Model:
         performance: Performance = EXACT,
         read: ComponentsReader = load_components,
     ) -> Self:
-        """Load a checked folder onto ``device`` by ``read``; the other arguments are those of the class.
+        """Load the components of ``folder`` with ``read``; the other arguments are those of the constructor.
 
         Raises:
-            ModelRefused: it is not a FLUX.2 pipeline that can be used.
+            ModelRefused: the folder is not a usable FLUX.2 pipeline.
             OutOfMemory: the weights do not fit.
         """
         use_device(device)
@@ -139,37 +138,37 @@ class Flux2Model:
 
     @property
     def performance(self) -> Performance:
-        """What was done to make it fast."""
+        """The applied optimizations."""
         return self._optimizations.performance
 
     def warm_up(self, batch: Sequence[Params], kind: ShapeKind = "static") -> list[GeneratedImage]:
-        """Generate before the first request, and compile what runs.
+        """Generate images and compile the model for them.
 
         Args:
-            batch: parameters like those of the images that will share a run.
-            kind: compiled for images of this size alone (``static``), or of all other sizes (``dynamic``).
+            batch: parameters of the images of one run.
+            kind: compile for exactly this size (``static``) or for all other sizes (``dynamic``).
 
         Raises:
-            OutOfMemory: the device has too little memory for such images.
+            OutOfMemory: the device has too little memory for these images.
         """
         attempt = partial(self._optimizations.run_compiled, partial(self._generate, batch), kind)
         return run_within_memory(attempt, refusal_of(batch), num_attempts=ATTEMPTS)
 
     def generate(
-        self, params: Params, on_step: StepListener | None = None, previews: Previews | None = None
+        self, params: Params, on_step: StepCallback | None = None, previews: Previews | None = None
     ) -> GeneratedImage:
-        """Generate one image; if it does not fit into memory, or is not finite, once more without cached features.
+        """Generate an image. If it does not fit into memory or is not finite, retry with every step computed.
 
         Args:
-            params: of the image.
-            on_step: called with each step's number and whether it is computed, from 0 on in each attempt;
-                ``GenerationCancelled`` raised there ends the generation.
-            previews: shown meanwhile, each once; they do not change the image.
+            params: parameters of the image.
+            on_step: called before each step with its index and whether it is computed; starts again at 0 in a retry.
+                It may raise ``GenerationCancelled``.
+            previews: previews to show, each once. They do not change the image.
 
         Raises:
             OutOfMemory: the device has too little memory for an image of this size.
             NonFiniteOutput: the latents are not finite, even with every step computed.
-            InvalidRequest: a LoRA adapter does not fit this model.
+            InvalidRequest: a LoRA adapter does not match this model.
         """
         attempt = partial(self._generate, on_step=on_step, previews=previews)
         refusal = f"an image of {params.width}x{params.height} {TOO_LARGE}"
@@ -181,24 +180,24 @@ class Flux2Model:
             logger.warning("%s; trying again with every step computed, instead of %s", error, params.schedule)
         return run_within_memory(partial(attempt, [params.uncached()]), refusal)[0]
 
-    def generate_batch(self, batch: Sequence[Params], on_step: StepListener | None = None) -> list[GeneratedImage]:
-        """Generate images with equal ``batch_key`` in one run; each equals the one generated alone up to rounding.
+    def generate_batch(self, batch: Sequence[Params], on_step: StepCallback | None = None) -> list[GeneratedImage]:
+        """Generate images with equal ``batch_key`` in one run. Each equals the image of a single run up to rounding.
 
         Raises:
-            OutOfMemory: the device has too little memory for so many.
-            NonFiniteOutput: the latents of one of them are not finite.
+            OutOfMemory: the device has too little memory for the batch.
+            NonFiniteOutput: the latents of an image are not finite.
         """
         return run_within_memory(partial(self._generate, batch, on_step), refusal_of(batch))
 
     def _generate(
         self,
         batch: Sequence[Params],
-        on_step: StepListener | None = None,
+        on_step: StepCallback | None = None,
         previews: Previews | None = None,
         kind: ShapeKind | None = None,
     ) -> list[GeneratedImage]:
-        """One run of the pipeline; compiles only for a ``kind``."""
-        params = batch[0]  # what they have in common
+        """Run the pipeline once; compile only if ``kind`` is given."""
+        params = batch[0]  # for the values that all images share
         scheduler = self.components.new_scheduler()
         transformer = CachedTransformer(
             self.components.transformer,
@@ -226,12 +225,12 @@ class Flux2Model:
         ]
 
     def pipeline(self, transformer: Any, scheduler: Any) -> Flux2Pipeline:
-        """Diffusers' pipeline around ``transformer``, which stands in for the model's own."""
+        """Create a pipeline that calls ``transformer`` instead of the model's transformer."""
         return self.components.pipeline(transformer, scheduler, self._references)
 
 
 def check_reuse(components: Components) -> None:
-    """Raise ``ModelRefused`` if reused steps do not work on this transformer."""
+    """Raise ``ModelRefused`` if reused steps do not work with this transformer."""
     transformer, device = components.transformer, components.vae.device
     try:
         check_transformer(transformer, small_example(transformer, device, transformer.dtype))
@@ -240,17 +239,19 @@ def check_reuse(components: Components) -> None:
 
 
 def refusal_of(batch: Sequence[Params]) -> str:
-    """The error message if the device has too little memory for ``batch``."""
+    """Return the message of ``OutOfMemory`` for a batch."""
     return f"a run of {len(batch)} images of {batch[0].width}x{batch[0].height} {TOO_LARGE}"
 
 
 def to_pil(pixels: torch.Tensor) -> Image:
-    """``[3, H, W]`` from 0 to 1, rounded on their device as the library rounds them on the host: a quarter to copy.
+    """Convert pixels ``[3, H, W]`` from 0 to 1 to an image.
+
+    Rounds like diffusers, but on the device, so that only a quarter of the bytes is copied.
 
     Raises:
-        NonFiniteOutput: one of the values is not a number.
+        NonFiniteOutput: a value is NaN.
     """
-    if pixels.amax().isnan():  # a maximum keeps NaN, which would be black in bytes
-        raise NonFiniteOutput("the decoder gave no image: not every value is a number")
+    if pixels.amax().isnan():  # amax propagates NaN; converted to bytes, NaN would be black
+        raise NonFiniteOutput("the decoder returned NaN")
     rounded = (pixels.float() * 255).round().to(torch.uint8)
     return fromarray(rounded.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -1,4 +1,4 @@
-"""LoRA adapters of a folder, by name: loaded when first asked for, active for one generation at a time."""
+"""LoRA adapters of a folder: loaded on first use, and active for one generation at a time."""
 
 import logging
 import warnings
@@ -21,7 +21,7 @@ PREFIX = "transformer."
 
 @dataclass(frozen=True)
 class Adapter:
-    """A named adapter and how strongly it is applied."""
+    """Name and scale of an adapter."""
 
     name: str
     scale: float = 1.0
@@ -31,13 +31,14 @@ class Adapter:
 
 
 class Adapters:
-    """The adapters around one transformer. Use it from the thread that draws.
+    """The adapters of a transformer. Use it on the device thread.
 
     Args:
         transformer: diffusers' ``Flux2Transformer2DModel``.
-        folder: where ``NAME.safetensors`` files lie; None has none.
-        max_loaded: how many are kept on the device; the one that was not used for longest goes first.
-        keeps: whether they stay while a picture is drawn without any. Compiled code fits only the layers as they were.
+        folder: folder with files ``NAME.safetensors``; None for no adapters.
+        max_loaded: largest number of adapters on the device; the least recently used one is unloaded first.
+        keeps: whether adapters stay loaded during generations without adapters. Compiled code requires the original
+            layers, so it must be False for compiled models.
     """
 
     def __init__(self, transformer: Any, folder: Path | None, max_loaded: int, *, keeps: bool = True) -> None:
@@ -46,19 +47,19 @@ class Adapters:
         self._max_loaded = max_loaded
         self._keeps = keeps
         self._loaded: list[str] = []
-        """By their last use."""
+        """Names, least recently used first."""
 
     @property
     def names(self) -> list[str]:
-        """Those that there are."""
+        """Names of all adapters."""
         return list(self._files)
 
     @contextmanager
     def applied(self, adapters: Sequence[Adapter]) -> Iterator[None]:
-        """Draw with ``adapters``, and after the block without any.
+        """Apply ``adapters`` within the block.
 
         Raises:
-            InvalidRequest: one of the files holds no adapter of this transformer.
+            InvalidRequest: a file is not an adapter for this transformer.
         """
         if not adapters:
             if self._loaded and not self._keeps:
@@ -81,8 +82,8 @@ class Adapters:
         else:
             weights = self._weights(name)
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what we want
-                warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")  # it was not needed
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
+                warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")  # intended
                 self._make_room(needed)
                 self._transformer.load_lora_adapter(weights, adapter_name=name)
             self._transformer.disable_adapters()
@@ -95,24 +96,24 @@ class Adapters:
                 self._loaded.remove(other)
 
     def _weights(self, name: str) -> dict[str, Any]:
-        """The file's tensors by the library's names, all of them of modules that this transformer has."""
+        """Load a file, convert its keys to diffusers' names, and check that they match this transformer."""
         try:
             weights: dict[str, Any] = Flux2LoraLoaderMixin.lora_state_dict(load_file(self._files[name]))
         except Exception as error:
             logger.warning("the adapter %s cannot be read: %s", name, error)
-            raise refusal(name, "it is no LoRA file for FLUX.2") from error
+            raise refusal(name, "it is not a LoRA file for FLUX.2") from error
         modules = {PREFIX + name: module for name, module in self._transformer.named_modules()}
         of_adapter = {key.split(".lora_")[0].split(".lokr_")[0] for key in weights}
-        known = of_adapter & modules.keys()
-        if not known or known != of_adapter:
-            raise refusal(name, f"{len(known)} of the {len(of_adapter)} modules that it changes are in this model")
+        matching = of_adapter & modules.keys()
+        if not matching or matching != of_adapter:
+            raise refusal(name, f"{len(matching)} of the {len(of_adapter)} modules that it changes are in this model")
         if not all(fits(key, tensor, modules) for key, tensor in weights.items()):
-            raise refusal(name, "its shapes are not this model's")
+            raise refusal(name, "its shapes do not match this model")
         return weights
 
 
 def fits(key: str, tensor: torch.Tensor, modules: Mapping[str, torch.nn.Module]) -> bool:
-    """Whether one of an adapter's two factors has the width of the layer that it changes. LoKr's have no such shape."""
+    """Return whether the shape of a LoRA factor matches its layer. Factors of LoKr are not checked."""
     layer = modules[key.split(".lora_", maxsplit=1)[0].split(".lokr_", maxsplit=1)[0]]
     if ".lora_A." in key:
         return tensor.shape[-1] == getattr(layer, "in_features", None)
@@ -122,5 +123,5 @@ def fits(key: str, tensor: torch.Tensor, modules: Mapping[str, torch.nn.Module])
 
 
 def refusal(name: str, why: str) -> InvalidRequest:
-    """Says that an adapter is none for this model."""
+    """Create the error for an adapter that does not match this model."""
     return InvalidRequest(f"lora: {name!r} cannot be used with this model: {why}", param="lora")

@@ -1,4 +1,4 @@
-"""What there is to know of a loaded model without having it: enough to check a request and to fill in its defaults."""
+"""Properties of a loaded model that are needed to check requests and to fill in defaults."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from generator_service.pipelines.lora import Adapter
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A few words and numbers, which can be sent to where the weights are not."""
+    """Properties of a model. Picklable, because Ray sends it to processes without the weights."""
 
     name: str
     revision: str
     fingerprint: str
-    """Of the transformer's weights."""
+    """Fingerprint of the transformer's weights."""
     dtype: str
     libraries: str
-    """The versions that pictures may depend on."""
+    """Library versions that images may depend on."""
     embedding_width: int
     default_side: int
-    """Pixels, of a picture whose size nobody says."""
+    """Default width and height in pixels."""
     pixels_per_token: int
-    """Along a side."""
+    """Pixels per token along each side."""
     adapters: tuple[str, ...] = ()
-    """The LoRA adapters there are."""
+    """Names of the available LoRA adapters."""
 
     @property
     def default_num_tokens(self) -> int:
-        """Of a picture of the default size."""
+        """Number of tokens of an image of the default size."""
         return self.num_image_tokens(self.default_side, self.default_side)
 
     def num_image_tokens(self, width: int, height: int) -> int:
-        """How many tokens a picture has in the transformer."""
+        """Return the number of tokens of an image in the transformer."""
         return width * height // self.pixels_per_token**2
 
     def signature(
@@ -45,7 +45,7 @@ class ModelInfo:
         is_edit: bool = False,
         adapters: Sequence[Adapter] = (),
     ) -> Signature:
-        """What a schedule for such a picture must have been made for: adapters make it another model."""
+        """Return the signature that a schedule for such an image must match. Adapters are part of the model."""
         return Signature(
             model=" + ".join([self.fingerprint, *map(str, adapters)]),
             num_steps=num_steps,

@@ -1,4 +1,4 @@
-"""What an image depends on, beside the model's weights."""
+"""Parameters of an image."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.lora import Adapter
 
 LARGEST_AREA = 1024 * 1024
-"""``Flux2Pipeline`` scales larger reference images down to this many pixels."""
+"""``Flux2Pipeline`` downscales larger reference images to this many pixels."""
 CacheChoice = str | int | dict[str, float]
 """The name of a schedule, a number of computed steps, or ``{"max_error": ...}``."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An image to edit, or to take something from."""
+    """A reference image."""
 
     image: Image = field(repr=False)
     sha256: str = ""
-    """Of the file that was sent."""
+    """Hash of the file that the client sent."""
 
     def prepared_size(self, unit: int) -> tuple[int, int]:
-        """Width and height with which ``Flux2Pipeline`` encodes it, multiples of ``unit``."""
+        """Return width and height after preprocessing by ``Flux2Pipeline``, as multiples of ``unit``."""
         width, height = self.image.size
         if width * height > LARGEST_AREA:
             scale = math.sqrt(LARGEST_AREA / (width * height))
@@ -34,14 +34,14 @@ class Reference:
         return width // unit * unit, height // unit * unit
 
     def num_tokens(self, unit: int) -> int:
-        """How many tokens it takes in the transformer, of ``unit`` x ``unit`` pixels each."""
+        """Return the number of tokens in the transformer, with ``unit`` x ``unit`` pixels each."""
         width, height = self.prepared_size(unit)
         return width * height // unit**2
 
 
 @dataclass(frozen=True)
 class Params:
-    """Everything an image depends on, beside the weights."""
+    """Everything that determines an image, except the weights. Picklable."""
 
     prompt_embeds: torch.Tensor | None
     """``[1, L, D]``, on the CPU, of any floating dtype; None until the prompt is embedded."""
@@ -55,31 +55,30 @@ class Params:
     prompt: str | None = None
     """None if the client sent ``prompt_embeds`` instead."""
     cache: CacheChoice = "none"
-    """What ``schedule`` was chosen by."""
+    """The value of ``cache`` that ``schedule`` was resolved from."""
 
     @property
     def embeddings(self) -> torch.Tensor:
-        """``prompt_embeds``, which must be there: images are generated once the prompt is embedded."""
+        """``prompt_embeds``; raises ``ValueError`` if the prompt is not embedded yet."""
         if self.prompt_embeds is None:
             raise ValueError("the prompt is not embedded yet")
         return self.prompt_embeds
 
     @property
     def is_uncached(self) -> bool:
-        """Whether every step is computed."""
         return self.schedule.num_computed == self.schedule.num_steps
 
     def uncached(self) -> "Params":
-        """The same image with every step computed."""
+        """Return a copy that computes every step."""
         return replace(self, schedule=schedule_for("none", self.schedule.num_steps))
 
     def without_tensors(self) -> "Params":
-        """The same without the embedding and the reference images, which are large."""
+        """Return a copy without the embedding and the reference images, which are large."""
         return replace(self, prompt_embeds=None, references=())
 
     @property
     def batch_key(self) -> object:
-        """Images with equal keys can be generated in one run; None for one that has to run alone."""
+        """Images with equal keys may share a run; None for an image that has to run alone."""
         if self.references or self.adapters or self.prompt_embeds is None:
             return None
         embeds = self.prompt_embeds
@@ -87,10 +86,10 @@ class Params:
 
 
 def pipeline_arguments(batch: Sequence[Params], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments of diffusers' pipeline for ``batch``; one with references or adapters has one image."""
-    params = batch[0]  # what they have in common
+    """Return the arguments of diffusers' pipeline. A batch with references or adapters must have one image."""
+    params = batch[0]  # for the values that all images share
     embeds = [each.prompt_embeds for each in batch if each.prompt_embeds is not None]
-    assert len(embeds) == len(batch)  # images are generated once the prompt is embedded
+    assert len(embeds) == len(batch)  # images are only generated after embedding
     return {
         "prompt_embeds": torch.cat(embeds).to(device, dtype),
         "image": [reference.image for reference in params.references] or None,
@@ -98,6 +97,6 @@ def pipeline_arguments(batch: Sequence[Params], device: torch.device, dtype: tor
         "height": params.height,
         "num_inference_steps": params.schedule.num_steps,
         "guidance_scale": params.guidance_scale,
-        # On the CPU, so that a seed means the same noise on every device.
+        # On the CPU, so that a seed gives the same noise on every device.
         "generator": [torch.Generator("cpu").manual_seed(each.seed) for each in batch],
     }

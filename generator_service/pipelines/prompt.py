@@ -1,4 +1,4 @@
-"""Prompt embeddings in this process, by diffusers' own code: for the command line, where there is no second service."""
+"""Embeds prompts in this process with diffusers, for the command line without services."""
 
 import gc
 from collections.abc import Sequence
@@ -21,36 +21,36 @@ from flux2_shared.model.tokenizer import load_tokenizer
 
 UPSAMPLING_MESSAGE: str = SYSTEM_MESSAGE_UPSAMPLING_T2I
 UPSAMPLING_MESSAGE_EDIT: str = SYSTEM_MESSAGE_UPSAMPLING_I2I
-"""What FLUX.2's authors tell a chat model that rewrites prompts."""
+"""System messages of FLUX.2's authors for a chat model that rewrites prompts."""
 LARGEST_UPSAMPLING_AREA: int = UPSAMPLING_MAX_IMAGE_SIZE
-"""Of a picture that it sees, in pixels."""
+"""Largest reference image for the chat model, in pixels."""
 
 
 def embed_prompts(
     folder: ModelFolder, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """An embedding ``[1, L, D]`` on the CPU for each prompt. The text encoder is loaded for them and let go again.
+    """Load the text encoder, embed all prompts, and free it. Return embeddings ``[1, L, D]`` on the CPU.
 
     Raises:
-        ModelRefused: the text encoder or its tokenizer cannot be used.
+        ModelRefused: the text encoder or its tokenizer is not usable.
     """
     use_device(device)
     prompt_format = read_prompt_format(folder)
     embeddings, _ = run_finite(partial(_embed, load_pipeline(folder, device, dtype), prompts, prompt_format))
-    gc.collect()  # modules that refer to each other stay until then, and the transformer needs their memory now
+    gc.collect()  # frees modules with reference cycles, because the transformer needs the memory
     torch.cuda.empty_cache()
     return embeddings
 
 
 def load_pipeline(folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> Flux2Pipeline:
-    """The library's pipeline with nothing but what embeds prompts, read shard by shard to ``device``.
+    """Load a pipeline that only embeds prompts, shard by shard to ``device``.
 
-    It does not come from ``Flux2Pipeline.from_pretrained``, which loads the tokenizer as what ``model_index.json``
-    calls it: for FLUX.2 [dev] a processor for images, which needs torchvision.
+    ``Flux2Pipeline.from_pretrained`` is not used, because it loads the tokenizer with the class in
+    ``model_index.json``: for FLUX.2 [dev] an image processor, which needs torchvision.
 
     Raises:
-        ModelRefused: the text encoder or its tokenizer cannot be used.
-        OutOfMemory: ``device`` is too small for it.
+        ModelRefused: the text encoder or its tokenizer is not usable.
+        OutOfMemory: the text encoder does not fit into the memory of ``device``.
     """
     transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(folder)
@@ -63,7 +63,7 @@ def load_pipeline(folder: ModelFolder, device: torch.device, dtype: torch.dtype)
             output_loading_info=True,
         )
     text_encoder, report = loaded
-    if report["missing_keys"]:  # the library would go on with random numbers
+    if report["missing_keys"]:  # transformers would initialize them randomly
         raise ModelRefused(f"the text encoder's checkpoint lacks {len(report['missing_keys'])} tensors")
     return Flux2Pipeline(scheduler=None, vae=None, text_encoder=text_encoder, tokenizer=tokenizer, transformer=None)
 

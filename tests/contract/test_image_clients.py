@@ -166,7 +166,7 @@ def test_hugging_face_image_to_image(inference: InferenceClient) -> None:
 
 def test_hugging_face_errors(inference: InferenceClient) -> None:
     """Invalid values raise the client's own error."""
-    with pytest.raises(HfHubHTTPError, match="negative_prompt: this model has none"):
+    with pytest.raises(HfHubHTTPError, match="negative_prompt: not supported by this model"):
         inference.text_to_image(PROMPT, negative_prompt="ugly")
     with pytest.raises(HfHubHTTPError, match="width: must be a multiple of 16"):
         inference.text_to_image(PROMPT, width=65)

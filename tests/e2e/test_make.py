@@ -33,5 +33,5 @@ def test_a_missing_python_is_one_line(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tmp_path)
     result = make("demo", "PYTHON=no-such-python", folder=tmp_path)
     assert result.returncode != 0
-    assert "flux2: no-such-python was not found: install Python 3.11 or newer" in result.stdout
+    assert "flux2: no-such-python was not found; install Python 3.11 or newer" in result.stdout
     assert not (tmp_path / ".venv").exists()

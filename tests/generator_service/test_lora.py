@@ -141,7 +141,7 @@ def test_a_failure_takes_the_adapter_off(model: Flux2Model) -> None:
         ("other-model", "0 of the 1 modules"),
         ("half", "1 of the 2 modules"),
         ("narrow", "its shapes"),
-        ("damaged", "it is no LoRA file"),
+        ("damaged", "it is not a LoRA file"),
     ],
 )
 def test_what_does_not_fit_is_refused(model: Flux2Model, name: str, why: str) -> None:

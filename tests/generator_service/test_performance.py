@@ -46,7 +46,7 @@ def test_a_small_gpu_offloads(memory_gb: int, profile: str) -> None:
     ("machine", "has_adapters", "reason"),
     [
         (CPU, False, "it needs a GPU"),
-        (AMPERE, False, "the GPU has compute capability 8.0, and 8.9 is needed"),
+        (AMPERE, False, "the GPU has compute capability 8.0, and 8.9 is required"),
         (Machine("cuda", (9, 0)), False, "torchao is not installed"),
         (HOPPER, True, "LoRA adapters cannot be applied to 8-bit layers"),
     ],

@@ -1,4 +1,4 @@
-"""Applies a ``Performance`` to the parts of a model, once, after they are loaded."""
+"""Applies the optimizations of a ``Performance`` to loaded components."""
 
 import logging
 from collections.abc import Callable
@@ -23,12 +23,12 @@ SEPARATE_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add
 
 
 class Optimizations:
-    """Components of a model, changed in place as ``performance`` says.
+    """The optimizations of a model, applied to its components in place.
 
     Args:
-        components: of one model, on its device.
-        performance: what to do. What turns out to be impossible is left out, and ``performance`` then says so.
-        num_tokens: of the picture that attention is measured for, with its text.
+        components: components on their device.
+        performance: optimizations to apply. The attribute ``performance`` omits those that failed, with the reason.
+        num_tokens: number of image and text tokens for which attention backends are measured.
     """
 
     def __init__(self, components: Components, performance: Performance, num_tokens: int) -> None:
@@ -52,15 +52,14 @@ class Optimizations:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether there is anything to compile."""
         return self._compiled is not None
 
     def compiling(self, kind: ShapeKind) -> AbstractContextManager[None]:
-        """Within the block what is drawn is compiled."""
+        """Compile the model for the shapes that run within the block."""
         return nullcontext() if self._compiled is None else self._compiled.compiling(kind)
 
     def run_compiled(self, run: Callable[..., Result], kind: ShapeKind) -> Result:
-        """The result of ``run(kind=kind)``; if the compiler fails, everything runs uncompiled from now on."""
+        """Return ``run(kind=kind)``. If compilation fails, disable it and return ``run()``."""
         try:
             return run(kind=kind)
         except CompilationFailed as error:
@@ -68,11 +67,11 @@ class Optimizations:
         return run()
 
     def serving(self) -> AbstractContextManager[None]:
-        """Within the block nothing is compiled."""
+        """Compile nothing within the block."""
         return nullcontext() if self._compiled is None else eager_on_recompile()
 
     def fall_back_to_eager(self, error: Exception) -> None:
-        """Go on without: the compiler has failed."""
+        """Run the whole model uncompiled after ``error``."""
         assert self._compiled is not None
         self._compiled.fall_back_to_eager()
         self._compiled = None
@@ -80,7 +79,7 @@ class Optimizations:
         logger.warning("%s", self.performance)
 
     def _note_eager_decoder(self, reason: Exception) -> None:
-        """Log and keep why the decoder alone runs uncompiled."""
+        """Record and log why the decoder runs uncompiled."""
         line = f"{describe_failure('the decoder', reason)}: it runs uncompiled"
         self.performance = replace(self.performance, left_out=(*self.performance.left_out, line))
         logger.warning("%s", line)
@@ -89,12 +88,12 @@ class Optimizations:
         try:
             quantize_blocks(transformer)
         except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-            logger.debug("torchao cannot do it here", exc_info=True)
-            self.performance = self.performance.without("fp8", f"torchao cannot do it here ({type(error).__name__})")
+            logger.debug("torchao failed", exc_info=True)
+            self.performance = self.performance.without("fp8", f"torchao failed ({type(error).__name__})")
 
 
 def fuse_projections(transformer: Any) -> None:
-    """Join queries, keys and values of the double-stream blocks into one product each, and free the separate ones."""
+    """Fuse the query, key and value projections of the double-stream blocks, and free the separate weights."""
     for block in transformer.transformer_blocks:
         block.attn.fuse_projections()
         for name in SEPARATE_PROJECTIONS:

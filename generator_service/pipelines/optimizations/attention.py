@@ -1,4 +1,4 @@
-"""Which of the attention kernels that are here is the fastest for a picture."""
+"""Selects the fastest available attention backend by measurement."""
 
 import logging
 import statistics
@@ -11,21 +11,21 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.utils import logging as diffusers_logging
 
 CANDIDATES = {"cuda": ("native", "_native_cudnn", "_native_flash", "_flash_3"), "cpu": ("native",)}
-"""Diffusers' names of exact kernels: PyTorch's own choice, two of its kernels by name, and FlashAttention 3."""
-WORTH = 0.97
-"""PyTorch's own choice is left for what takes at most this share of its time: it is the best tried."""
+"""Diffusers' names of exact backends: PyTorch's default, two of its kernels, and FlashAttention 3."""
+MAX_TIME_RATIO = 0.97
+"""Another backend replaces PyTorch's default only if its time is at most this share."""
 RUNS = 5
 TOLERANCE = 0.02
-"""Of the relative error against PyTorch's own choice: bfloat16 leaves about 0.005."""
+"""Largest relative error compared to PyTorch's default; rounding to bfloat16 gives about 0.005."""
 logger = logging.getLogger("flux2")
 
 
 def fastest_attention(
     transformer: Any, num_tokens: int, device: torch.device, candidates: Sequence[str] | None = None
 ) -> str:
-    """The name of the fastest backend for one attention of ``transformer`` over ``num_tokens``, by measurement.
+    """Return the fastest backend for an attention of ``transformer`` over ``num_tokens``.
 
-    One that does not run here, or whose result differs from that of PyTorch's own choice, is passed over.
+    Backends that fail, or whose result differs from PyTorch's default, are skipped.
     """
     config = transformer.config
     shape = (1, num_tokens, config.num_attention_heads, config.attention_head_dim)
@@ -37,18 +37,18 @@ def fastest_attention(
             output = dispatch_attention_fn(query, key, value, backend=backend).float()
             if (output - expected).norm() <= TOLERANCE * expected.norm():
                 seconds[backend] = _seconds(backend, (query, key, value), device)
-        except Exception as error:  # noqa: BLE001 - each library refuses in its own way
-            logger.debug("attention %s does not run here: %s", backend, error)
-    told = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
-    logger.info("attention over %d tokens: %s", num_tokens, told)
+        except Exception as error:  # noqa: BLE001 - each library raises other exceptions
+            logger.debug("attention backend %s failed: %s", backend, error)
+    timings = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in sorted(seconds.items(), key=lambda item: item[1]))
+    logger.info("attention over %d tokens: %s", num_tokens, timings)
     best = min(seconds, key=lambda name: seconds[name])
-    return best if seconds[best] <= WORTH * seconds.get("native", float("inf")) else "native"
+    return best if seconds[best] <= MAX_TIME_RATIO * seconds.get("native", float("inf")) else "native"
 
 
 def use_attention(transformer: Any, backend: str) -> None:
-    """Have ``transformer`` use diffusers' attention ``backend``."""
+    """Set the attention backend of a transformer."""
     level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it warns that backends are experimental
+    diffusers_logging.set_verbosity_error()  # diffusers warns that backends are experimental
     try:
         transformer.set_attention_backend(backend)
     finally:
@@ -56,15 +56,15 @@ def use_attention(transformer: Any, backend: str) -> None:
 
 
 def _seconds(backend: str, tensors: Sequence[torch.Tensor], device: torch.device) -> float:
-    """The median of a few runs."""
-    taken = []
+    """Return the median time of ``RUNS`` runs, in seconds."""
+    seconds = []
     for _ in range(RUNS):
         _wait(device)
         began = time.perf_counter()
         dispatch_attention_fn(*tensors, backend=backend)
         _wait(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def _wait(device: torch.device) -> None:

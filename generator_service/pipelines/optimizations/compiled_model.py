@@ -1,7 +1,7 @@
-"""A model's repeated blocks and its decoder, compiled: each known shape by itself, and once more for all the others.
+"""Compiles the transformer's blocks and the decoder: statically for known shapes, dynamically for all others.
 
-Only these are compiled. What a reused step runs lies outside of them, and so do LeMiCa's hooks, so computing, reusing
-and the number of steps never ask for another graph. Blocks of one class share their code: two graphs a shape.
+Only these are compiled. Reused steps and LeMiCa's hooks run outside of the blocks, so neither they nor the number of
+steps cause recompilation. Blocks of one class share their code, so a shape needs two graphs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +22,11 @@ ShapeKind = Literal["static", "dynamic"]
 
 
 class Graphs:
-    """What some modules run for inputs of a shape.
+    """Static and dynamic compiled code of some modules.
 
     Args:
-        modules: they run for inputs of the same shape, one after the other.
-        backend: as ``torch.compile``'s.
+        modules: modules that run with inputs of the same shape.
+        backend: passed to ``torch.compile``.
     """
 
     def __init__(self, modules: Sequence[nn.Module], backend: CompilerBackend) -> None:
@@ -35,11 +35,11 @@ class Graphs:
         self._static_shapes: set[Shape] = set()
 
     def calls(self, shape: Shape, compiles: ShapeKind | None) -> list[Call]:
-        """The compiled calls of the modules.
+        """Return the compiled call of each module.
 
         Args:
-            shape: what the modules' own code depends on.
-            compiles: what they are compiled for now; None: they are only run.
+            shape: the shape that the code is specialized for.
+            compiles: the kind that is compiled now; None if nothing is compiled.
         """
         if compiles == "static":
             self._static_shapes.add(shape)
@@ -48,13 +48,13 @@ class Graphs:
 
 
 class CompiledModel:
-    """Chooses what the blocks of a transformer, and a decoder, run.
+    """Dispatches the blocks of a transformer, and a decoder, to compiled code.
 
     Args:
-        transformer: diffusers' ``Flux2Transformer2DModel``; it keeps a hook until ``fall_back_to_eager``.
-        decoder: diffusers' ``Decoder``, or None: it is not compiled.
-        backend: as ``torch.compile``'s.
-        on_eager_decoder: called with the reason if the decoder alone runs as it was from now on.
+        transformer: diffusers' ``Flux2Transformer2DModel``; has a hook until ``fall_back_to_eager``.
+        decoder: diffusers' ``Decoder``; None if it is not compiled.
+        backend: passed to ``torch.compile``.
+        on_eager_decoder: called with the reason if the decoder falls back to eager.
     """
 
     def __init__(
@@ -76,63 +76,65 @@ class CompiledModel:
 
     @contextmanager
     def compiling(self, kind: ShapeKind) -> Iterator[None]:
-        """Within the block, what runs is compiled: for its shape alone (``static``) or for all others (``dynamic``)."""
+        """Compile for the shapes that run within the block (``static``) or for all other shapes (``dynamic``)."""
         self._compiles = kind
         try:
-            # Numbers that happen to be equal, like text tokens and channels, are not taken to be the same one.
+            # Without duck shapes: sizes that happen to be equal, like text tokens and channels, are independent.
             with compiling(), shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 yield
         finally:
             self._compiles = None
 
     def fall_back_to_eager(self) -> None:
-        """Let everything run as it was."""
+        """Run all modules uncompiled."""
         self._hook.remove()
         replace_calls(self._blocks, [None] * len(self._blocks))
         if self._decoder is not None:
             replace_calls([self._decoder], [None])
 
     def _choose(self, _transformer: Any, _args: Any, arguments: dict[str, Any]) -> None:
-        rows, image_tokens, _ = arguments["hidden_states"].shape  # the tokens of reference images included
+        rows, image_tokens, _ = arguments["hidden_states"].shape  # including tokens of reference images
         shape = (rows, image_tokens, arguments["encoder_hidden_states"].shape[1])
         replace_calls(self._blocks, self._block_graphs.calls(shape, self._compiles))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """The decoder's compiled call. Without it, if it cannot be compiled or makes of numbers what is none."""
+        """Run the compiled decoder; fall back to eager if it cannot be compiled or its output is not finite."""
         (call,) = self._decoder_graphs.calls(tuple(latents.shape), self._compiles)
         try:
             decoded: Tensor = call(latents)
         except Exception as error:
             if self._compiles is None or is_out_of_memory(error) or is_device_lost(error):
                 raise
-            return self._eagerly_decoded(latents, error)
+            return self._decode_eagerly(latents, error)
         if is_finite(decoded) or not is_finite(latents):
             return decoded
-        return self._eagerly_decoded(latents, ArithmeticError("its output is not finite"))
+        return self._decode_eagerly(latents, ArithmeticError("its output is not finite"))
 
-    def _eagerly_decoded(self, latents: Tensor, reason: Exception) -> Tensor:
-        decoded: Tensor = self._decoder._call_impl(latents)  # noqa: SLF001 - what is called without compiling
-        if is_finite(decoded):  # so it was the compiled code's fault
+    def _decode_eagerly(self, latents: Tensor, reason: Exception) -> Tensor:
+        decoded: Tensor = self._decoder._call_impl(latents)  # noqa: SLF001 - the uncompiled call
+        if is_finite(decoded):  # so the compiled code is at fault
             replace_calls([self._decoder], [None])
             self._on_eager_decoder(reason)
         return decoded
 
 
 def compiled_calls(modules: Sequence[nn.Module], backend: CompilerBackend, *, is_dynamic: bool) -> list[Call]:
-    """What the modules may run. ``torch.compile`` keeps static and dynamic code apart: their backends are not equal."""
-    own = backend if isinstance(backend, str) else partial(backend)  # PyTorch's own knows ``dynamic``
+    """Compile a call for each module. Unequal backends make ``torch.compile`` separate static and dynamic code."""
+    callable_backend = (
+        backend if isinstance(backend, str) else partial(backend)
+    )  # built-in backends distinguish ``dynamic``
     return [
-        torch.compile(module._call_impl, backend=own, dynamic=is_dynamic, fullgraph=True)  # noqa: SLF001
+        torch.compile(module._call_impl, backend=callable_backend, dynamic=is_dynamic, fullgraph=True)  # noqa: SLF001
         for module in modules
     ]
 
 
 def replace_calls(modules: Sequence[nn.Module], calls: Sequence[Call | None]) -> None:
-    """Have each module run one of ``calls``; None: its own."""
+    """Set the compiled call of each module; None to run it uncompiled."""
     for module, call in zip(modules, calls, strict=True):
         module._compiled_call_impl = call  # noqa: SLF001 - where Module.compile() puts it
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is a finite number, in one pass over the tensor that allocates nothing as large."""
+    """Return whether all values are finite, without allocating a tensor of the same size."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())

@@ -1,8 +1,7 @@
-"""8-bit floating point for the transformer's blocks, by torchao.
+"""Quantizes the transformer's blocks to 8-bit floating point with torchao.
 
-Weights are stored in 8 bits with a scale for each row; activations are rounded with a scale for each token while they
-are computed. What is no linear layer of a block stays as it is: embedders, modulation, norms and the last projection
-are 3 % of the arithmetic, and every token's error in them would last.
+Weights have a scale per row, activations a dynamic scale per token. Only linear layers of blocks are quantized.
+Embedders, modulation, norms and the last projection are 3 % of the arithmetic, and their errors affect every token.
 """
 
 import copy
@@ -14,16 +13,16 @@ from torch import nn
 
 logger = logging.getLogger("flux2")
 MULTIPLE = 16
-"""Of which both sides of a matrix must be for 8-bit products."""
+"""Both sides of a matrix must be multiples of this for 8-bit products."""
 
 
 def quantize_blocks(transformer: Any) -> None:
-    """Replace the weights of the blocks' linear layers, block by block, so that memory only shrinks.
+    """Quantize the linear layers block by block, so that memory usage never grows.
 
     Raises:
-        RuntimeError, AssertionError, ImportError: torchao cannot do it here; nothing was changed.
+        RuntimeError, AssertionError, ImportError: torchao does not support this device; nothing was changed.
     """
-    from torchao.quantization import (  # noqa: PLC0415 - an extra, which prints when it is imported
+    from torchao.quantization import (  # noqa: PLC0415 - an optional dependency, which prints on import
         Float8DynamicActivationFloat8WeightConfig,
         PerRow,
         quantize_,
@@ -37,15 +36,15 @@ def quantize_blocks(transformer: Any) -> None:
 
 
 def is_suited(module: nn.Module) -> bool:
-    """Whether it is a linear layer of a fitting shape."""
+    """Return whether a module is a linear layer of a supported shape."""
     return isinstance(module, nn.Linear) and module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
 
 
 @torch.no_grad()
-def _try(block: nn.Module, quantise: Any) -> None:
-    """Quantise and run a copy of one layer."""
+def _try(block: nn.Module, quantize: Any) -> None:
+    """Quantize and run a copy of a layer."""
     layer = next(module for module in block.modules() if isinstance(module, nn.Linear) and is_suited(module))
     zeros = torch.zeros(MULTIPLE, layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
     copied = nn.Sequential(copy.deepcopy(layer))
-    quantise(copied)
+    quantize(copied)
     copied(zeros)

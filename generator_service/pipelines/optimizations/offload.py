@@ -1,8 +1,8 @@
-"""The transformer's blocks in host memory, each on the GPU only while it is needed: for cards of 24 to 48 GB.
+"""Keeps the transformer's blocks in host memory and copies each to the GPU when it runs, for GPUs of 24 to 48 GB.
 
-The weights of the next block are copied, on a stream of their own, while a block computes. The rest of the transformer
-stays on the GPU, so a reused step copies nothing. Diffusers' group offloading does the work; here the blocks alone are
-given to it, in their fixed order, where diffusers would find out the order by watching whole forward passes.
+While a block computes, the weights of the next one are copied on another stream. The rest of the transformer stays on
+the GPU, so reused steps copy nothing. This uses diffusers' group offloading for the blocks only, in their fixed order;
+diffusers would otherwise determine the order by tracing whole forward passes.
 """
 
 from itertools import pairwise
@@ -13,13 +13,13 @@ from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import nn
 
 HOOK = "group_offloading"
-"""As diffusers calls it."""
+"""Diffusers' name of the hook."""
 ALIGNMENT = 64
-"""Of weights in a block's memory, in bytes."""
+"""Alignment of each weight in a block's memory, in bytes."""
 
 
 class _Blocks(nn.Module):
-    """What is offloaded; diffusers looks for lists of blocks in a module."""
+    """Module with only the offloaded blocks, because diffusers searches a module for lists of blocks."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
@@ -28,12 +28,12 @@ class _Blocks(nn.Module):
 
 
 def offload_blocks(transformer: Any, device: torch.device) -> None:
-    """Move everything but the blocks to ``device``, and the blocks when they run.
+    """Move the transformer to ``device``, except its blocks, which are copied when they run.
 
     Args:
         transformer: diffusers' ``Flux2Transformer2DModel``, in host memory. Its blocks are pinned if ``device`` is a
             GPU.
-        device: where it computes; the current one if it is a GPU.
+        device: compute device; must be the current device if it is a GPU.
     """
     blocks = _Blocks(transformer)
     offloaded = {name for name, _ in blocks.named_children()}
@@ -51,22 +51,22 @@ def offload_blocks(transformer: Any, device: torch.device) -> None:
         offload_type="block_level",
         num_blocks_per_group=1,
         use_stream=is_gpu,
-        # A block's weights are freed when the GPU has used them. With True the host would not wait for that: where
-        # computing takes longer than copying, it would run ahead until the copies of all blocks fill the GPU.
+        # With False, the host waits until the GPU has used a block's weights before it frees them. With True, where
+        # computing takes longer than copying, the host would run ahead until the copies of all blocks fill the GPU.
         record_stream=False,
     )
     _chain(ordered)
 
 
 def gather_weights(block: nn.Module, *, is_pinned: bool) -> None:
-    """Move the weights of a block into one piece of host memory.
+    """Move the weights of a block into one allocation of host memory.
 
-    PyTorch gives pinned memory in powers of two. FLUX.2 [dev]'s blocks nearly are ones, 69 GB in all; its 62.8 GB of
-    weights, which diffusers would pin one by one, would take 99 GB.
+    PyTorch allocates pinned memory in powers of two. The sizes of FLUX.2 [dev]'s blocks are just below powers of two:
+    69 GB in total. Pinning each of its weights (62.8 GB) separately, as diffusers does, would take 99 GB.
 
     Args:
         block: its parameters are replaced.
-        is_pinned: whether a GPU can copy from there by itself.
+        is_pinned: whether to allocate pinned memory.
     """
     parameters = list(block.parameters())
     sizes = gathered_sizes(block)
@@ -77,14 +77,14 @@ def gather_weights(block: nn.Module, *, is_pinned: bool) -> None:
 
 
 def gathered_sizes(block: nn.Module) -> list[int]:
-    """The bytes that each parameter of a block takes in its piece of host memory."""
+    """Return the aligned size of each parameter of a block, in bytes."""
     return [-(-parameter.nbytes // ALIGNMENT) * ALIGNMENT for parameter in block.parameters()]
 
 
 def _chain(blocks: list[nn.Module]) -> None:
-    """Have each block's weights copied by the block before it, and the first one's by the last.
+    """Let each block prefetch the weights of the next one, and the last block those of the first one.
 
-    A block whose weights are not there, because the run before was given up half way, fetches them itself and waits.
+    If the weights of a block are missing, because the previous run was cancelled, the block copies them itself.
     """
     hooks = [HookRegistry.check_if_exists_or_initialize(block).get_hook(HOOK) for block in blocks]
     for before, after in pairwise([*hooks, hooks[0]]):

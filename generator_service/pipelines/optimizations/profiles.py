@@ -1,8 +1,8 @@
-"""How a model is made fast: named profiles of optimizations, each of which can be left out.
+"""Profiles: named sets of optimizations, each of which can be disabled.
 
-``exact`` changes nothing: pictures equal diffusers' bit for bit. ``fast`` changes how the same numbers are computed,
-so pictures differ by rounding. ``fastest`` computes the blocks' linear layers in 8-bit floating point. ``offload`` is
-for GPUs that cannot hold the transformer.
+``exact`` changes nothing: images equal diffusers' bit for bit. ``fast`` changes only the order of computations, so
+images differ by rounding. ``fastest`` computes the blocks' linear layers in 8-bit floating point. ``offload`` is for
+GPUs with too little memory for the transformer.
 """
 
 from collections.abc import Collection
@@ -24,30 +24,30 @@ PROFILES: dict[str, frozenset[Optimization]] = {
     "offload": frozenset({"offload"}),
 }
 WORKING_BYTES = 6 * 10**9
-"""What a GPU needs beside the weights: activations and decoding at 1024x1024, and CUDA itself."""
+"""GPU memory for activations and decoding at 1024x1024 and for CUDA, in addition to the weights."""
 FP8_CAPABILITY = (8, 9)
-"""Ada and Hopper: the first with 8-bit floating point in their matrix units."""
+"""Ada Lovelace, the first GPUs with 8-bit floating point in tensor cores."""
 AMPERE = (8, 0)
-"""The first with bfloat16 in their matrix units, for which compiled code pays."""
+"""The first GPUs with bfloat16 in tensor cores, for which compilation is worthwhile."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What of a machine decides about optimizations."""
+    """Properties of a machine that determine which optimizations are possible."""
 
     device_type: str
     capability: tuple[int, int] = (0, 0)
-    """Of a CUDA device."""
+    """Compute capability of a CUDA device."""
     has_torchao: bool = False
     memory_bytes: int = 0
-    """Of a CUDA device, all of it."""
+    """Total memory of a CUDA device."""
 
     @classmethod
     def of(cls, device: "torch.device") -> "Machine":
-        """The machine that this runs on."""
+        """Examine the machine of ``device``."""
         if device.type != "cuda":
             return cls(device.type)
-        import torch  # noqa: PLC0415 - the choice of a profile needs no torch
+        import torch  # noqa: PLC0415 - choosing a profile needs no torch
 
         properties = torch.cuda.get_device_properties(device)
         capability = (properties.major, properties.minor)
@@ -56,25 +56,25 @@ class Machine:
 
 @dataclass(frozen=True)
 class Performance:
-    """What is done to a model."""
+    """The optimizations that are applied to a model."""
 
     profile: str = "exact"
-    """The one that is used, which may not be the one that was asked for."""
+    """The profile in use, which may differ from the requested one."""
     optimizations: frozenset[Optimization] = field(default_factory=frozenset)
     left_out: tuple[str, ...] = ()
-    """What cannot be done here and why, for people."""
+    """Messages about omitted optimizations, with the reasons."""
     backend: "CompilerBackend" = "inductor"
-    """As ``torch.compile``'s."""
+    """Passed to ``torch.compile``."""
 
     def without(self, optimization: Optimization, reason: str) -> "Performance":
-        """The same but for one thing that cannot be done."""
-        told = f"{optimization} is left out: {reason}"
+        """Return a copy that omits an optimization for a reason."""
+        message = f"{optimization} is left out: {reason}"
         profile = "fast" if optimization == "fp8" and self.profile == "fastest" else self.profile
         return replace(
             self,
             profile=profile,
             optimizations=self.optimizations - {optimization},
-            left_out=(*self.left_out, told),
+            left_out=(*self.left_out, message),
         )
 
     def __str__(self) -> str:
@@ -94,15 +94,15 @@ def choose(
     has_adapters: bool = False,
     backend: "CompilerBackend" = "inductor",
 ) -> Performance:
-    """What of a profile can be done.
+    """Return the optimizations of a profile that are possible on a machine.
 
     Args:
-        profile: see ``resolve_auto``.
-        machine: where.
-        weight_bytes: of transformer and VAE.
-        without: what is not wanted.
-        has_adapters: whether LoRA adapters may be applied, which change single layers.
-        backend: as ``torch.compile``'s.
+        profile: the requested profile; ``auto`` is resolved by ``resolve_auto``.
+        machine: the machine of the model.
+        weight_bytes: size of transformer and VAE.
+        without: optimizations to omit.
+        has_adapters: whether LoRA adapters may be applied, which modify layers.
+        backend: passed to ``torch.compile``.
     """
     if profile == "auto":
         profile = resolve_auto(machine, weight_bytes)
@@ -114,7 +114,7 @@ def choose(
 
 
 def resolve_auto(machine: Machine, weight_bytes: int) -> ProfileName:
-    """``offload`` on a GPU that cannot hold the weights, ``fast`` on another that has bfloat16, else ``exact``."""
+    """Return ``offload`` on a GPU with too little memory, ``fast`` on other GPUs with bfloat16, else ``exact``."""
     if machine.device_type != "cuda":
         return "exact"
     if machine.memory_bytes < weight_bytes + WORKING_BYTES:
@@ -123,16 +123,16 @@ def resolve_auto(machine: Machine, weight_bytes: int) -> ProfileName:
 
 
 def _obstacles(machine: Machine, *, has_adapters: bool) -> dict[Optimization, str]:
-    """What cannot be done here, and why."""
+    """Return the optimizations that are not possible, with the reasons."""
     obstacles: dict[Optimization, str] = {}
     if has_adapters:
-        obstacles["fused_qkv"] = "LoRA adapters change the layers that would be joined"
+        obstacles["fused_qkv"] = "LoRA adapters change the layers that would be fused"
         obstacles["fp8"] = "LoRA adapters cannot be applied to 8-bit layers"
     elif machine.device_type != "cuda":
         obstacles["fp8"] = "it needs a GPU"
     elif machine.capability < FP8_CAPABILITY:
         has, needs = (".".join(map(str, version)) for version in (machine.capability, FP8_CAPABILITY))
-        obstacles["fp8"] = f"the GPU has compute capability {has}, and {needs} is needed"
+        obstacles["fp8"] = f"the GPU has compute capability {has}, and {needs} is required"
     elif not machine.has_torchao:
-        obstacles["fp8"] = "torchao is not installed (the extra quantization)"
+        obstacles["fp8"] = "torchao is not installed (extra: quantization)"
     return obstacles
