@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: two models on disk, loaded once, and the services around them in this process."""
+"""Fixtures of the whole suite: two models on disk, loaded once, and the services with them in this process."""
 
 import os
 import threading
@@ -32,13 +32,13 @@ CPU = torch.device("cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The long forms of ``tests/threats`` are asked for."""
+    """Add the option for the long forms of ``tests/threats``."""
     parser.addoption("--soak", action="store_true", help="run the long forms of tests/threats: hours, not minutes")
 
 
 @pytest.fixture
 def times(request: pytest.FixtureRequest) -> "Times":
-    """How often to do something: ``times(few, many)`` is ``many`` with ``--soak``."""
+    """How often to repeat something: ``times(few, many)`` is ``many`` with ``--soak``."""
     is_long = bool(request.config.getoption("--soak"))
     return lambda few, many: many if is_long else few
 
@@ -51,7 +51,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Services that outlive a test start in an empty folder, so that they read no ``.env`` file either."""
+    """Services that outlive a test start in an empty folder, so that they read no ``.env`` file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("empty"))
         yield
@@ -59,7 +59,7 @@ def empty_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting that a fixture of longer life has made reaches a test, nor does a ``.env`` file."""
+    """Hide settings of longer-lived fixtures and ``.env`` files from tests."""
     for name in list(os.environ):
         if name.startswith(OUR_PREFIXES):
             monkeypatch.delenv(name)
@@ -68,7 +68,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def clock() -> Clock:
-    """The clock of this process, for a test to move forward."""
+    """The clocks of this process, which a test can move forward."""
     return Clock()
 
 
@@ -80,7 +80,7 @@ def model_control(monkeypatch: pytest.MonkeyPatch) -> ModelControl:
 
 @pytest.fixture(scope="session")
 def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of the demo's architecture with random weights."""
+    """A model with the demo's architecture and random weights."""
     folder = tmp_path_factory.mktemp("model") / "random"
     torch.manual_seed(1)
     tokenizer = make_tokenizer(0)
@@ -95,25 +95,25 @@ def weights(request: pytest.FixtureRequest, random_weights: Path) -> Path:
 
 
 def local_model(folder: Path) -> Flux2Model:
-    """The generator's part of the model in ``folder``, on the CPU in float32."""
+    """The generator's components of the model in ``folder``, on the CPU in float32."""
     return Flux2Model.load(ModelFolder(folder.name, "local", folder), CPU, torch.float32)
 
 
 @pytest.fixture(scope="session")
 def model(weights: Path) -> Flux2Model:
-    """Either model, loaded."""
+    """The loaded model of ``weights``."""
     return local_model(weights)
 
 
 @pytest.fixture(scope="session")
 def demo() -> Flux2Model:
-    """The demo model, loaded."""
+    """The loaded demo model."""
     return local_model(WEIGHTS)
 
 
 @asynccontextmanager
 async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an app whose lifespan runs as long as the block does."""
+    """A client of an app whose lifespan runs until the block ends."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http
@@ -135,7 +135,7 @@ def serve_encoder() -> Serve:
 
 @pytest.fixture
 def serve_generator() -> Serve:
-    """Serves the generator with the demo model and the given settings, joined to an encoder in this process."""
+    """Serves the generator with the demo model and the given settings, connected to an encoder in this process."""
 
     @asynccontextmanager
     async def serve(

@@ -1,4 +1,4 @@
-"""What a test controls instead of waiting for it: the clock, the model, and a client's connection."""
+"""Control over what a test would otherwise wait for: the clock, the model, and a client's connection."""
 
 import asyncio
 import json
@@ -16,12 +16,12 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from fastapi import FastAPI
 
 PATIENCE_S = 60.0
-"""How long a test waits for what has to happen before it fails."""
+"""How long a test waits for an expected event before it fails, in seconds."""
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Clock:
-    """The monotonic clocks of this process, which can be moved forward. Timers of event loops move with them.
+    """The monotonic clocks of this process, which can be moved forward, together with timers of event loops.
 
     They are never moved back: a service of another test, whose loop has set its timers meanwhile, would wait for them.
     """
@@ -85,33 +85,32 @@ class ModelControl:
 
 
 class Exchange:
-    """A request whose response is read as it comes, and whose client may leave."""
+    """A request whose response is read as it arrives, and whose client may disconnect."""
 
     def __init__(self, body: bytes | None) -> None:
         self._request = [] if body is None else [{"type": "http.request", "body": body, "more_body": False}]
-        self._has_left = asyncio.Event()
+        self._is_disconnected = asyncio.Event()
         self._messages: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
 
     async def receive(self) -> dict[str, Any]:
-        """As ASGI has it: the body, then a disconnect once the client has left."""
+        """The ASGI callable: the body, then a disconnect once the client has disconnected."""
         if self._request:
             return self._request.pop()
-        await self._has_left.wait()
+        await self._is_disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Mapping[str, Any]) -> None:
-        """As ASGI has it."""
         self._messages.put_nowait(message)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Close the connection."""
-        self._has_left.set()
+        self._is_disconnected.set()
 
-    async def read_until(self, part: bytes, within_s: float = PATIENCE_S) -> bytes:
-        """The response's body from where the last call ended to the message that holds ``part``."""
+    async def read_until(self, content: bytes, within_s: float = PATIENCE_S) -> bytes:
+        """The response's body from the end of the last call to the message that contains ``content``."""
         read = b""
         async with asyncio.timeout(within_s):
-            while part not in read:
+            while content not in read:
                 read += (await self._messages.get()).get("body", b"")
         return read
 
@@ -148,19 +147,19 @@ async def exchange(
     try:
         yield client
     finally:
-        client.leave()
+        client.disconnect()
         await serving
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Return once ``condition`` holds, which nothing announces."""
+    """Return once ``condition`` holds, for conditions without an event."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.01)
 
 
 async def until_queued(http: httpx.AsyncClient, depth: int) -> None:
-    """Return once the service counts so many requests, running ones included."""
+    """Return once the service counts this number of requests, running ones included."""
     async with asyncio.timeout(PATIENCE_S):
         while f"\nflux2_queue_depth {float(depth)}\n" not in (await http.get("/metrics")).text:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.01)

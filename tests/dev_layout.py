@@ -1,8 +1,8 @@
-"""A model's folder laid out as FLUX.2 [dev]'s repository is on the hub.
+"""A model folder in the layout of FLUX.2 [dev]'s repository on the hub.
 
-Diffusers and transformers 4 wrote it: the transformer and the text encoder are in shards with an index, the language
-model has its old names and an output layer of its own, its configuration has ``rope_theta``, and the tokenizer is part
-of a ``PixtralProcessor``, which needs torchvision.
+Diffusers and transformers 4 wrote that repository: the transformer and the text encoder are in shards with an index,
+the language model has its old names and its own output layer, its configuration has ``rope_theta``, and the tokenizer
+belongs to a ``PixtralProcessor``, which needs torchvision.
 """
 
 import json
@@ -18,7 +18,7 @@ STEM = {"text_encoder": "model", "transformer": "diffusion_pytorch_model"}
 
 
 def lay_out_as_dev(source: Path, folder: Path, **tokenizer: Any) -> Path:
-    """Write the model in ``source`` to ``folder``; ``tokenizer`` changes ``tokenizer_config.json``, None removes."""
+    """Write the model in ``source`` to ``folder``; ``tokenizer`` changes ``tokenizer_config.json`` (None removes)."""
     shutil.copytree(source, folder)
     index = read_json(folder / "model_index.json")
     write_json(folder / "model_index.json", index | {"tokenizer": ["transformers", "PixtralProcessor"]})
@@ -46,7 +46,7 @@ def write_shards(folder: Path, part: str, tensors: dict[str, torch.Tensor]) -> N
 
 
 def write_encoder_config(file: Path) -> None:
-    """As transformers 4 did."""
+    """Write the configuration as transformers 4 does."""
     config = read_json(file)
     for inner in (config["text_config"], config["vision_config"]):
         inner["rope_theta"] = inner.pop("rope_parameters")["rope_theta"]
@@ -57,7 +57,7 @@ def write_encoder_config(file: Path) -> None:
 
 
 def write_tokenizer_files(folder: Path, changes: dict[str, Any]) -> None:
-    """As transformers 4 did, for a processor."""
+    """Write the files of a processor as transformers 4 does."""
     config = read_json(folder / "tokenizer_config.json")
     special = {name: value for name, value in config.items() if name.endswith("_token")}
     added = read_json(folder / "tokenizer.json")["added_tokens"]
@@ -90,10 +90,8 @@ def write_tokenizer_files(folder: Path, changes: dict[str, Any]) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """What a file holds."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Replace what a file holds."""
     file.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What ``torch.cuda`` says and does where GPUs are pretended: their number, current device, streams, events, memory.
+"""A replacement of ``torch.cuda`` for fake GPUs: their number, current device, streams, events and memory.
 
-Each function checks its arguments as PyTorch's own does, with PyTorch's own code where there is one, and then that the
-device is one of those that are pretended. A function that is not here fails as it does without CUDA.
+Each function checks its arguments as PyTorch does, with PyTorch's own code where it has some, and then that the device
+exists. A function that is not replaced fails as it does without CUDA.
 """
 
 import threading
@@ -21,32 +21,31 @@ MEMORY_BYTES = 80 * 2**30
 
 
 class Gpus:
-    """Those that are pretended, as far as ``torch.cuda`` knows them."""
+    """The state of all fake GPUs."""
 
     count: ClassVar[int] = 1
     current: ClassVar[threading.local] = threading.local()
     """The current device of each thread, in ``index``: 0 unless it was set."""
     tensors: ClassVar[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
-    """Every tensor that was made on one of them since they are pretended, by its ``id``."""
+    """Every tensor on a fake GPU, by its ``id``."""
     touched: ClassVar[set[int]] = set()
-    """Those on which there was a tensor or, as pinning host memory makes one on the current device, a context."""
+    """Devices that had a tensor or a context; pinning host memory creates a context on the current device."""
     waits: ClassVar[Callable[[str], None]] = staticmethod(lambda _why: None)
     """Called when the host waits."""
 
 
 class Stream:
-    """The one stream of a device. PyTorch's own cannot be made without CUDA."""
+    """The only stream of a device. PyTorch's own class cannot be created without CUDA."""
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)
 
     def synchronize(self) -> None:
-        """Wait for it."""
         Gpus.waits("the stream")
 
 
 class Event:
-    """Nothing is left to do when it is waited for."""
+    """An event that is always complete."""
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class Event:
         self._device: torch.device | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        """At once; only streams of the device that recorded it first may do so again."""
+        """Record at once; an event stays bound to the device that recorded it first."""
         stream = current_stream() if stream is None else stream
         if not isinstance(stream, Stream):
             raise TypeError(f"record() takes a stream, not {stream!r}")
@@ -68,53 +67,52 @@ class Event:
         self._device = stream.device
 
     def synchronize(self) -> None:
-        """At once. The GPU has later work meanwhile, so this is none of the waits."""
+        """Return at once. The GPU has later work queued, so this does not count as a wait."""
 
 
 def checked(index: int) -> int:
-    """``index``, if there is such a GPU."""
+    """``index``, if the GPU exists."""
     if not 0 <= index < Gpus.count:
         raise RuntimeError(f"CUDA error: invalid device ordinal ({index} of {Gpus.count})")
     return index
 
 
 def index_of(device: Any = None) -> int:
-    """The index of a device that may be left out: then the thread's current one."""
+    """The index of a device; without an index it is the thread's current device."""
     return checked(_get_device_index(device, optional=True))
 
 
 def current_device() -> int:
-    """The calling thread's."""
+    """The calling thread's device."""
     return getattr(Gpus.current, "index", 0)
 
 
 def set_device(device: Any) -> None:
-    """As PyTorch's: a device without an index is refused, a negative number means nothing is done."""
+    """As in PyTorch a device without an index is refused, and a negative number does nothing."""
     index = _get_device_index(device)
     if index >= 0:
         Gpus.current.index = checked(index)
 
 
 def exchange_device(index: int) -> int:
-    """Set the current device, and say which one it was: what ``torch.cuda.device`` does."""
+    """Set the current device and return the previous one, for ``torch.cuda.device``."""
     before = current_device()
     set_device(index)
     return before
 
 
 def current_stream(device: Any = None) -> Stream:
-    """The one of ``device``."""
     return Stream(index_of(device))
 
 
 def synchronize(device: Any = None) -> None:
-    """Wait until ``device`` has nothing to do."""
+    """Wait until ``device`` is idle."""
     index_of(device)
     Gpus.waits("synchronize")
 
 
 def memory_allocated(device: Any = None) -> int:
-    """The bytes of all tensors on ``device``; what shares memory counts once."""
+    """The bytes of all tensors on ``device``; shared memory counts once."""
     index = index_of(device)
     tensors = [tensor for ref in Gpus.tensors.valuerefs() if (tensor := ref()) is not None]
     held = [tensor.held.untyped_storage() for tensor in tensors if tensor.device.index == index]
@@ -122,15 +120,14 @@ def memory_allocated(device: Any = None) -> int:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """Free and total bytes."""
     return MEMORY_BYTES - memory_allocated(device), MEMORY_BYTES
 
 
 def get_device_properties(device: Any = None) -> SimpleNamespace:
-    """Those that a Hopper has, as far as anyone asks."""
+    """Properties of a Hopper GPU."""
     index, (major, minor) = index_of(device), CAPABILITY
-    uuid = f"pretended-{index}"
-    return SimpleNamespace(name="pretended", major=major, minor=minor, total_memory=MEMORY_BYTES, uuid=uuid)
+    uuid = f"fake-{index}"
+    return SimpleNamespace(name="fake", major=major, minor=minor, total_memory=MEMORY_BYTES, uuid=uuid)
 
 
 REPLACED: dict[str, Any] = {
@@ -152,9 +149,9 @@ REPLACED: dict[str, Any] = {
 
 
 @contextmanager
-def pretended_cuda(count: int, waits: Callable[[str], None]) -> Iterator[None]:
-    """Within the block ``torch.cuda`` speaks of ``count`` GPUs; ``waits`` is called whenever the host waits."""
-    import_utils.is_torch_cuda_available()  # it remembers its answer, which no later test should get from here
+def fake_cuda(count: int, waits: Callable[[str], None]) -> Iterator[None]:
+    """Within the block ``torch.cuda`` has ``count`` GPUs; ``waits`` is called whenever the host waits."""
+    import_utils.is_torch_cuda_available()  # its result is cached, and must not be that of the fake
     state = {"count": count, "current": threading.local(), "waits": waits}
     state |= {"tensors": weakref.WeakValueDictionary(), "touched": set()}
     with pytest.MonkeyPatch.context() as patch:

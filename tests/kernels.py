@@ -1,4 +1,4 @@
-"""PyTorch's attention, replaced by one whose kernels may give NaN where a row may attend to nothing.
+"""PyTorch's attention, replaced by one whose kernels may give NaN for rows without a visible key.
 
 It chooses among kernels as PyTorch does, by the flags of the process, and computes the same with each of them.
 """
@@ -17,7 +17,7 @@ exact_attention = torch.nn.functional.scaled_dot_product_attention
 
 @contextmanager
 def kept_flags() -> Iterator[None]:
-    """After the block the kernels are allowed that were allowed before."""
+    """Restore the allowed kernels after the block."""
     before = flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()
     tag = torch.compiler.config.cache_key_tag
     try:
@@ -45,7 +45,7 @@ def chosen() -> Kernel:
 
 @contextmanager
 def broken_kernels(broken: Collection[Kernel], *, only_compiled: bool = False) -> Iterator[None]:
-    """Within the block ``broken`` give NaN for fully masked rows; with ``only_compiled`` in compiled code alone."""
+    """Within the block the ``broken`` kernels give NaN for fully masked rows; with ``only_compiled`` restricts it."""
 
     def attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor, **more: Any

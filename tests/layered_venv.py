@@ -1,6 +1,6 @@
-"""Lets the venv whose Python runs this see the packages of another venv, whose Python is the argument.
+"""Makes the packages of another venv visible in the venv that runs this; the argument is the other venv's Python.
 
-Its own packages come first. pip then installs only what the other one lacks.
+Its own packages come first, and pip installs only those that the other venv lacks.
 """
 
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def main(python: str) -> None:
-    """Add the packages of the venv of ``python``, with what its own ``.pth`` files add."""
+    """Add the packages of the venv of ``python``, and the folders that its ``.pth`` files add."""
     command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     link = Path(sysconfig.get_path("purelib"), "layered.pth")

@@ -1,4 +1,4 @@
-"""Too little memory, as the libraries report it: what a test makes a model raise."""
+"""Out-of-memory errors as the libraries raise them."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch._inductor.exc import InductorError
 
 
 def accelerator_error() -> torch.AcceleratorError:
-    """As PyTorch raises it, with CUDA's code as an attribute."""
+    """An error with CUDA's code in its attribute, as PyTorch raises it."""
     error = torch.AcceleratorError("CUDA error: out of memory")
     error.error_code = 2  # type: ignore[attr-defined]
     return error

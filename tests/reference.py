@@ -1,4 +1,4 @@
-"""LeMiCa written down once more, plainly and on its own: what the product must equal bit for bit."""
+"""A plain implementation of LeMiCa's loop, which the product must equal bit for bit."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 
 def blocks(model: Any, hidden: torch.Tensor, text: torch.Tensor, temb: torch.Tensor, rope: Any) -> torch.Tensor:
-    """The transformer's stack, from embedded tokens to the input of ``norm_out``, text tokens left out."""
+    """The transformer's blocks, from embedded tokens to the input of ``norm_out``, without text tokens."""
     modulation_image = model.double_stream_modulation_img(temb)
     modulation_text = model.double_stream_modulation_txt(temb)
     for block in model.transformer_blocks:
@@ -60,8 +60,8 @@ def denoise(
     scheduler.set_timesteps(
         sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=compute_empirical_mu(count, num_steps)
     )
-    rope_parts = [model.pos_embed(ids[0]) for ids in (text_ids, image_ids)]
-    rope = tuple(torch.cat(parts, dim=0) for parts in zip(*rope_parts, strict=True))
+    rope_tables = [model.pos_embed(ids[0]) for ids in (text_ids, image_ids)]
+    rope = tuple(torch.cat(tables, dim=0) for tables in zip(*rope_tables, strict=True))
     text = model.context_embedder(embeddings)
     guidance = torch.full([1], guidance_scale) * 1000
     residual = torch.empty(0)

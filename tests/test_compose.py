@@ -1,4 +1,4 @@
-"""The containers' policy, read from the files: what is started, what may reach what, and what each may do."""
+"""The containers' configuration, read from the files: what is started, and the rights of each container."""
 
 import json
 import os
@@ -44,7 +44,7 @@ DEFAULT = re.compile(r"\$\{\w+:-([^}]*)\}")
 
 
 class Loader(yaml.SafeLoader):
-    """Reads compose's own tags as what they stand before."""
+    """A loader that ignores compose's own tags."""
 
 
 def list_of(loader: Loader, node: yaml.Node) -> list[Any]:
@@ -57,7 +57,7 @@ Loader.add_constructor("!override", list_of)
 
 
 def read(name: str) -> dict[str, Any]:
-    """A compose file, its anchors resolved and every variable at its default."""
+    """A compose file with resolved anchors and the default of every variable."""
     text = DEFAULT.sub(r"\1", (ROOT / name).read_text(encoding="utf-8"))
     loaded: dict[str, Any] = yaml.load(text, Loader)  # noqa: S506 - the loader is a safe one
     return loaded
@@ -72,8 +72,8 @@ OURS = (*ENCODERS, *GENERATORS)
 @cache
 def stages() -> dict[str, str]:
     """The Dockerfile's stages by name."""
-    found = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    return {re.match(r"\S+ AS ([\w-]+)", stage)[1]: stage for stage in found}  # type: ignore[index]
+    stage_texts = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {re.match(r"\S+ AS ([\w-]+)", stage)[1]: stage for stage in stage_texts}  # type: ignore[index]
 
 
 def gpus(service: Service) -> list[dict[str, Any]]:
@@ -85,9 +85,9 @@ def gpus(service: Service) -> list[dict[str, Any]]:
 
 
 def volumes(service: Service) -> dict[str, tuple[str, bool]]:
-    """Where each volume is mounted, and whether read-only, by its source."""
-    parts = [volume.split(":") for volume in service.get("volumes", [])]
-    return {source: (target, mode == ["ro"]) for source, target, *mode in parts}
+    """The mount point of each volume, and whether it is read-only, by its source."""
+    mounts = [volume.split(":") for volume in service.get("volumes", [])]
+    return {source: (target, mode == ["ro"]) for source, target, *mode in mounts}
 
 
 def seconds(duration: str) -> int:
@@ -95,13 +95,13 @@ def seconds(duration: str) -> int:
     return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
 
 
-def test_what_is_started() -> None:
-    """A bare ``up`` starts the two services; everything else waits for its profile."""
+def test_services_that_are_started() -> None:
+    """``up`` without options starts the two services; everything else needs its profile."""
     assert {name: service.get("profiles", []) for name, service in SERVICES.items()} == PROFILES
 
 
 def test_each_service_has_a_gpu_of_its_own() -> None:
-    """By id or UUID, in the long form; nothing but the two services reserves one."""
+    """GPUs are reserved by id or UUID, in the long form, and only by the two services."""
     reserved = {name: gpus(service) for name, service in SERVICES.items() if gpus(service)}
     assert set(reserved) == set(ON_GPUS)
     for (device,) in reserved.values():
@@ -118,15 +118,15 @@ def prefixes(names: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def test_the_demo_shares_the_cpu_as_make_serve_does() -> None:
-    """OpenMP's settings are the same in the demo's containers and in ``demo_model.services``."""
+    """OpenMP's settings in the demo's containers equal those of ``demo_model.services``."""
     containers = {"text_encoder_service": "demo-text-encoder", "generator_service": "demo"}
     for module, defaults in OPENMP.items():
         environment = SERVICES[containers[module]]["environment"]
         assert {k: v for k, v in environment.items() if k.startswith(("OMP_", "GOMP_"))} == defaults
 
 
-def test_one_gpu_can_hold_both() -> None:
-    """The override replaces both reservations by one and the same GPU."""
+def test_both_services_can_share_a_gpu() -> None:
+    """The override file gives both services the same GPU."""
     assert "devices: !override" in (ROOT / "docker-compose.one-gpu.yml").read_text(encoding="utf-8")
     override = read("docker-compose.one-gpu.yml")["services"]
     assert override.keys() == set(ON_GPUS)
@@ -134,15 +134,15 @@ def test_one_gpu_can_hold_both() -> None:
     assert gpus(override["text-encoder"]) == gpus(override["generator"]) != []
 
 
-def test_both_load_at_the_same_time() -> None:
+def test_both_services_load_at_the_same_time() -> None:
     """Neither waits for the other to start: readiness decides about traffic."""
     assert not any("depends_on" in SERVICES[name] for name in ON_GPUS)
     assert SERVICES["demo"]["depends_on"] == ["demo-text-encoder"]  # the short form: started, not ready
 
 
 @EVERY_SERVICE
-def test_nothing_has_more_rights_than_it_needs(name: str) -> None:
-    """Not root, a read-only root, no capabilities, no new privileges, nothing of the host but files to read."""
+def test_containers_have_minimal_rights(name: str) -> None:
+    """Containers have no root user, writable root file system, capabilities, new privileges or writable mounts."""
     service = SERVICES[name]
     assert int(service["user"].split(":")[0]) > 0
     assert service["read_only"] is True
@@ -158,8 +158,8 @@ def test_nothing_has_more_rights_than_it_needs(name: str) -> None:
 
 
 @EVERY_SERVICE
-def test_nothing_can_fill_the_host(name: str) -> None:
-    """Memory is limited, logs are rotated, and a first process collects what others leave."""
+def test_resources_are_limited(name: str) -> None:
+    """Memory is limited, logs are rotated, and an init process reaps zombies."""
     service = SERVICES[name]
     assert re.fullmatch(r"\d+[mg]", service["mem_limit"])
     assert service["logging"]["options"].keys() == {"max-size", "max-file"}
@@ -168,7 +168,7 @@ def test_nothing_can_fill_the_host(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_encoder_is_internal(name: str) -> None:
-    """It has no published port and one network, which leads nowhere else."""
+    """It has no published port and one network, which is internal."""
     assert SERVICES[name]["networks"] == ["encoder"]
     assert "ports" not in SERVICES[name]
     assert COMPOSE["networks"]["encoder"] == {"internal": True}
@@ -177,7 +177,7 @@ def test_the_encoder_is_internal(name: str) -> None:
 
 
 def test_ports_are_published_on_loopback() -> None:
-    """The generator and Grafana, on this machine alone; the generator elsewhere only if ``GENERATOR_HOST`` says so."""
+    """The generator and Grafana are published on loopback; ``GENERATOR_HOST`` changes the generator's address."""
     published = {name: service["ports"] for name, service in SERVICES.items() if service.get("ports")}
     assert published == {
         "generator": ["127.0.0.1:8000:8000"],
@@ -185,13 +185,13 @@ def test_ports_are_published_on_loopback() -> None:
         "grafana": ["127.0.0.1:3000:3000"],
     }
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
-    assert text.count("${GENERATOR_HOST:-127.0.0.1}") == 2  # the port, and what the generator is told of it
+    assert text.count("${GENERATOR_HOST:-127.0.0.1}") == 2  # the published port, and the generator's variable
     assert all(SERVICES[name]["environment"]["GENERATOR_PUBLISHED_HOST"] == "127.0.0.1" for name in GENERATORS)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_health_is_asked_by_the_services_own_python(name: str) -> None:
-    """The image needs no other program for it; readiness is asked, and loading may take its time."""
+def test_health_checks_use_the_services_own_python(name: str) -> None:
+    """The image needs no other program for it; readiness is checked, and loading may take its time."""
     check = SERVICES[name]["healthcheck"]
     (_, prefix), *_ = prefixes((name,))
     port = SERVICES[name]["environment"][f"{prefix}_PORT"]
@@ -202,15 +202,15 @@ def test_health_is_asked_by_the_services_own_python(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_pictures_are_finished_before_the_end(name: str) -> None:
-    """Docker waits longer for a service to stop than the service waits for its requests; what dies comes back."""
+def test_running_generations_are_finished_at_shutdown(name: str) -> None:
+    """Docker waits longer for a service to stop than the service waits for its requests; a failed one is restarted."""
     drain_s = GeneratorSettings.model_fields["drain_s"].default
     assert seconds(SERVICES[name]["stop_grace_period"]) > drain_s
     assert SERVICES[name]["restart"] == "unless-stopped"
 
 
 def test_the_weights_are_fetched_once() -> None:
-    """By one service, at a commit; the others read them, and ask nobody for more."""
+    """One service fetches them at a fixed commit; the others mount them read-only and never access the hub."""
     model = {"FLUX2_MODEL": "black-forest-labs/FLUX.2-dev"}
     for name in (*ON_GPUS, "weights"):
         environment = SERVICES[name]["environment"]
@@ -222,8 +222,8 @@ def test_the_weights_are_fetched_once() -> None:
     assert SERVICES["weights"]["restart"] == "no"
 
 
-def test_what_is_compiled_stays() -> None:
-    """Both services keep compiled code in a volume: a replaced container starts with it."""
+def test_compiled_code_is_kept() -> None:
+    """Both services keep compiled code in a volume, which a new container uses."""
     for name in ON_GPUS:
         assert volumes(SERVICES[name])["compiled"] == ("/compiled", False)
         environment = SERVICES[name]["environment"]
@@ -232,7 +232,7 @@ def test_what_is_compiled_stays() -> None:
 
 
 def test_secrets_are_files() -> None:
-    """Tokens and keys stand in files that only those who need them see, and in no environment."""
+    """Tokens and keys are in files that only the services that need them can read, not in variables."""
     assert {name: service["secrets"] for name, service in SERVICES.items() if "secrets" in service} == {
         "weights": ["hf_token"],
         "text-encoder": ["text_encoder_keys"],
@@ -256,25 +256,25 @@ def test_secrets_are_files() -> None:
     ],
 )
 def test_keys_are_read(name: str, variables: set[str]) -> None:
-    """A service whose keys are mounted is also told to ask for them: without the variable it would serve everyone."""
-    given = {variable for variable in SERVICES[name]["environment"] if variable.endswith("_KEYS_FILE")}
-    assert given == variables
+    """A service with mounted keys also has the variable that requires them, else it would serve every client."""
+    keys_files = {variable for variable in SERVICES[name]["environment"] if variable.endswith("_KEYS_FILE")}
+    assert keys_files == variables
 
 
-def test_no_keys_are_shipped() -> None:
-    """The file that stands in for absent keys holds none."""
+def test_no_keys_are_included() -> None:
+    """The file that replaces missing keys contains none."""
     assert GeneratorSettings(keys_file=ROOT / "deploy" / "no-keys").tokens() == ()
 
 
 @pytest.mark.parametrize("name", [*OURS, "weights"])
-def test_every_variable_is_known(name: str) -> None:
-    """What a container of ours is given is a setting, or known to a library."""
-    known = {variable for settings in SETTINGS for variable in variables(settings)} | OF_LIBRARIES
-    assert SERVICES[name]["environment"].keys() <= known
+def test_every_variable_is_a_setting(name: str) -> None:
+    """Every variable of our containers is a setting, or is read by a library."""
+    allowed_variables = {variable for settings in SETTINGS for variable in variables(settings)} | OF_LIBRARIES
+    assert SERVICES[name]["environment"].keys() <= allowed_variables
 
 
 def test_bases_are_pinned() -> None:
-    """Every image has a version and a digest, both in a variable, and none is of a registry but the default one."""
+    """Every image has a version and a digest, both in a variable, and is from the default registry."""
     (argument,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     foreign = [argument, SERVICES["prometheus"]["image"], SERVICES["grafana"]["image"]]
     pinned = re.compile(r"[\w-]+(/[\w-]+)?:v?\d+\.\d+\.\d+[\w.-]*@sha256:[0-9a-f]{64}")
@@ -288,7 +288,7 @@ def test_bases_are_pinned() -> None:
 
 
 def test_our_images_are_built_here() -> None:
-    """Never pulled: nobody else's image of the same name is run."""
+    """They are never pulled, so no other image of the same name is run."""
     for name in (*OURS, "weights"):
         target = SERVICES[name]["build"]["target"]
         assert target == ("text-encoder" if name in ENCODERS else "generator")
@@ -299,8 +299,8 @@ def test_our_images_are_built_here() -> None:
 @pytest.mark.parametrize(
     ("target", "module"), [("text-encoder", "text_encoder_service"), ("generator", "generator_service")]
 )
-def test_an_image_holds_what_its_service_needs(target: str, module: str) -> None:
-    """Its own extra and torchao, installed from a wheel that another stage built, and not as root."""
+def test_an_image_has_the_packages_of_its_service(target: str, module: str) -> None:
+    """Its own extra and torchao are installed from a wheel that another stage built, and it does not run as root."""
     stage = stages()[target]
     assert re.findall(r"\[([\w,-]+)\]\"", stage) == [f"{target},quantization"]
     assert "from=project" in stage
@@ -313,7 +313,7 @@ ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 
 
 def test_gpu_memory_does_not_fragment() -> None:
-    """Every image has PyTorch's allocator grow its segments; nothing is in the way of another value in ``.env``."""
+    """Every image configures PyTorch's allocator for expandable segments, and ``.env`` can override it."""
     assert set(re.findall(r"\bPYTORCH_\w+=\S+", stages()["runtime"])) == {"PYTORCH_ALLOC_CONF=expandable_segments:True"}
     assert {name for name, stage in stages().items() if stage.startswith("runtime ")} == {
         "text-encoder",
@@ -334,16 +334,16 @@ def test_gpu_memory_does_not_fragment() -> None:
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
     ],
 )
-def test_what_the_operator_says_of_the_allocator_holds(of_operator: dict[str, str], settings: str) -> None:
-    """PyTorch takes the image's value unless a container sets the variable, or its older name, to another."""
+def test_the_operators_allocator_setting_wins(of_operator: dict[str, str], settings: str) -> None:
+    """PyTorch uses the image's value unless a container sets the variable, or its older name."""
     environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | of_operator
     code = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == settings
 
 
-def test_nothing_private_reaches_a_build() -> None:
-    """The context is what the images need: an allow-list, without keys, weights or history."""
+def test_no_private_file_is_in_the_build_context() -> None:
+    """The context is an allow-list of the files that the images need, without keys, weights or history."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
@@ -362,16 +362,16 @@ def test_nothing_private_reaches_a_build() -> None:
 
 
 def exported_metrics() -> set[str]:
-    """Every time series that the services' metrics make, beside what Prometheus adds."""
-    made = set()
+    """Every time series of the services' metrics, and those that Prometheus adds."""
+    exported = set()
     for metric in GeneratorMetrics().registry.collect():
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
-        made |= {metric.name + ending for ending in endings}
-    return made
+        exported |= {metric.name + ending for ending in endings}
+    return exported
 
 
 @pytest.mark.parametrize("file", ["alerts.yml", "grafana/dashboards/flux2.json"])
-def test_what_is_watched_exists(file: str) -> None:
+def test_dashboard_and_alerts_use_existing_metrics(file: str) -> None:
     """Dashboard and alerts name only metrics that the services have."""
     text = (ROOT / "deploy" / "monitoring" / file).read_text(encoding="utf-8")
     named = set(re.findall(r"\bflux2_\w+", text))
@@ -380,23 +380,22 @@ def test_what_is_watched_exists(file: str) -> None:
 
 
 def test_every_metric_is_on_the_dashboard() -> None:
-    """One page shows all there is to see."""
     dashboard = json.loads((ROOT / "deploy/monitoring/grafana/dashboards/flux2.json").read_text(encoding="utf-8"))
     shown = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     families = {metric.name for metric in GeneratorMetrics().registry.collect()}
     assert {family for family in families if family not in shown} == set()
 
 
-def test_prometheus_knows_its_targets() -> None:
-    """It asks both services, on GPUs or as the demo, at their ports; the dashboard asks it."""
+def test_prometheus_scrapes_both_services() -> None:
+    """It scrapes both services, on GPUs or as the demo, at their ports; the dashboard reads from it."""
     folder = ROOT / "deploy" / "monitoring"
     config = yaml.safe_load((folder / "prometheus.yml").read_text(encoding="utf-8"))
-    asked = {job["job_name"]: job["dns_sd_configs"][0] for job in config["scrape_configs"]}
-    assert {name: set(found["names"]) for name, found in asked.items()} == {
+    targets = {job["job_name"]: job["dns_sd_configs"][0] for job in config["scrape_configs"]}
+    assert {name: set(target["names"]) for name, target in targets.items()} == {
         "generator": set(GENERATORS),
         "text-encoder": set(ENCODERS),
     }
-    assert {name: found["port"] for name, found in asked.items()} == {"generator": 8000, "text-encoder": 8006}
+    assert {name: target["port"] for name, target in targets.items()} == {"generator": 8000, "text-encoder": 8006}
     (source,) = yaml.safe_load((folder / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     dashboard = json.loads((folder / "grafana/dashboards/flux2.json").read_text(encoding="utf-8"))
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} == {source["uid"]}

@@ -1,4 +1,4 @@
-"""``constraints.txt``: what is installed is what was tested, CUDA's libraries on GPU hosts included."""
+"""``constraints.txt``: the tested versions are installed, including CUDA's libraries on GPU hosts."""
 
 from importlib.metadata import version
 
@@ -30,17 +30,16 @@ BY_TORCH = {
     "nvidia-nvtx",
     "triton",
 }
-"""What PyPI's build of this version for CUDA requires, and what that requires in turn."""
+"""The requirements of PyPI's CUDA build of this version, including transitive ones."""
 
 
 def pins() -> list[Requirement]:
-    """The lines of the file."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
 def test_every_pin_is_exact_and_alone() -> None:
-    """Each line names one version of one package, and no package twice."""
+    """Each line pins one version of one package, and no package is pinned twice."""
     names = [canonicalize_name(pin.name) for pin in pins()]
     assert len(names) == len(set(names))
     for pin in pins():
@@ -49,20 +48,20 @@ def test_every_pin_is_exact_and_alone() -> None:
         assert "*" not in specifier.version
 
 
-def test_what_torch_brings_for_gpus_is_pinned() -> None:
-    """Triton and CUDA's libraries have a version, on Linux alone, where torch requires them."""
+def test_gpu_dependencies_of_torch_are_pinned() -> None:
+    """Triton and CUDA's libraries are pinned, only on Linux, where torch requires them."""
     markers = {canonicalize_name(pin.name): str(pin.marker) for pin in pins() if pin.marker is not None}
     assert markers == dict.fromkeys(BY_TORCH, 'platform_system == "Linux"')
 
 
-def test_the_pins_for_gpus_are_those_of_the_pinned_torch() -> None:
-    """A new torch needs new ones: CONTRIBUTING.md says how they are found."""
+def test_the_pins_for_gpus_match_the_pinned_torch() -> None:
+    """A new torch needs new pins; CONTRIBUTING.md describes how to find them."""
     (torch,) = (pin for pin in pins() if pin.name == "torch")
     assert str(torch.specifier) == f"=={TORCH}"
 
 
 @pytest.mark.parametrize("name", ["torch", "diffusers", "transformers"])
-def test_the_tests_run_with_what_is_pinned(name: str) -> None:
+def test_installed_versions_are_pinned(name: str) -> None:
     """A build for another device, such as ``+cpu``, is the same version."""
     (pin,) = (pin for pin in pins() if pin.name == name)
     assert pin.specifier.contains(version(name))

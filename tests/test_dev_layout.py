@@ -1,4 +1,4 @@
-"""A model that is laid out as FLUX.2 [dev]'s repository is loaded by both services and by the command line."""
+"""A model in the layout of FLUX.2 [dev]'s repository is loaded by both services and by the command line."""
 
 import gc
 import shutil
@@ -32,14 +32,14 @@ from text_encoder_service.app import load_encoder
 from text_encoder_service.settings import TextEncoderSettings
 
 ROPE_THETA = 1e6
-"""Not the library's default, which is what it takes if it does not find another."""
+"""Differs from the library's default, which it uses if it finds no value."""
 LAST_TENSOR = "language_model.model.layers.2.mlp.up_proj.weight"
-"""Of the layers that the service loads."""
+"""A tensor of a layer that the service loads."""
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model as the current libraries write it, with a ``rope_theta`` that would be missed."""
+    """The demo model as written by the current libraries, with a ``rope_theta`` whose loss would be noticed."""
     folder = shutil.copytree(WEIGHTS, tmp_path_factory.mktemp("plain") / "weights")
     config = read_json(folder / "text_encoder" / "config.json")
     config["text_config"]["rope_parameters"]["rope_theta"] = ROPE_THETA
@@ -49,12 +49,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dev(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as [dev] is laid out."""
+    """The same model in the layout of [dev]."""
     return lay_out_as_dev(plain, tmp_path_factory.mktemp("dev") / "weights")
 
 
 def local(folder: Path) -> ModelFolder:
-    """``folder``, checked."""
+    """The checked model in ``folder``."""
     return find_model(str(folder), "main", ("text_encoder", "tokenizer", "transformer", "vae", "scheduler"))
 
 
@@ -64,14 +64,14 @@ def generator(folder: Path) -> object:
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
-def test_the_library_alone_cannot_load_it(dev: Path) -> None:
+def test_diffusers_cannot_load_it(dev: Path) -> None:
     """The folder has what keeps diffusers from loading [dev] here: a processor for images."""
     with pytest.raises((ImportError, ValueError), match=r"(?i)torchvision|pixtral"):
         Flux2Pipeline.from_pretrained(dev, transformer=None, vae=None)
 
 
 def test_the_vae_is_float32_and_the_rest_is_not(dev: Path) -> None:
-    """As in [dev]'s repository, whatever dtype is asked for."""
+    """The VAE is float32 as in [dev]'s repository, whatever dtype is set."""
     vae = load_file(dev / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in vae.values() if tensor.is_floating_point()} == {torch.float32}
     for part in ("text_encoder", "transformer"):
@@ -80,7 +80,7 @@ def test_the_vae_is_float32_and_the_rest_is_not(dev: Path) -> None:
 
 
 def test_the_generator_loads_it(plain: Path, dev: Path) -> None:
-    """The pictures are those of the same weights in one file."""
+    """The images equal those of the same weights in one file."""
     (theirs, shape), (ours, _) = (load_model(GeneratorSettings(model=str(folder))) for folder in (plain, dev))
     assert shape == (32, ours.info.embedding_width)
     request = wanted("none", num_steps=3)
@@ -89,7 +89,7 @@ def test_the_generator_loads_it(plain: Path, dev: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_loaded_in_either_dtype(dev: Path, dtype: torch.dtype) -> None:
-    """The VAE, too, whatever its file holds."""
+    """The VAE is loaded in float32 whatever its file has."""
     name = str(dtype).removeprefix("torch.")
     model, _ = load_model(GeneratorSettings(model=str(dev), dtype=name))
     text_encoder, info = load_encoder(TextEncoderSettings(model=str(dev), dtype=name))
@@ -97,7 +97,7 @@ def test_it_is_loaded_in_either_dtype(dev: Path, dtype: torch.dtype) -> None:
 
 
 def test_the_text_encoder_loads_it(plain: Path, dev: Path) -> None:
-    """The embeddings are those of the same weights in one file, bit for bit."""
+    """The embeddings equal those of the same weights in one file, bit for bit."""
     ours, _ = load_encoder(TextEncoderSettings(model=str(dev)))
     for row, expected in zip(ours.encode(PROMPTS), encoder(plain).encode(PROMPTS), strict=True):
         assert torch.equal(row.tensor, expected.tensor)
@@ -105,7 +105,7 @@ def test_the_text_encoder_loads_it(plain: Path, dev: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_command_line_embeds_as_the_pipeline_does(plain: Path, dev: Path, dtype: torch.dtype) -> None:
-    """``embed_prompts`` gives what ``Flux2Pipeline.from_pretrained`` gives where that can load the model."""
+    """``embed_prompts`` equals ``Flux2Pipeline.from_pretrained`` where that can load the model."""
     pipeline = Flux2Pipeline.from_pretrained(plain, transformer=None, vae=None, dtype=dtype)
     for folder in (plain, dev):
         for text, embedding in zip(PROMPTS, embed_prompts(local(folder), PROMPTS, CPU, dtype), strict=True):
@@ -129,23 +129,25 @@ def test_the_command_line_generates_and_calibrates_with_it(plain: Path, dev: Pat
     assert ErrorGraph.load(tmp_path / "graph.json").num_steps == 3
 
 
-def test_the_text_encoder_is_gone_before_the_transformer_comes(dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its 48 GB and the transformer's 65 do not fit together: nothing of it is left when ``embed_prompts`` returns."""
-    made: list[weakref.ref[Any]] = []
+def test_the_text_encoder_is_released_before_the_transformer_is_loaded(
+    dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its 48 GB and the transformer's 65 do not fit together, so it is released when ``embed_prompts`` returns."""
+    references: list[weakref.ref[Any]] = []
     load = prompt.load_pipeline
 
     def watched(*arguments: Any) -> Any:
         pipeline = load(*arguments)
         module = pipeline.text_encoder
-        module.cycle = [module]  # as caches and hooks of the libraries may make them
-        made.append(weakref.ref(module))
+        module.cycle = [module]  # as caches and hooks of the libraries may create them
+        references.append(weakref.ref(module))
         return pipeline
 
     monkeypatch.setattr(prompt, "load_pipeline", watched)
     gc.disable()
     try:
         embed_prompts(local(dev), PROMPTS[:1], CPU, torch.float32)
-        assert [ref() for ref in made] == [None]
+        assert [ref() for ref in references] == [None]
     finally:
         gc.enable()
 
@@ -157,7 +159,7 @@ def damaged(dev: Path, tmp_path: Path) -> Path:
 
 
 def embed_by_command_line(folder: Path) -> None:
-    """As ``flux2 calibrate`` and ``flux2 generate --local`` do."""
+    """Embed as ``flux2 calibrate`` and ``flux2 generate --local`` do."""
     embed_prompts(local(folder), PROMPTS[:1], CPU, torch.float32)
 
 
@@ -167,29 +169,29 @@ LOADERS = [
     (generator, Flux2Transformer2DModel),
     (generator, AutoencoderKLFlux2),
 ]
-"""What loads, and the library's class that reads the files."""
+"""The loader, and the library's class that reads the files."""
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
-    """The file of the text encoder that holds ``tensor``."""
+    """The file of the text encoder that contains ``tensor``."""
     index = read_json(folder / "text_encoder" / "model.safetensors.index.json")
     return folder / "text_encoder" / str(index["weight_map"][tensor])
 
 
 @pytest.mark.parametrize("load", [embed_by_command_line, encoder])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda shard: shard.write_bytes(shard.read_bytes()[:5000])])
-def test_a_shard_that_is_missing_or_broken_is_refused(
+def test_missing_and_broken_shards_are_refused(
     damaged: Path, damage: Callable[[Path], object], load: Callable[[Path], object]
 ) -> None:
-    """In one line, by the service and by the command line."""
+    """The service and the command line report it in one line."""
     damage(shard_of(damaged, LAST_TENSOR))
     with pytest.raises(ModelRefused, match=r"the text encoder (of model )?cannot be loaded"):
         load(damaged)
 
 
 @pytest.mark.parametrize("load", [embed_by_command_line, encoder])
-def test_a_checkpoint_that_lacks_tensors_is_refused(damaged: Path, load: Callable[[Path], object]) -> None:
-    """The library would replace them by random numbers."""
+def test_a_checkpoint_with_missing_tensors_is_refused(damaged: Path, load: Callable[[Path], object]) -> None:
+    """The library would replace missing tensors by random numbers."""
     shard = shard_of(damaged, LAST_TENSOR)
     tensors = load_file(shard)
     del tensors[LAST_TENSOR]
@@ -204,7 +206,7 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(damaged: Path, load: Callabl
 
 @EVERY_KIND
 @pytest.mark.parametrize(("load", "loaded"), LOADERS)
-def test_too_little_memory_is_not_called_a_broken_file(
+def test_out_of_memory_is_not_reported_as_a_broken_file(
     dev: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[Path], object], loaded: Any, kind: str
 ) -> None:
     """However a library reports it, the error of both services and of the command line names the device."""
@@ -219,10 +221,10 @@ def test_too_little_memory_is_not_called_a_broken_file(
 
 
 @pytest.mark.parametrize(("load", "loaded"), LOADERS)
-def test_a_mistake_in_the_code_is_not_called_a_broken_file(
+def test_a_programming_error_is_not_reported_as_a_broken_file(
     dev: Path, monkeypatch: pytest.MonkeyPatch, load: Callable[[Path], object], loaded: Any
 ) -> None:
-    """An error that no file can cause keeps its name."""
+    """An error that no file can cause keeps its type."""
 
     def from_pretrained(*_: object, **_more: object) -> None:
         raise AttributeError("nothing")

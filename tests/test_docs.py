@@ -1,4 +1,4 @@
-"""The documents: they name what there is, point to files that exist, and hold code that is code."""
+"""The documents: the names in them exist, their links are valid, and their code compiles."""
 
 import ast
 import io
@@ -19,7 +19,7 @@ from text_encoder_service.settings import TextEncoderSettings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: tuple[type[ServiceSettings], ...] = (TextEncoderSettings, GeneratorSettings)
-LOCAL_PATHS = ("/tmp/", "/work/", "/root/")  # noqa: S108 - looked for, not used
+LOCAL_PATHS = ("/tmp/", "/work/", "/root/")  # noqa: S108 - searched for, not used
 
 
 def documents() -> list[Path]:
@@ -34,7 +34,6 @@ def relative(file: Path) -> str:
 
 
 def text_of(name: str) -> str:
-    """What a document says."""
     return (ROOT / name).read_text(encoding="utf-8")
 
 
@@ -52,24 +51,24 @@ def rows(text: str) -> Iterator[list[str]]:
 
 def variables(settings: type[ServiceSettings]) -> dict[str, str]:
     """The environment variable of every setting, and the setting's own name."""
-    found = {}
+    names = {}
     for name, field in settings.model_fields.items():
         alias = field.validation_alias
         prefixed = f"{settings.model_config.get('env_prefix', '')}{name}".upper()
-        found[alias if isinstance(alias, str) else prefixed] = name
-    return found
+        names[alias if isinstance(alias, str) else prefixed] = name
+    return names
 
 
 def compose_variables() -> dict[str, str]:
     """The variables that the compose files read, with their defaults."""
-    found: dict[str, str] = {}
-    for name in ("docker-compose.one-gpu.yml", "docker-compose.yml"):  # the default of the second holds
+    defaults: dict[str, str] = {}
+    for name in ("docker-compose.one-gpu.yml", "docker-compose.yml"):  # the second default applies
         text = text_of(name)
-        found |= dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
+        defaults |= dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
         assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:-", text)), "a variable without a default"
-        for arguments in re.findall(r"args: \[(.*)\]", text):  # as the Dockerfile says unless they are set
-            found |= dict.fromkeys(arguments.split(", "), "")
-    return found
+        for arguments in re.findall(r"args: \[(.*)\]", text):  # set in the Dockerfile
+            defaults |= dict.fromkeys(arguments.split(", "), "")
+    return defaults
 
 
 def documented_settings() -> list[tuple[str, str]]:
@@ -78,15 +77,15 @@ def documented_settings() -> list[tuple[str, str]]:
 
 
 def test_every_setting_is_documented() -> None:
-    """``.env.example`` names exactly the settings, and the variables of the compose files, each below its meaning."""
+    """``.env.example`` has exactly the settings and the variables of the compose files, each below its description."""
     known = {v for s in SETTINGS for v in variables(s)} | compose_variables().keys()
     assert {variable for variable, _ in documented_settings()} == known
     lines = text_of(".env.example").splitlines()
     assert [line for above, line in pairwise(lines) if re.match(r"#[A-Z]", line) and not above.startswith("# ")] == []
 
 
-def test_documented_defaults_of_compose_hold() -> None:
-    """The default beside a variable that only the compose files read is the one in them."""
+def test_documented_defaults_of_compose_are_correct() -> None:
+    """The documented default of a variable that only the compose files read is the one in them."""
     documented = dict(documented_settings())
     settings = {v for s in SETTINGS for v in variables(s)}
     alone = {k: v for k, v in compose_variables().items() if k not in settings}
@@ -97,10 +96,10 @@ NOTHING: tuple[object, ...] = (None, (), frozenset())
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_documented_defaults_hold(
+def test_documented_defaults_are_correct(
     settings: type[ServiceSettings], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The default that is written beside a setting is the one that holds; an unset one has none."""
+    """The documented default of a setting is correct; an unset setting has none."""
     monkeypatch.chdir(tmp_path)
     defaults = settings()
     documented = documented_settings()
@@ -112,8 +111,8 @@ def test_documented_defaults_hold(
     )
 
 
-def test_the_example_is_a_dotenv_file() -> None:
-    """``.env.example`` sets nothing as it is, and each of its lines sets what it says once its # is gone."""
+def test_the_example_is_a_valid_dotenv_file() -> None:
+    """``.env.example`` sets nothing as it is, and each of its lines is valid without its leading #."""
     text = text_of(".env.example")
     assert dotenv_values(stream=io.StringIO(text)) == {}
     documented = documented_settings()
@@ -123,13 +122,13 @@ def test_the_example_is_a_dotenv_file() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    """``docs/run.md`` names exactly the metrics that the services have."""
+    """``docs/run.md`` has exactly the metrics that the services export."""
     metrics = {m.name + ("_total" if m.type == "counter" else "") for m in GeneratorMetrics().registry.collect()}
     assert {row[0].strip("`") for row in rows(text_of("docs/run.md")) if "`flux2_" in row[0]} == metrics
 
 
 def test_every_error_is_documented() -> None:
-    """``docs/wire-format.md`` names exactly the statuses and codes that clients can meet."""
+    """``docs/wire-format.md`` has exactly the statuses and codes that clients can receive."""
     clients_meet: set[type[Flux2Error]] = {Flux2Error, *Flux2Error.__subclasses__()}
     clients_meet.remove(ModelRefused)
     documented = {(row[0], row[1].strip("`")) for row in rows(text_of("docs/wire-format.md")) if row[0].isdigit()}
@@ -137,14 +136,14 @@ def test_every_error_is_documented() -> None:
 
 
 def test_every_field_of_a_generation_is_documented() -> None:
-    """``docs/wire-format.md`` names exactly the fields that ``POST /generate`` takes."""
+    """``docs/wire-format.md`` has exactly the fields of ``POST /generate``."""
     section = text_of("docs/wire-format.md").split("## `POST /generate`")[1].split("\n### ")[0]
     names = [name for row in rows(section) for name in row[0].split(", ") if re.fullmatch(r"`\w+`", name)]
     assert sorted(names) == sorted(f"`{name}`" for name in GenerateRequest.model_fields)
 
 
 def members(tree: ast.AST) -> set[str]:
-    """What is defined at the top of a module or class, and the attributes that its methods set."""
+    """The names defined at the top of a module or class, and the attributes that its methods set."""
     names = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -158,7 +157,7 @@ def members(tree: ast.AST) -> set[str]:
     return names
 
 
-def test_the_tour_names_what_there_is() -> None:
+def test_names_in_the_tour_exist() -> None:
     """Every name in the tours of ``docs/architecture.md`` is defined in a file that was named before it."""
     tour = text_of("docs/architecture.md").split("\n## The life of ", 1)[1].split("\n## Layers")[0]
     trees: list[ast.Module] = []
@@ -171,23 +170,23 @@ def test_the_tour_names_what_there_is() -> None:
             holders = [tree for tree in trees if head in members(tree)]
             assert holders, f"no file before it defines {name}"
             if attribute:
-                (found,) = (node for node in holders[-1].body if isinstance(node, ast.ClassDef) and node.name == head)
-                assert attribute in members(found), name
+                (definition,) = (
+                    node for node in holders[-1].body if isinstance(node, ast.ClassDef) and node.name == head
+                )
+                assert attribute in members(definition), name
             checked += 1
     assert checked > 40
 
 
 @pytest.mark.parametrize("document", documents(), ids=relative)
-def test_links_lead_somewhere(document: Path) -> None:
-    """Every relative link in a document points to a file of the project."""
+def test_links_are_valid(document: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text(encoding="utf-8")))
     inside = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:|#", link)]
     assert [link for link in inside if not (document.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("document", documents(), ids=relative)
-def test_python_in_documents_is_python(document: Path) -> None:
-    """Every Python block in a document compiles."""
+def test_python_in_documents_compiles(document: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     for block in blocks:
         compile(block, relative(document), "exec")
@@ -195,6 +194,6 @@ def test_python_in_documents_is_python(document: Path) -> None:
 
 @pytest.mark.parametrize("document", [*documents(), ROOT / ".env.example"], ids=relative)
 def test_documents_name_no_local_paths(document: Path) -> None:
-    """What was true on its author's machine alone is in no document."""
+    """No document has a path that is valid only on its author's machine."""
     text = document.read_text(encoding="utf-8")
     assert [path for path in LOCAL_PATHS if path in text] == []

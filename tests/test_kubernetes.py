@@ -1,4 +1,4 @@
-"""The manifests under ``deploy/``: they fit Kubernetes' schemas, and what they allow is as little as in Compose."""
+"""The manifests under ``deploy/``: they match Kubernetes' schemas, and grant as few rights as Compose does."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ SERVICES = ("text-encoder", "generator")
 
 
 def manifests() -> Iterator[dict[str, Any]]:
-    """Every object that Kubernetes itself knows."""
+    """Every object of Kubernetes' own kinds."""
     yield load(ROOT / "deploy/ray/network.yaml")
     for name in load(PLAIN / "kustomization.yaml")["resources"]:
         yield from yaml.safe_load_all((PLAIN / name).read_text(encoding="utf-8"))
@@ -33,13 +33,13 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def named(kind: str, name: str) -> dict[str, Any]:
-    """The one object of a kind and name."""
-    (found,) = [m for m in manifests() if (m["kind"], m["metadata"]["name"]) == (kind, name)]
-    return found
+    """The only object of a kind and name."""
+    (manifest,) = [m for m in manifests() if (m["kind"], m["metadata"]["name"]) == (kind, name)]
+    return manifest
 
 
 def ray_service() -> dict[str, Any]:
-    """What the RayService wants."""
+    """The specification of the RayService."""
     spec: dict[str, Any] = load(ROOT / "deploy/ray/rayservice.yaml")["spec"]
     return spec
 
@@ -51,7 +51,7 @@ def ray_templates() -> list[dict[str, Any]]:
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """Every pod there will be, by where it is said."""
+    """Every pod by its location in the manifests."""
     templates = {
         m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests() if "template" in m.get("spec", {})
     }
@@ -60,34 +60,34 @@ def pods() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(params=["weights", "text-encoder", "generator", "ray-0", "ray-1"])
 def pod(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Each pod there will be."""
+    """The parametrized pod."""
     return pods()[request.param]
 
 
 def container_of(pod: dict[str, Any]) -> dict[str, Any]:
-    """Its one container."""
-    (found,) = pod["containers"]
-    return dict(found)
+    """The only container of a pod."""
+    (container,) = pod["containers"]
+    return dict(container)
 
 
 def variables_of(pod: dict[str, Any]) -> dict[str, str]:
-    """Its environment."""
+    """The environment of a pod's container."""
     return {variable["name"]: variable["value"] for variable in container_of(pod)["env"]}
 
 
-def test_no_pod_is_left_out() -> None:
-    """The pods that the tests look at are all there are."""
+def test_every_pod_is_tested() -> None:
+    """The pods that the tests look at are all pods of the manifests."""
     assert set(pods()) == {"weights", "text-encoder", "generator", "ray-0", "ray-1"}
 
 
 @pytest.mark.parametrize("manifest", [pytest.param(m, id=f"{m['kind']}-{m['metadata']['name']}") for m in manifests()])
 def test_manifests_fit_the_schema(manifest: dict[str, Any]) -> None:
-    """Every object has the fields that Kubernetes knows, and no other."""
+    """Every object has only fields of Kubernetes' schema."""
     kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
 
 
-def test_the_schema_finds_mistakes() -> None:
-    """A field that Kubernetes does not know is refused."""
+def test_the_schema_detects_mistakes() -> None:
+    """A field that Kubernetes does not define is refused."""
     manifest = named("Deployment", "generator")
     manifest["spec"]["template"]["spec"]["containers"][0]["livenessProbes"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -96,13 +96,13 @@ def test_the_schema_finds_mistakes() -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_ray_pods_fit_the_schema(number: int) -> None:
-    """The pods of the RayService are pods as Kubernetes knows them."""
+    """The pods of the RayService match Kubernetes' schema."""
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": ray_templates()[number]}
     kubernetes_validate.validate(pod, KUBERNETES_VERSION, strict=True)
 
 
-def test_pods_may_do_little(pod: dict[str, Any]) -> None:
-    """User 1000, a read-only root, no capabilities and no way to new ones; memory and temporary files are bounded."""
+def test_pods_have_minimal_rights(pod: dict[str, Any]) -> None:
+    """Pods have user 1000, a read-only root, no capabilities or privileges; memory and temporary files are bounded."""
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == 1000
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -114,18 +114,18 @@ def test_pods_may_do_little(pod: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights", *SERVICES, "ray-1"])
-def test_pods_know_nothing_of_the_cluster(name: str) -> None:
+def test_pods_have_no_access_to_the_cluster(name: str) -> None:
     """They have no token of a service account."""
     assert pods()[name]["automountServiceAccountToken"] is False
 
 
-def test_service_links_set_nothing(pod: dict[str, Any]) -> None:
-    """Kubernetes' own variables, such as ``GENERATOR_PORT=tcp://...``, are not put beside ours of the same name."""
+def test_service_links_are_disabled(pod: dict[str, Any]) -> None:
+    """Kubernetes' own variables, such as ``GENERATOR_PORT=tcp://...``, would collide with settings."""
     assert pod["enableServiceLinks"] is False
 
 
 def test_variables_are_settings(pod: dict[str, Any]) -> None:
-    """Every variable is a setting of ours, or of a library that reads it."""
+    """Every variable is a setting, or is read by a library."""
     known = variables(TextEncoderSettings) | variables(GeneratorSettings)
     of_compilers = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
     of_libraries = {"HF_HUB_OFFLINE", "HF_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED", *of_compilers}
@@ -134,17 +134,17 @@ def test_variables_are_settings(pod: dict[str, Any]) -> None:
 
 
 def test_every_pod_runs_one_of_our_images(pod: dict[str, Any]) -> None:
-    """What the images set for PyTorch's allocator holds in every pod: no manifest sets it otherwise."""
+    """The images' setting for PyTorch's allocator applies in every pod, since no manifest overrides it."""
     image = container_of(pod)["image"].rpartition("/")[2].partition(":")[0]
     assert image in {"flux2-text-encoder", "flux2-generator", "flux2-ray"}
     assert {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}.isdisjoint(variables_of(pod))
 
 
-def test_one_model_everywhere() -> None:
-    """Every pod names the same model at the same fixed commit, which is that of Compose."""
+def test_every_pod_uses_the_same_model() -> None:
+    """Every pod has the same model at the same fixed commit, which is that of Compose."""
     compose = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
-    found = {(variables_of(p)["FLUX2_MODEL"], variables_of(p)["FLUX2_REVISION"]) for p in pods().values()}
-    ((model, revision),) = found
+    models = {(variables_of(p)["FLUX2_MODEL"], variables_of(p)["FLUX2_REVISION"]) for p in pods().values()}
+    ((model, revision),) = models
     assert f"FLUX2_REVISION:-{revision}}}" in compose
     assert f"FLUX2_MODEL:-{model}}}" in compose
 
@@ -157,12 +157,12 @@ def test_services_are_probed(name: str) -> None:
     assert startup["periodSeconds"] * startup["failureThreshold"] >= 300
     assert container["livenessProbe"]["httpGet"]["path"] == "/health/live"
     assert container["readinessProbe"]["httpGet"]["path"] == "/health/ready"
-    assert container["readinessProbe"]["timeoutSeconds"] > 5  # the generator asks the encoder for 5 s at most
+    assert container["readinessProbe"]["timeoutSeconds"] > 5  # the generator waits at most 5 s for the encoder
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_services_have_a_gpu_and_time_to_end(name: str) -> None:
-    """One GPU each, read-only weights, keys from a secret, and more time to end than the service takes."""
+def test_services_have_a_gpu_and_time_to_stop(name: str) -> None:
+    """Each has one GPU, read-only weights, keys from a secret, and more time to stop than the service takes."""
     pod = pods()[name]
     settings: type[Any] = {"text-encoder": TextEncoderSettings, "generator": GeneratorSettings}[name]
     assert pod["terminationGracePeriodSeconds"] > settings.model_fields["drain_s"].default
@@ -174,7 +174,7 @@ def test_services_have_a_gpu_and_time_to_end(name: str) -> None:
 
 
 def test_the_autoscaler_reads_our_queue() -> None:
-    """Generators follow the depth of their queue, and only the autoscaler says how many there are."""
+    """Generators scale with the depth of their queue, and only the autoscaler sets their number."""
     scaler = named("HorizontalPodAutoscaler", "generator")["spec"]
     (metric,) = scaler["metrics"]
     assert metric["pods"]["metric"]["name"] == "flux2_queue_depth"
@@ -182,8 +182,8 @@ def test_the_autoscaler_reads_our_queue() -> None:
     assert "replicas" not in named("Deployment", "generator")["spec"]
 
 
-def test_the_encoder_is_reached_by_generators_alone() -> None:
-    """Whatever no policy allows is refused; the text encoder's allows generators and Prometheus, and no way out."""
+def test_only_generators_can_reach_the_encoder() -> None:
+    """Everything is denied by default; the encoder admits generators and Prometheus, and has no egress."""
     everything = named("NetworkPolicy", "nothing")["spec"]
     assert everything == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     policy = named("NetworkPolicy", "text-encoder")["spec"]
@@ -193,15 +193,15 @@ def test_the_encoder_is_reached_by_generators_alone() -> None:
     assert all(named("Service", name)["spec"].get("type", "ClusterIP") == "ClusterIP" for name in SERVICES)
 
 
-def test_ray_is_among_itself() -> None:
-    """Whoever can speak to Ray can run code in it: strangers reach the API alone, and everybody needs a token."""
+def test_only_ray_can_reach_ray() -> None:
+    """Access to Ray means running code in it, so other pods reach only the API, and every client needs a token."""
     rules = named("NetworkPolicy", "ray")["spec"]["ingress"]
     assert [rule["ports"] for rule in rules if "from" not in rule] == [[{"port": 8000}]]
     assert ray_service()["rayClusterConfig"]["authOptions"] == {"mode": "token"}
 
 
-def test_both_ray_configurations_are_one() -> None:
-    """The RayService serves what ``serve.yaml`` says, with the Ray that the tests run with."""
+def test_both_ray_configurations_are_equal() -> None:
+    """The RayService has the configuration of ``serve.yaml``, and the version of Ray that the tests use."""
     config = yaml.safe_load(ray_service()["serveConfigV2"])
     assert config["applications"] == load(ROOT / "deploy/ray/serve.yaml")["applications"]
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
@@ -209,9 +209,9 @@ def test_both_ray_configurations_are_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
-@pytest.mark.filterwarnings("ignore")  # Ray's own: deprecated calls of pydantic
-def test_ray_knows_the_configuration(name: str) -> None:
-    """Ray's own schema takes both configurations; where Ray is not installed this is not tested."""
+@pytest.mark.filterwarnings("ignore")  # Ray makes deprecated calls of pydantic
+def test_ray_accepts_the_configuration(name: str) -> None:
+    """Both configurations are valid in Ray's own schema; the test is skipped without Ray."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("the extra ray is not installed")
     from ray.serve.schema import ServeDeploySchema  # noqa: PLC0415 - optional

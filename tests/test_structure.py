@@ -1,4 +1,4 @@
-"""The shape of the code: limits of size, packages of the wheel, and what the commands import."""
+"""The structure of the code: limits of size, packages of the wheel, and imports of the commands."""
 
 import ast
 import subprocess
@@ -13,14 +13,14 @@ from tests import ROOT
 PACKAGES = ("shared", "text_encoder_service", "generator_service", "flux2_ray", "demo_model", "benchmarks")
 MODULES = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_CLASS, MAX_FUNCTION = 300, 150, 40
-"""Lines, docstrings included."""
+"""The maximum number of lines, including docstrings."""
 SETTINGS = ("generator_service.settings", "text_encoder_service.settings")
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "httpx", "fastapi")
-"""What takes long to import."""
+"""Packages that are slow to import."""
 
 
 def too_long(file: Path) -> list[str]:
-    """What in ``file`` is longer than allowed."""
+    """The definitions in ``file`` that exceed a limit."""
     text = file.read_text(encoding="utf-8")
     num_lines = len(text.splitlines())
     name = file.relative_to(ROOT)
@@ -34,12 +34,12 @@ def too_long(file: Path) -> list[str]:
     return violations
 
 
-def test_nothing_is_too_long() -> None:
+def test_files_classes_and_functions_are_short() -> None:
     """Files have at most 300 lines, classes 150, functions 40."""
     assert [violation for file in MODULES for violation in too_long(file)] == []
 
 
-def test_the_wheel_has_no_common_names() -> None:
+def test_top_level_packages_have_distinctive_names() -> None:
     """No top-level package of the wheel has a name that another project's folder is likely to have."""
     configuration = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     include = configuration["tool"]["setuptools"]["packages"]["find"]["include"]
@@ -50,7 +50,7 @@ def test_the_wheel_has_no_common_names() -> None:
 @pytest.mark.parametrize(
     "module", ["generator_service.settings", "text_encoder_service.settings", "generator_service.cli.app"]
 )
-def test_folders_of_other_projects_are_in_nobodys_way(tmp_path: Path, module: str) -> None:
+def test_a_service_starts_beside_folders_of_the_same_names(tmp_path: Path, module: str) -> None:
     """A service starts in a folder that has its own ``shared`` and ``deploy``."""
     for name in ("shared", "deploy"):
         (tmp_path / name).mkdir()
@@ -58,8 +58,8 @@ def test_folders_of_other_projects_are_in_nobodys_way(tmp_path: Path, module: st
     subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, check=True)
 
 
-def test_the_shared_package_has_one_name() -> None:
-    """It cannot be imported twice, by the name of its folder and by its own."""
+def test_the_shared_package_is_imported_once() -> None:
+    """It cannot be imported a second time by the name of its folder."""
     done = subprocess.run(
         [sys.executable, "-c", "import shared"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -67,8 +67,8 @@ def test_the_shared_package_has_one_name() -> None:
 
 
 @pytest.mark.parametrize("command", ["", "weights", "doctor", "schedules", "generate", "calibrate"])
-def test_commands_start_at_once(command: str) -> None:
-    """``--help`` of the commands imports nothing that takes long."""
+def test_commands_start_without_heavy_imports(command: str) -> None:
+    """``--help`` of the commands imports no slow library."""
     program = (
         "import sys; from generator_service.cli.app import app\n"
         "try: app(sys.argv[1:])\n"
@@ -83,7 +83,7 @@ def test_commands_start_at_once(command: str) -> None:
 
 @pytest.mark.parametrize("module", SETTINGS)
 def test_settings_are_read_without_torch(module: str) -> None:
-    """Settings can be read and checked where torch cannot be imported."""
+    """Settings can be read and validated even if torch cannot be imported."""
     program = (
         f"import sys, {module}; print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     )

@@ -1,4 +1,4 @@
-"""Architectures that differ from those of the benchmarks."""
+"""Model folders with changed architectures."""
 
 import json
 import shutil
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-def resized(source: Path, folder: Path, **parts: dict[str, Any]) -> Path:
-    """Write the model folder ``source`` to ``folder``; ``parts`` change the configurations of parts, one level deep."""
+def resized(source: Path, folder: Path, **changed_configs: dict[str, Any]) -> Path:
+    """Write the model folder ``source`` to ``folder`` with changed keys in its components' configurations."""
     shutil.copytree(source, folder)
-    for part, changes in parts.items():
-        file = folder / part / "config.json"
+    for component, changes in changed_configs.items():
+        file = folder / component / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         for name, value in changes.items():
             config[name] = config.get(name, {}) | value if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""The card of a measurement."""
+"""The system info of a measurement, and its energy."""
 
 import json
 import threading
@@ -12,48 +12,47 @@ from benchmarks import card
 from benchmarks.card import PowerMeter, drawn, machine_card, show
 
 
-def test_a_card_says_where_and_with_what(capsys: pytest.CaptureFixture[str]) -> None:
-    """A card has machine, versions, commit and date, goes into JSON, and can be shown."""
-    made = machine_card()
-    assert json.loads(json.dumps(made)) == made
-    assert {"machine", "versions", "commit", "date"} == made.keys()
-    assert {"python", "torch", "diffusers"} <= made["versions"].keys()
-    assert made["date"].endswith("+00:00")
-    show(made)
-    assert made["versions"]["torch"] in capsys.readouterr().out
+def test_the_info_has_machine_versions_commit_and_date(capsys: pytest.CaptureFixture[str]) -> None:
+    """The info is JSON and can be printed."""
+    info = machine_card()
+    assert json.loads(json.dumps(info)) == info
+    assert {"machine", "versions", "commit", "date"} == info.keys()
+    assert {"python", "torch", "diffusers"} <= info["versions"].keys()
+    assert info["date"].endswith("+00:00")
+    show(info)
+    assert info["versions"]["torch"] in capsys.readouterr().out
 
 
-def test_outside_a_git_tree_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A bare copy of the tree has no commit, and the card says so."""
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(card, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert card.commit() == {"commit": "unknown"}
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_without_a_sensor_nothing_is_told(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool) -> None:
-    """Where there is no GPU, or no NVML to read it with, the meter gives None."""
+def test_without_a_sensor_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool) -> None:
+    """Without a GPU, or without NVML to read it, the result is None."""
     sensor = FakeNvml(num_samples=1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(card, "nvml", lambda: None if has_gpu else sensor)
     with PowerMeter() as meter:
         pass
     assert meter.drawn is None
-    assert sensor.left == 1000
+    assert sensor.num_left == 1000
 
 
-def test_energy_is_the_area_under_the_power() -> None:
-    """100 W, then a rise to 300 W: energy by trapezoids, the mean power is energy over time."""
-    found = drawn([(0.0, 100.0, 1000.0), (1.0, 100.0, 1000.0), (3.0, 300.0, 1600.0)])
-    assert found is not None
-    assert found.energy_j == 100 + 400
-    assert found.mean_w == pytest.approx(500 / 3)
-    assert found.mean_sm_mhz == 1200
+def test_energy_is_the_integral_of_power() -> None:
+    """100 W, then a rise to 300 W: the energy is a sum of trapezoids, the mean power is energy over time."""
+    energy = drawn([(0.0, 100.0, 1000.0), (1.0, 100.0, 1000.0), (3.0, 300.0, 1600.0)])
+    assert energy is not None
+    assert energy.energy_j == 100 + 400
+    assert energy.mean_w == pytest.approx(500 / 3)
+    assert energy.mean_sm_mhz == 1200
     assert drawn([(0.0, 100.0, 1000.0)]) is None
 
 
 class FakeNvml:
-    """A GPU that draws 200 W at 1500 MHz; its clock cannot be read after some samples."""
+    """A GPU with a power of 200 W at 1500 MHz; its clock cannot be read after some samples."""
 
     NVML_CLOCK_SM = 1
 
@@ -61,31 +60,29 @@ class FakeNvml:
         """As pynvml's."""
 
     def __init__(self, num_samples: int) -> None:
-        self.left = num_samples
+        self.num_left = num_samples
         self.is_sampled = threading.Event()
-        """Set by the third sample, or when none is left."""
+        """Set by the third sample, or when there are no more samples."""
         self._num_samples = num_samples
 
     def nvmlDeviceGetPowerUsage(self, _handle: object) -> int:  # noqa: N802 - pynvml's name
-        """Milliwatts."""
         return 200_000
 
     def nvmlDeviceGetClockInfo(self, _handle: object, _kind: int) -> int:  # noqa: N802 - pynvml's name
-        """MHz."""
-        self.left -= 1
-        if self.left < 0:
+        self.num_left -= 1
+        if self.num_left < 0:
             self.is_sampled.set()
             raise self.NVMLError
-        if self._num_samples - self.left >= 3:
+        if self._num_samples - self.num_left >= 3:
             self.is_sampled.set()
         return 1500
 
 
-@pytest.mark.parametrize(("num_samples", "is_told"), [(1000, True), (0, False)])
-def test_the_meter_samples_while_the_block_lasts(
-    monkeypatch: pytest.MonkeyPatch, num_samples: int, *, is_told: bool
+@pytest.mark.parametrize(("num_samples", "is_measured"), [(1000, True), (0, False)])
+def test_the_meter_samples_during_the_block(
+    monkeypatch: pytest.MonkeyPatch, num_samples: int, *, is_measured: bool
 ) -> None:
-    """Energy is power over the block's time; a sensor that fails ends the sampling, and nothing else."""
+    """Energy is power times the block's duration; a failing sensor ends only the sampling."""
     sensor = FakeNvml(num_samples)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(card, "nvml", lambda: sensor)
@@ -94,7 +91,7 @@ def test_the_meter_samples_while_the_block_lasts(
     with PowerMeter() as meter:
         assert sensor.is_sampled.wait(60)
     seconds = time.perf_counter() - began
-    assert (meter.drawn is not None) == is_told
+    assert (meter.drawn is not None) == is_measured
     if meter.drawn is not None:
         assert meter.drawn.mean_w == pytest.approx(200)
         assert 0 < meter.drawn.energy_j <= 200 * seconds

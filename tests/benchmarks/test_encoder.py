@@ -1,4 +1,4 @@
-"""The text encoder's speed."""
+"""The benchmark of the text encoder."""
 
 import argparse
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from flux2_shared.errors import ModelRefused
 from tests.benchmarks.resized import resized
 from text_encoder_service.app import load_encoder
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch warns of its compiler
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # a warning of torch's compiler
 DEMO = EncoderSource(WEIGHTS, has_weights=True, device="cpu")
 
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code() -> Iterator[None]:
-    """What one test compiled helps no other."""
+    """Discard compiled code after each test."""
     yield
     torch.compiler.reset()
 
 
 def options(**changed: object) -> argparse.Namespace:
-    """As the command line gives them, for a look."""
+    """Options as from the command line, for the smallest run."""
     usual = {"weights": ["full"], "budget_s": 60.0, "seconds": 0.1, "repeats": 2, "backend": "eager"}
     return argparse.Namespace(**usual | changed)
 
@@ -42,7 +42,7 @@ def test_full_size_is_flux2_dev() -> None:
 
 
 def test_every_profile_batch_and_length_is_measured() -> None:
-    """A result has a row for each, compiles nothing while it measures, and says how far fast is from exact."""
+    """The report has a row for each, compiles nothing while it measures, and has the difference of fast and exact."""
     report = measure(DEMO, options())
     fast = [(row["batch"], row["prompt_tokens"]) for row in report.rows if row["profile"] == "fast"]
     assert fast == [(batch, num_tokens) for batch in BATCHES for num_tokens in (32, 6)]
@@ -53,7 +53,7 @@ def test_every_profile_batch_and_length_is_measured() -> None:
 
 
 def test_random_weights_stay_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What random weights give are numbers, and equal under both profiles up to rounding."""
+    """Embeddings with random weights are finite, and equal with both profiles up to rounding."""
     narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     encoder = {"text_config": narrow | {"head_dim": 16}, "flux2_prompt_format": {"max_sequence_length": 32}}
     path = resized(FULL, tmp_path / "narrow", text_encoder=encoder)
@@ -64,7 +64,7 @@ def test_random_weights_stay_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_language_model_is_loaded_as_the_service_loads_it(tmp_path: Path) -> None:
-    """With a checkpoint a source's layers are the service's; what the service refuses is refused."""
+    """With a checkpoint a source's layers are the service's; a model that the service refuses is refused."""
     encoder, _ = load_encoder(DEMO.settings())
     ours = DEMO.load("full").language_model.state_dict()
     for name, weight in encoder.language_model.state_dict().items():
@@ -74,8 +74,8 @@ def test_a_language_model_is_loaded_as_the_service_loads_it(tmp_path: Path) -> N
         EncoderSource(tmp_path / "empty", device="cpu").load("full")
 
 
-def test_what_does_not_fit_into_the_time_is_listed() -> None:
-    """Without time nothing is measured, and that is told."""
+def test_skipped_measurements_are_listed() -> None:
+    """If no time is left nothing is measured, and the report says so."""
     report = measure(DEMO, options(budget_s=0.0))
     assert report.rows == []
     assert report.left_out == ["full weights: no time was left"]

@@ -1,4 +1,4 @@
-"""Everything for a GPU, in one command; here on a CPU at the tiny size."""
+"""All benchmarks for a GPU in one command; here on a CPU at the tiny size."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ from benchmarks.gpu import NEEDED, PARTS, ROOT, WANTED, Part, run_all, run_part
 
 @pytest.mark.slow
 def test_every_part_at_the_tiny_size(tmp_path: Path) -> None:
-    """Without a GPU the command runs the speed of steps and pictures tiny, and leaves their JSON and a log."""
+    """Without a GPU the command benchmarks steps and images at the tiny size, and writes their JSON and a log."""
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--only", "latency", "trace"],
         cwd=ROOT,
@@ -32,7 +32,7 @@ def test_every_part_at_the_tiny_size(tmp_path: Path) -> None:
     latency = json.loads((tmp_path / "latency.json").read_text(encoding="utf-8"))
     assert {"card", "steps", "pictures", "left_out", "weights"} <= latency.keys()
     assert {row["profile"] for row in latency["pictures"]} == {"exact", "fast"}
-    assert any("fp8" in row["reason"] for row in latency["left_out"]), "what cannot be done here is told"
+    assert any("fp8" in row["reason"] for row in latency["left_out"]), "unsupported profiles are reported"
     trace = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
     assert [step["is_computed"] for step in trace["steps"]] == [True, False]
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").count("====") == 2
@@ -40,7 +40,7 @@ def test_every_part_at_the_tiny_size(tmp_path: Path) -> None:
 
 @pytest.fixture
 def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Part]:
-    """Makes a benchmark of a few lines, which are given ``so_far``, the file for what it finds."""
+    """Creates a benchmark of a few lines with ``so_far``, the file for its results."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
@@ -53,16 +53,16 @@ def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Par
     return make
 
 
-def test_what_a_part_found_is_in_one_line(part: Callable[[str], Part], tmp_path: Path) -> None:
-    """A part that ends well leaves what it found in a line, and nothing that an earlier run left."""
+def test_results_of_a_part_are_one_line(part: Callable[[str], Part], tmp_path: Path) -> None:
+    """A successful part prints its results in one line, and no results of an earlier run."""
     (tmp_path / "made_up.json").write_text('{"old": 1}')
     report = run_part(part("so_far.write_text('{\\n\"rows\": [1, 2]\\n}')"), (), 30, tmp_path)
     assert "failed" not in report
     assert (tmp_path / "made_up.json").read_text() == '{"rows": [1, 2]}\n'
 
 
-def test_a_part_that_fails_is_told(part: Callable[[str], Part], tmp_path: Path) -> None:
-    """A part that ends badly leaves its reason, its words in the log, and nothing where it found nothing."""
+def test_a_failed_part_is_reported(part: Callable[[str], Part], tmp_path: Path) -> None:
+    """A failed part has its reason in the report and its output in the log."""
     (tmp_path / "made_up.json").write_text('{"old": 1}')
     report = run_part(part("sys.exit('no such thing')"), (), 30, tmp_path)
     assert report["failed"] == "exit status 1: no such thing"
@@ -70,15 +70,15 @@ def test_a_part_that_fails_is_told(part: Callable[[str], Part], tmp_path: Path) 
     assert not (tmp_path / "made_up.json").exists()
 
 
-def test_a_part_that_takes_too_long_is_stopped(part: Callable[[str], Part], tmp_path: Path) -> None:
-    """At its limit a part is stopped; what it had found is kept, with the reason."""
+def test_a_part_that_exceeds_its_limit_is_stopped(part: Callable[[str], Part], tmp_path: Path) -> None:
+    """At its limit a part is stopped; its results so far are kept, with the reason."""
     report = run_part(part("so_far.write_text('{\"rows\": [1]}')\ntime.sleep(60)"), (), 3, tmp_path)
     assert "stopped after 3 s" in report["failed"]
     assert json.loads((tmp_path / "made_up.json").read_text()) == {"rows": [1], "partial": "stopped after 3 s"}
 
 
-def test_time_that_is_left_is_for_later_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A part may take what earlier ones left, but not what later ones need."""
+def test_unused_time_is_available_to_later_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part may use the time that earlier parts left, but not the time that later ones need."""
     limits = []
 
     def note(_part: Part, _options: tuple[str, ...], limit_s: float, _out: Path) -> dict[str, Any]:
@@ -91,8 +91,8 @@ def test_time_that_is_left_is_for_later_parts(monkeypatch: pytest.MonkeyPatch, t
     assert limits == [100, 150, 170]
 
 
-def imports_of(module: str, seen: set[str]) -> Iterator[str]:
-    """Packages of others that a module of this tree imports when it is imported, and those that it imports."""
+def imported_packages(module: str, seen: set[str]) -> Iterator[str]:
+    """The third-party packages that a module imports, directly or through this project's modules."""
     file = ROOT / f"{module.replace('.', '/')}.py"
     file = file if file.exists() else ROOT / module.replace(".", "/") / "__init__.py"
     if module in seen or not file.exists():
@@ -108,25 +108,25 @@ def imports_of(module: str, seen: set[str]) -> Iterator[str]:
         for name in names:
             package = name.partition(".")[0]
             if (ROOT / package).is_dir():
-                yield from imports_of(name, seen)
+                yield from imported_packages(name, seen)
             elif package not in sys.stdlib_module_names:
                 yield package
 
 
-def test_what_is_needed_is_looked_for() -> None:
-    """All that the parts import beside PyTorch and what comes with it is among what the command looks for."""
+def test_required_packages_are_checked() -> None:
+    """The command checks for every package that the parts import in addition to PyTorch and its dependencies."""
     seen: set[str] = set()
-    imported = {package for part in PARTS for package in imports_of(f"benchmarks.{part.name}", seen)}
+    imported = {package for part in PARTS for package in imported_packages(f"benchmarks.{part.name}", seen)}
     assert "generator_service.app" in seen
     assert imported - {"torch", "numpy", "transformers", "huggingface_hub", "starlette"} <= {*NEEDED, *WANTED}
 
 
 def test_all_parts_fit_into_ten_minutes() -> None:
-    """Even if every part ran to its limit, the command would end within ten minutes."""
+    """Even if every part runs to its limit, the command ends within ten minutes."""
     assert sum(part.limit_s for part in PARTS) <= 570
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_parts_are_benchmarks(part: Part) -> None:
-    """Every part is a module of benchmarks."""
+    """Every part is a module of ``benchmarks``."""
     assert (ROOT / "benchmarks" / f"{part.name}.py").exists()

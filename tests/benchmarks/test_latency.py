@@ -1,4 +1,4 @@
-"""How long a picture takes."""
+"""The benchmark of an image's duration."""
 
 from dataclasses import replace
 
@@ -26,25 +26,25 @@ SOURCE = Source(TINY, device="cpu")
     ],
 )
 def test_tokens_of_a_shape(shape: Shape, num_tokens: int, name: str) -> None:
-    """A picture has a token for 16 x 16 pixels, and a reference image, 1024x1024 at most, as many of its own."""
+    """An image has a token for 16 x 16 pixels, and a reference image, at most 1024x1024, as many of its own."""
     assert shape.num_image_tokens(16) == num_tokens
     assert str(shape) == name
     sizes = {noise_reference(shape, seed).sha256 for seed in range(3)}
     assert len(sizes) == 3, "each is new to the model's cache"
 
 
-def test_a_picture_ends_as_a_png_file() -> None:
-    """The time is of the whole way to the file, and holds denoising and decoding."""
+def test_the_time_of_an_image_includes_the_file() -> None:
+    """The time covers everything up to the file, including denoising and decoding."""
     with SOURCE.model("exact") as model, opened_bench(model, SOURCE.embedding()) as bench:
         bench.warm_up(Shape(64, 1))
-        taken = bench.draw(Shape(64, 1), schedule_for(2, 4), seed=1)
-    assert taken.denoise_s > 0
-    assert taken.decode_s > 0
-    assert taken.rest_s >= 0
+        timing = bench.draw(Shape(64, 1), schedule_for(2, 4), seed=1)
+    assert timing.denoise_s > 0
+    assert timing.decode_s > 0
+    assert timing.rest_s >= 0
 
 
-def test_what_does_not_fit_is_told() -> None:
-    """With no time left nothing is drawn, and every shape is listed as left out."""
+def test_shapes_that_do_not_fit_are_reported() -> None:
+    """Without time no image is generated, and every shape is listed as skipped."""
     args = arguments().parse_args(["--smoke", "--budget-s", "0", "--profiles", "exact"])
     report = measure(SOURCE, args)
     assert report.steps == []
@@ -52,8 +52,8 @@ def test_what_does_not_fit_is_told() -> None:
     assert [entry["shape"] for entry in report.left_out] == ["128x128", "64x64 + 1 reference"]
 
 
-def test_what_fits_is_known_from_the_profile_before() -> None:
-    """A profile's first shape is left out, too, if it would not fit by what was measured with another profile."""
+def test_shapes_are_skipped_by_measurements_of_earlier_profiles() -> None:
+    """A profile's first shape is skipped, too, if it would not fit according to another profile's measurements."""
     command = ["--smoke", "--profiles", "exact", "fast", "--sides", "64", "--repeats", "1", "--modes", "none"]
 
     def slow_down(report: Report) -> None:
@@ -65,8 +65,8 @@ def test_what_fits_is_known_from_the_profile_before() -> None:
     assert "it would have taken some 1000 s" in report.left_out[-1]["reason"]
 
 
-def test_whatever_is_found_is_told_at_once() -> None:
-    """After each shape's steps and each picture there is more to keep."""
+def test_results_are_reported_immediately() -> None:
+    """After each shape's steps and each image the report is updated."""
     command = ["--smoke", "--profiles", "exact", "--sides", "64", "--repeats", "1", "--modes", "none", "2"]
     seen: list[tuple[int, int]] = []
     measure(
@@ -78,7 +78,7 @@ def test_whatever_is_found_is_told_at_once() -> None:
 
 
 def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the compiler fails, the profile is left out with the reason: its name is not for uncompiled code."""
+    """If the compiler fails, the profile is skipped with the reason, since its results are not for uncompiled code."""
 
     def fail(*_: object) -> None:
         raise CompilationFailed
@@ -91,15 +91,15 @@ def test_a_profile_that_could_not_be_compiled_is_not_measured(monkeypatch: pytes
     assert "compile is left out" in report.performance["fast"]
 
 
-def test_a_picture_is_estimated_from_its_steps() -> None:
-    """An estimate is the cost of the computed and of the reused steps, of decoding, and of what is neither."""
+def test_an_image_is_estimated_from_its_steps() -> None:
+    """An estimate is the sum of computed steps, reused steps, decoding, and the rest."""
     computed_s, reused_s, decode_s = (Summary.of([seconds]) for seconds in (2.0, 0.5, 3.0))
     steps = Steps("exact", "64x64", 16, 0.0, computed_s, reused_s, 4.0, decode_s, None, None)
     assert steps.estimate_s(schedule_for(2, 5)) == 2 * 2.0 + 3 * 0.5 + 3.0 + 4.0
 
 
-def test_pictures_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture that would end too late by its estimate is left out with it, under that name."""
+def test_images_that_do_not_fit_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is estimated to end too late is skipped and listed with the estimate."""
     monkeypatch.setattr(Steps, "estimate_s", lambda _steps, _schedule: 1000.0)
     command = ["--smoke", "--profiles", "exact", "--sides", "64", "--repeats", "1", "--steps", "2"]
     report = measure(SOURCE, arguments().parse_args([*command, "--budget-s", "900", "--modes", "none"]))

@@ -1,4 +1,4 @@
-"""The service beside the bare pipeline."""
+"""The overhead of the service compared with the bare pipeline."""
 
 import argparse
 import json
@@ -18,28 +18,28 @@ from tests.test_docs import ROOT
 
 @pytest.fixture(autouse=True)
 def without_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of OpenMP is set."""
+    """Unset all variables of OpenMP."""
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_settings_have_names_or_are_variables_of_the_generator() -> None:
-    """A list of variables is the generator's; the encoder has what ``make serve`` gives it."""
+def test_settings_are_names_or_variables() -> None:
+    """A list of variables applies to the generator; the encoder has the settings of ``make serve``."""
     assert openmp_settings("defaults") == SETTINGS["defaults"]
-    found = resolved(openmp_settings("GOMP_SPINCOUNT=7,OMP_NUM_THREADS=2"))
-    assert found["generator_service"] == {"threads": 2, "wait_policy": "default", "spin_count": "7"}
-    assert found["text_encoder_service"]["threads"] == 1
+    settings = resolved(openmp_settings("GOMP_SPINCOUNT=7,OMP_NUM_THREADS=2"))
+    assert settings["generator_service"] == {"threads": 2, "wait_policy": "default", "spin_count": "7"}
+    assert settings["text_encoder_service"]["threads"] == 1
 
 
 @pytest.mark.parametrize("text", ["", "fast", "OMP_NUM_THREADS", "OMP_NUM_THREADS=", "PATH=/x", "OMP_NUM_THREADS=1,x"])
 def test_other_settings_are_refused(text: str) -> None:
-    """What is neither a name nor variables of OpenMP is refused before anything is started."""
+    """A setting that is neither a name nor a variable of OpenMP is refused before anything is started."""
     with pytest.raises(argparse.ArgumentTypeError):
         openmp_settings(text)
 
 
-def test_what_the_environment_says_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record names what the services really get."""
+def test_the_effective_settings_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record has the settings that the services really get."""
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert resolved(SETTINGS["serve"]) == {
@@ -49,11 +49,11 @@ def test_what_the_environment_says_is_recorded(monkeypatch: pytest.MonkeyPatch) 
 
 
 Times = namedtuple("Times", ["user", "system", "idle", "iowait", "guest"])
-"""Of psutil, as on Linux."""
+"""The fields of psutil's CPU times on Linux."""
 
 
-def test_only_the_time_of_other_programs_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is neither idle nor used by the measured processes is the others' share, since it was last asked."""
+def test_the_time_of_other_programs_is_separated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that is neither idle nor used by the measured processes since the last call belongs to other programs."""
     whole = iter([Times(10, 2, 100, 0, 0), Times(16, 4, 108, 4, 0), Times(24, 4, 108, 4, 0)])
     ours = iter([Times(1, 1, 0, 0, 0), Times(4, 2, 0, 0, 0), Times(12, 2, 0, 0, 0)])
 
@@ -73,7 +73,7 @@ def test_only_the_time_of_other_programs_is_theirs(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_the_command_compares_settings() -> None:
-    """A tiny run of real processes has a row for each setting and size, with what the threads were given."""
+    """A tiny run of real processes has a row for each setting and size, with the settings of the threads."""
     command = [sys.executable, "-m", "benchmarks.overhead", "--steps", "2", "--turns", "1", "--images", "1"]
     command += ["--sides", "64", "--settings", "serve", "GOMP_SPINCOUNT=0"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}

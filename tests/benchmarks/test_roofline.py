@@ -1,4 +1,4 @@
-"""The counting of work, and the least time it takes."""
+"""The computed work and roofline of a step."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_full_size_is_flux2_dev(full_transformer: Flux2Transformer2DModel) -> No
 
 
 @pytest.mark.parametrize(
-    ("num_image_tokens", "linear", "attention", "floor_s"),
+    ("num_image_tokens", "linear", "attention", "expected_s"),
     [
         (1024, 0.0845, 0.0032, 0.111),
         (4096, 0.2534, 0.0292, 0.358),
@@ -37,27 +37,27 @@ def test_full_size_is_flux2_dev(full_transformer: Flux2Transformer2DModel) -> No
         (16384, 0.9288, 0.3929, 1.673),
     ],
 )
-def test_work_of_a_step(
-    full_transformer: Flux2Transformer2DModel, num_image_tokens: int, linear: float, attention: float, floor_s: float
+def test_work_and_roofline_of_a_step(
+    full_transformer: Flux2Transformer2DModel, num_image_tokens: int, linear: float, attention: float, expected_s: float
 ) -> None:
-    """One step's work in PFLOP is what was counted by hand for four sizes, and so is its floor."""
+    """One step's work in PFLOP equals a count by hand for four sizes, and so does its roofline."""
     work = step_work(full_transformer.config, num_image_tokens)
     assert (work.linear + work.rest) / 1e15 == pytest.approx(linear, abs=6e-5)
     assert work.attention / 1e15 == pytest.approx(attention, abs=6e-5)
-    assert work.roofline_s("exact") == work.roofline_s("fast") == pytest.approx(floor_s, abs=6e-4)
+    assert work.roofline_s("exact") == work.roofline_s("fast") == pytest.approx(expected_s, abs=6e-4)
 
 
-def test_fp8_halves_the_blocks_linears_alone(full_transformer: Flux2Transformer2DModel) -> None:
-    """Under the profile with fp8 linears a step's floor at 1024x1024 is 0.197 s."""
+def test_fp8_affects_only_the_blocks_linear_layers(full_transformer: Flux2Transformer2DModel) -> None:
+    """With fp8 linear layers a step's roofline at 1024x1024 is 0.197 s."""
     assert step_work(full_transformer.config, 4096).roofline_s("fastest") == pytest.approx(0.197, abs=6e-4)
 
 
-def test_work_is_what_torch_counts() -> None:
-    """On another configuration the matrix products outside of attention are those that torch counts while it runs."""
+def test_work_equals_torchs_count() -> None:
+    """For another configuration the matrix products outside of attention equal torch's own count."""
     source = Source(TINY, device="cpu")
     embedding = source.embedding()
     num_text_tokens = embedding.shape[1]
-    with source.components() as parts:
+    with source.components() as components:
         arguments = {
             "hidden_states": torch.randn(1, 64, 32),
             "encoder_hidden_states": embedding,
@@ -67,7 +67,7 @@ def test_work_is_what_torch_counts() -> None:
             "txt_ids": torch.zeros(1, num_text_tokens, 4),
         }
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            parts.transformer(**arguments)
-        work = step_work(parts.transformer.config, 64, num_text_tokens)
+            components.transformer(**arguments)
+        work = step_work(components.transformer.config, 64, num_text_tokens)
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     assert sum(count for name, count in counts.items() if "attention" not in name) == work.linear + work.rest

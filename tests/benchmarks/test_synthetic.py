@@ -25,16 +25,16 @@ def test_activations_stay_finite_over_all_blocks(tmp_path: Path) -> None:
     """In bfloat16, through as many blocks as FLUX.2 [dev] has, random weights give a velocity of ordinary size."""
     deep = resized(TINY, tmp_path / "deep", transformer={"num_layers": 8, "num_single_layers": 48})
     source = Source(deep, device="cpu", dtype="bfloat16")
-    with source.components() as parts:
-        picture = pipeline_of(parts)(
+    with source.components() as components:
+        image = pipeline_of(components)(
             prompt_embeds=source.embedding(), width=64, height=64, num_inference_steps=3, output_type="latent"
         ).images
-    assert picture.isfinite().all()
-    assert 0.1 < picture.float().std() < 10
+    assert image.isfinite().all()
+    assert 0.1 < image.float().std() < 10
 
 
-def test_the_same_parts_again() -> None:
-    """A source makes the same weights each time, and those before are gone although somebody still holds the parts."""
+def test_components_are_reproducible() -> None:
+    """A source creates the same weights each time, and releases earlier ones even if their modules are referenced."""
     with SOURCE.components() as first:
         kept = [parameter.clone() for parameter in first.transformer.parameters()]
     assert list(first.transformer.parameters()) == []
@@ -59,8 +59,8 @@ def test_a_model_is_loaded_as_the_service_loads_it() -> None:
 
 
 @pytest.mark.parametrize("has_weights", [False, True])
-def test_what_the_service_refuses_a_benchmark_refuses(tmp_path: Path, *, has_weights: bool) -> None:
-    """A folder without a VAE is refused by the service's own check, and so is a GPU where there is none."""
+def test_invalid_models_are_refused_as_by_the_service(tmp_path: Path, *, has_weights: bool) -> None:
+    """A folder without a VAE is refused by the service's own check, and so is an absent GPU."""
     shutil.copytree(TINY, tmp_path / "broken", ignore=shutil.ignore_patterns("vae"))
     broken = Source(tmp_path / "broken", has_weights, device="cpu")
     with pytest.raises(ModelRefused, match="has no folder 'vae'"), broken.model("exact"):
@@ -68,14 +68,14 @@ def test_what_the_service_refuses_a_benchmark_refuses(tmp_path: Path, *, has_wei
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
-    """The device is the service's setting, and its check is the service's."""
+def test_an_absent_gpu_is_refused() -> None:
+    """The device is validated by the service's own setting."""
     with pytest.raises(ModelRefused, match="can use no GPU here"), Source(TINY, device="cuda").model("exact"):
         pass
 
 
-def test_offloaded_blocks_are_made_up_in_host_memory() -> None:
-    """Under ``offload`` the service asks for the transformer in host memory, and gets it there."""
+def test_offloaded_blocks_are_created_in_host_memory() -> None:
+    """With ``offload`` the service requests the transformer in host memory, and gets it there."""
     with SOURCE.model("offload") as model:
         assert model.performance.profile == "offload"
         request = Params(SOURCE.embedding(), 64, 64, GUIDANCE, 0, schedule_for("none", 2))
@@ -83,7 +83,7 @@ def test_offloaded_blocks_are_made_up_in_host_memory() -> None:
 
 
 def test_an_unknown_buffer_is_refused() -> None:
-    """A buffer that nobody knows how to fill would hold whatever memory held: it is an error."""
+    """An unknown buffer is an error, since it would hold uninitialized memory."""
     module = nn.Module()
     module.register_buffer("frequencies", torch.empty(3))
     with pytest.raises(ValueError, match="frequencies"):

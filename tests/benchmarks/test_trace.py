@@ -1,4 +1,4 @@
-"""What happens inside the denoising loop."""
+"""The trace of the denoising loop."""
 
 from collections import Counter
 
@@ -15,7 +15,7 @@ from generator_service.pipelines.params import Params
 EVENTS = [
     Event("cudaStreamSynchronize", 5, 6, is_on_device=False),  # before the loop
     Event("flux2 step 0", 10, 11, is_on_device=False),
-    Event("flux2 step 0", 30, 31, is_on_device=True),  # its shadow on the device
+    Event("flux2 step 0", 30, 31, is_on_device=True),  # its mark on the device
     Event("gemm", 12, 14, is_on_device=True),
     Event("cudaStreamSynchronize", 15, 16, is_on_device=False),
     Event("flux2 step 1", 20, 21, is_on_device=False),
@@ -24,29 +24,31 @@ EVENTS = [
     Event("norm", 27, 28, is_on_device=True),
     Event("Memcpy DtoH (Device -> Pageable)", 28, 29, is_on_device=True),
     Event("flux2 step 2", 40, 41, is_on_device=False),
-    Event("cudaDeviceSynchronize", 45, 46, is_on_device=False),  # after the last step began: the picture is fetched
+    Event(
+        "cudaDeviceSynchronize", 45, 46, is_on_device=False
+    ),  # after the last step began: the image is copied to the host
 ]
 
 
-def test_waits_are_counted_inside_the_loop_alone() -> None:
+def test_waits_are_counted_only_inside_the_loop() -> None:
     """Waits and copies count from the first step's beginning to the last's, by step."""
     assert waits_by_step(EVENTS) == {0: Counter({"cudaStreamSynchronize": 1}), 1: Counter({"Memcpy DtoH": 1})}
 
 
-def test_kernels_belong_to_the_step_in_which_they_ran() -> None:
-    """A step's kernels are those that began in it, the longest first; marks are none."""
-    found = kernels_of(EVENTS, 1, is_computed=True, on_device=True)
-    assert found.wall_ms == pytest.approx(0.02)
-    assert found.busy_ms == pytest.approx(0.006)
-    assert found.num_kernels == 4
-    name, count, milliseconds = found.top[0]
+def test_kernels_belong_to_the_step_in_which_they_started() -> None:
+    """A step's kernels are those that started in it, the longest first; marks are excluded."""
+    kernels = kernels_of(EVENTS, 1, is_computed=True, on_device=True)
+    assert kernels.wall_ms == pytest.approx(0.02)
+    assert kernels.busy_ms == pytest.approx(0.006)
+    assert kernels.num_kernels == 4
+    name, count, milliseconds = kernels.top[0]
     assert (name, count) == ("gemm", 2)
     assert milliseconds == pytest.approx(0.004)
 
 
 @pytest.mark.filterwarnings("default")
-def test_marks_of_others_are_no_events() -> None:
-    """What compiled code or a library marks is not counted beside what runs inside it; only our marks are kept."""
+def test_foreign_marks_are_ignored() -> None:
+    """Marks of compiled code or of a library are not counted beside the events inside them; only our marks are kept."""
     source = Source(TINY, device="cpu")
 
     def mark() -> None:

@@ -1,4 +1,4 @@
-"""A cluster of four nodes on this machine, with logical GPUs, and the demo model served by it."""
+"""A Ray cluster of four nodes on this machine, with logical GPUs, that serves the demo model."""
 
 import os
 import re
@@ -27,18 +27,18 @@ FAST_HEALTH = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
-"""A lost node is known within seconds. On a real cluster: ``RAY_health_check_...``, see docs/run.md."""
+"""Detect a lost node within seconds. Real clusters set ``RAY_health_check_...``, see docs/run.md."""
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A port that no process uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def environment(folder: Path, settings: dict[str, str]) -> dict[str, str]:
-    """What Ray's processes, and the services in them, get."""
+    """The environment of Ray's processes, and of the services in them."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32), encoding="utf-8")
     return {
@@ -46,8 +46,8 @@ def environment(folder: Path, settings: dict[str, str]) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "2",  # few cores for many processes: they answer late
-        "OMP_NUM_THREADS": "1",  # so that pictures are, bit for bit, those of one thread
+        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "2",  # few cores for many processes: they respond late
+        "OMP_NUM_THREADS": "1",  # so that images are bit-identical to those of one thread
         "HF_HUB_OFFLINE": "1",
         "FLUX2_MODEL": str(WEIGHTS),
         "GENERATOR_TOKEN": API_TOKEN,
@@ -87,13 +87,13 @@ class SimulatedCluster:
 
     @property
     def address(self) -> str:
-        """Of the head."""
+        """The address of the head."""
         address: str = self._cluster.address
         return address
 
     def complete(self) -> None:
-        """Have all nodes: those that were lost are replaced."""
-        with pytest.MonkeyPatch.context() as patch:  # a test has taken our settings out of the process's environment
+        """Replace nodes that were lost."""
+        with pytest.MonkeyPatch.context() as patch:  # a test removed the settings from this process's environment
             for name, value in self._variables.items():
                 patch.setenv(name, value)
             while len(self._nodes) < NUM_GPU_NODES:
@@ -101,7 +101,6 @@ class SimulatedCluster:
         self._cluster.wait_for_nodes()
 
     def close(self) -> None:
-        """End everything."""
         import ray  # noqa: PLC0415 - optional
         from ray import serve  # noqa: PLC0415
 
@@ -110,10 +109,10 @@ class SimulatedCluster:
         self._cluster.shutdown()
 
     def deploy(self, min_generators: int, max_generators: int) -> None:
-        """``deploy/ray/serve.yaml`` as it is, but for the port, how many generators, and how soon; wait for it."""
+        """Apply ``deploy/ray/serve.yaml`` with another port, number of generators and delay, and wait for it."""
         config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text(encoding="utf-8"))
         config["http_options"]["port"] = self._port
-        deployments = {found["name"]: found for found in config["applications"][0]["deployments"]}
+        deployments = {entry["name"]: entry for entry in config["applications"][0]["deployments"]}
         for deployment in deployments.values():
             deployment["health_check_period_s"] = 1
         deployments["generator"]["autoscaling_config"] |= {
@@ -130,7 +129,7 @@ class SimulatedCluster:
         self.wait_until_ready(min_generators)
 
     def wait_until_ready(self, num_generators: int) -> None:
-        """So many generators run, one text encoder, and the API says that it is ready."""
+        """Wait until this number of generators and one text encoder run, and the API is ready."""
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             counts = {name: len(self.nodes_of(name)) for name in ("api", "generator", "text-encoder")}
@@ -140,41 +139,40 @@ class SimulatedCluster:
         raise AssertionError(f"not ready: {counts}")
 
     def client(self) -> httpx.Client:
-        """A client of the API that has its token."""
+        """A client of the API with a valid token."""
         headers = {"Authorization": f"Bearer {API_TOKEN}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE_S)
 
     def is_ready(self) -> bool:
-        """Whether the API says so."""
         try:
             return httpx.get(f"{self.url}/health/ready", timeout=10).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
 
     def nodes_of(self, deployment: str) -> list[str]:
-        """The nodes on which its replicas run."""
+        """The nodes on which the replicas of a deployment run."""
         return [replica["node_id"] for replica in self.replicas_of(deployment)]
 
     def replicas_of(self, deployment: str) -> list[dict[str, Any]]:
-        """What Serve says of its running replicas."""
+        """Serve's status of the running replicas."""
         from ray.serve.context import _get_global_client  # noqa: PLC0415 - optional
 
         details = _get_global_client().get_serve_details()
-        found = details["applications"].get("flux2", {}).get("deployments", {}).get(deployment, {})
-        return [replica for replica in found.get("replicas", []) if replica["state"] == "RUNNING"]
+        entry = details["applications"].get("flux2", {}).get("deployments", {}).get(deployment, {})
+        return [replica for replica in entry.get("replicas", []) if replica["state"] == "RUNNING"]
 
     def kill(self, node_id: str) -> None:
-        """Kill a node's processes, with all that runs in them."""
+        """Kill the processes of a node."""
         (node,) = [node for node in self._nodes if node.node_id == node_id]
         self._nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
 
-    def deliveries(self) -> Counter[str]:
-        """How many requests each generator has answered, by Serve's own logs."""
+    def num_responses(self) -> Counter[str]:
+        """The number of requests that each generator has completed, from Serve's logs."""
         logs = Path(self._cluster.head_node.get_logs_dir_path()) / "serve"
         pattern = re.compile(r"replica_flux2_generator_(\w+)\.log")
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for file in logs.iterdir():
             if match := pattern.fullmatch(file.name):
-                found[match[1]] = len(re.findall(r"CALL deliver\w* OK", file.read_text(encoding="utf-8")))
-        return found
+                counts[match[1]] = len(re.findall(r"CALL generate\w* OK", file.read_text(encoding="utf-8")))
+        return counts

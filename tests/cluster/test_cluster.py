@@ -1,6 +1,6 @@
-"""The Ray Serve application for real: four nodes on this machine, logical GPUs, the demo model.
+"""The Ray Serve application on four local nodes with logical GPUs and the demo model.
 
-``make test-cluster`` runs this. Nodes are killed under load, and generators come and go.
+``make test-cluster`` runs this. Nodes are killed under load, and generators are added and removed.
 """
 
 import importlib.util
@@ -27,10 +27,10 @@ from tests.conftest import Serve
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.filterwarnings("ignore"),  # Ray's own: sockets left to the garbage collector, deprecated calls
+    pytest.mark.filterwarnings("ignore"),  # Ray leaves sockets to the garbage collector and makes deprecated calls
 ]
 
-PICTURES = [
+BODIES = [
     {
         "prompt": f"a {size} {color} circle on a white background",
         "seed": seed,
@@ -51,16 +51,16 @@ CLIENTS = 4
 LOAD_S = 45.0
 KILLED_AFTER_S = 5.0
 KINDS = {"busy", "encoder_unavailable", "encoder_timeout", "generator_unavailable"}
-"""Of the errors that a lost node may cause."""
+"""Codes of the errors that a lost node may cause."""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedCluster]:
     """Four nodes, for all tests of this file."""
-    if importlib.util.find_spec("ray") is None:  # not imported yet: it reads its environment only then
+    if importlib.util.find_spec("ray") is None:  # Ray reads its environment when it is imported
         pytest.skip("the extra ray is not installed, so the cluster was not tested")
     folder = tmp_path_factory.mktemp("cluster")
-    # No embedding is kept: every request needs the text encoder.
+    # No embedding is cached, so every request needs the text encoder.
     settings = {"TEXT_ENCODER_EMBEDDING_CACHE_BYTES": "0", "GENERATOR_EMBEDDING_CACHE_BYTES": "0"}
     variables = environment(folder, settings | {"GENERATOR_MAX_WAITING": str(MAX_WAITING)})
     with pytest.MonkeyPatch.context() as patch:
@@ -72,10 +72,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedClust
 
 
 @pytest.fixture
-def draw_alone(serve_generator: Serve) -> Callable[[list[dict[str, Any]]], list[bytes]]:
-    """Draws pictures with both services in this process, on one thread: the reference."""
+def generate_locally(serve_generator: Serve) -> Callable[[list[dict[str, Any]]], list[bytes]]:
+    """Generates images with both services in this process, on one thread, as the reference."""
 
-    async def draw(bodies: list[dict[str, Any]]) -> list[bytes]:
+    async def generate(bodies: list[dict[str, Any]]) -> list[bytes]:
         async with serve_generator() as http:
             return [(await http.post("/generate", json=body)).raise_for_status().content for body in bodies]
 
@@ -83,7 +83,7 @@ def draw_alone(serve_generator: Serve) -> Callable[[list[dict[str, Any]]], list[
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return anyio.run(draw, bodies)
+            return anyio.run(generate, bodies)
         finally:
             torch.set_num_threads(before)
 
@@ -92,21 +92,21 @@ def draw_alone(serve_generator: Serve) -> Callable[[list[dict[str, Any]]], list[
 
 @dataclass
 class Load:
-    """What clients see who ask for one picture after the other."""
+    """Clients that request one image after the other, and the responses they get."""
 
     cluster: SimulatedCluster
     references: list[bytes]
     successes: list[float] = field(default_factory=list)
-    """When they came."""
+    """Times of the successful responses."""
     failures: list[str] = field(default_factory=list)
     longest_gap_s: float = 0.0
-    """Without a success."""
+    """Errors of the failed requests."""
     different: int = 0
-    """Successes that are not the reference."""
+    """The number of responses that differ from the reference."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Ask while the block lasts; then what was asked is waited for."""
+        """Send requests until the block ends, then wait for the running ones."""
         over = threading.Event()
         clients = [threading.Thread(target=self._ask, args=(k, over)) for k in range(CLIENTS)]
         began = time.monotonic()
@@ -126,14 +126,16 @@ class Load:
             for number in itertools.count(first):
                 if over.is_set():
                     return
-                which = number % len(PICTURES)
-                answer = http.post("/generate", json=PICTURES[which])
-                if answer.status_code != httpx.codes.OK:
-                    is_ours = answer.headers["content-type"] == "application/problem+json"
-                    self.failures.append(answer.json()["code"] if is_ours else f"{answer.status_code} {answer.text}")
+                which = number % len(BODIES)
+                response = http.post("/generate", json=BODIES[which])
+                if response.status_code != httpx.codes.OK:
+                    is_ours = response.headers["content-type"] == "application/problem+json"
+                    self.failures.append(
+                        response.json()["code"] if is_ours else f"{response.status_code} {response.text}"
+                    )
                     continue
                 self.successes.append(time.monotonic())
-                self.different += answer.content != self.references[which]
+                self.different += response.content != self.references[which]
 
     def __str__(self) -> str:
         total = len(self.successes) + len(self.failures)
@@ -142,13 +144,13 @@ class Load:
 
 
 def longest_gap(began: float, successes: list[float], ended: float) -> float:
-    """The longest time from one success to the next, and before the first and after the last."""
+    """The longest time between successes, including before the first and after the last."""
     moments = [began, *sorted(successes), max([ended, *successes])]
     return max(after - before for before, after in itertools.pairwise(moments))
 
 
 def check(load: Load, what: str) -> None:
-    """What holds for clients while a node is lost."""
+    """Assert the availability that holds for clients while a node is lost."""
     print(f"\n{what}: {load}")
     assert load.different == 0
     assert set(load.failures) <= KINDS
@@ -159,7 +161,7 @@ def check(load: Load, what: str) -> None:
 
 
 def wait_for_jobs(http: httpx.Client, jobs: list[str]) -> list[str]:
-    """Their last states."""
+    """Wait until the jobs have ended, and return their states."""
     until = time.monotonic() + PATIENCE_S
     states: list[str] = []
     while time.monotonic() < until:
@@ -170,81 +172,81 @@ def wait_for_jobs(http: httpx.Client, jobs: list[str]) -> list[str]:
     return states
 
 
-def test_pictures_are_those_of_one_process(
-    cluster: SimulatedCluster, draw_alone: Callable[[list[dict[str, Any]]], list[bytes]]
+def test_images_equal_those_of_one_process(
+    cluster: SimulatedCluster, generate_locally: Callable[[list[dict[str, Any]]], list[bytes]]
 ) -> None:
-    """Every picture is, file and all, the one that a single process draws; every generator draws some."""
+    """Every file equals the one that a single process generates, and every generator generates some."""
     cluster.complete()
     cluster.deploy(2, 2)
-    before = cluster.deliveries()
-    load = Load(cluster, draw_alone(PICTURES))
+    before = cluster.num_responses()
+    load = Load(cluster, generate_locally(BODIES))
     with load.running():
         time.sleep(10)
-    drawn = cluster.deliveries() - before
-    print(f"\nno disturbance: {load}; by generator {sorted(drawn.values())}")
+    num_generated = cluster.num_responses() - before
+    print(f"\nno disturbance: {load}; by generator {sorted(num_generated.values())}")
     assert load.failures == []
     assert load.different == 0
-    assert len(drawn) == 2
-    assert min(drawn.values()) >= 0.2 * sum(drawn.values())
+    assert len(num_generated) == 2
+    assert min(num_generated.values()) >= 0.2 * sum(num_generated.values())
 
 
-def test_the_api_is_the_same(cluster: SimulatedCluster) -> None:
-    """Jobs, their repetition and cancelling, streams, errors and refusals are as those of one generator."""
+def test_the_api_is_that_of_one_generator(cluster: SimulatedCluster) -> None:
+    """Jobs, idempotency, cancellation, streams, errors and refusals are those of one generator."""
     cluster.complete()
     cluster.deploy(2, 2)
     with cluster.client() as http:
         key = {"Idempotency-Key": "again"}
-        begun, again = (http.post("/jobs", json=PICTURES[0], headers=key) for _ in range(2))
-        assert begun.status_code == 202
-        assert begun.json()["id"] == again.json()["id"]
-        job = begun.headers["location"]
+        created, again = (http.post("/jobs", json=BODIES[0], headers=key) for _ in range(2))
+        assert created.status_code == 202
+        assert created.json()["id"] == again.json()["id"]
+        job = created.headers["location"]
         assert wait_for_jobs(http, [job]) == ["completed"]
         streamed = http.get(f"{job}/events").text
         assert [name in streamed for name in ("event: encoding", "event: step", "event: completed")] == [True] * 3
-        plain = http.post("/generate", json=PICTURES[0])
+        plain = http.post("/generate", json=BODIES[0])
         assert http.get(f"{job}/result").content == plain.content
         assert plain.headers.get_list("x-request-id") != []
         assert len(plain.headers.get_list("x-request-id")) == 1
-        refused = http.post("/generate", json=PICTURES[0] | {"width": 7})
+        refused = http.post("/generate", json=BODIES[0] | {"width": 7})
         assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
         slow = http.post("/jobs", json=SLOW).headers["location"]
         assert http.delete(slow).json()["status"] == "cancelled"
 
 
-def test_who_leaves_is_not_drawn_for(cluster: SimulatedCluster) -> None:
-    """A client that leaves frees its place; with ``on_disconnect: keep`` its picture is finished, and drawn once."""
+def test_a_disconnect_stops_the_generation(cluster: SimulatedCluster) -> None:
+    """A disconnect frees the slot; with ``on_disconnect: keep`` the image is finished, and generated once."""
     cluster.complete()
     cluster.deploy(2, 2)
-    before = cluster.deliveries()
+    before = cluster.num_responses()
     kept, key = SLOW | {"on_disconnect": "keep", "seed": 1}, {"Idempotency-Key": "kept"}
     with cluster.client() as http:
         for body, headers in ((SLOW | {"seed": 2}, {}), (kept, key)):
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/generate", json=body, headers=headers, timeout=0.5)
-        assert places_taken(http, lambda depth: depth <= 1) <= 1
+        assert queue_depth(http, lambda depth: depth <= 1) <= 1
         assert http.post("/generate", json=kept, headers=key).status_code == 200
-        assert places_taken(http, lambda depth: depth == 0) == 0
-    drawn = cluster.deliveries() - before
-    assert drawn.total() == 1
+        assert queue_depth(http, lambda depth: depth == 0) == 0
+    num_generated = cluster.num_responses() - before
+    assert num_generated.total() == 1
 
 
-def places_taken(http: httpx.Client, enough: Callable[[float], bool]) -> float:
-    """How many requests wait or are drawn, as soon as it is ``enough``, or after a while."""
+def queue_depth(http: httpx.Client, enough: Callable[[float], bool]) -> float:
+    """The number of requests in the service, once it is ``enough`` or after a while."""
     depth = 0.0
     for _ in range(100):
-        (line,) = re.findall(r"^flux2_queue_depth (\S+)$", http.get("/metrics").text, re.MULTILINE)
-        depth = float(line)
+        (value,) = re.findall(r"^flux2_queue_depth (\S+)$", http.get("/metrics").text, re.MULTILINE)
+        depth = float(value)
         if enough(depth):
             break
         time.sleep(0.1)
     return depth
 
 
-def test_strangers_are_kept_out(cluster: SimulatedCluster) -> None:
-    """Who has no key gets no picture, and who has another token than the cluster's cannot join it."""
+def test_authentication_is_required(cluster: SimulatedCluster) -> None:
+    """A client without a key gets 401, and a node with another token than the cluster's cannot join it."""
     cluster.complete()
     cluster.deploy(2, 2)
-    assert httpx.post(f"{cluster.url}/generate", json=PICTURES[0]).status_code == 401
+    assert httpx.post(f"{cluster.url}/generate", json=BODIES[0]).status_code == 401
     program = f"import ray; ray.init({cluster.address!r}, log_to_driver=False)"
     variables = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
     del variables["RAY_AUTH_TOKEN_PATH"]
@@ -253,8 +255,8 @@ def test_strangers_are_kept_out(cluster: SimulatedCluster) -> None:
     assert "InvalidAuthToken" in done.stderr
 
 
-def test_what_is_too_much_is_refused(cluster: SimulatedCluster) -> None:
-    """Two are drawn and as many wait as may; who comes then gets 429 at once. A deadline in the line is kept.
+def test_requests_beyond_the_queue_are_refused(cluster: SimulatedCluster) -> None:
+    """Two generations run and the queue is full; the next request gets 429 at once, and a deadline in the queue holds.
 
     Each image takes far longer than posting all of them, so that none ends meanwhile, however fast the machine is.
     """
@@ -265,8 +267,8 @@ def test_what_is_too_much_is_refused(cluster: SimulatedCluster) -> None:
         accepted = [job.headers["location"] for job in jobs if job.status_code == 202]
         refused = [job for job in jobs if job.status_code != 202]
         http.delete(accepted.pop()).raise_for_status()
-        hurried = http.post("/generate", json=PICTURES[0] | {"deadline_ms": 300})
-        told = [http.get(job).json() for job in accepted]
+        hurried = http.post("/generate", json=BODIES[0] | {"deadline_ms": 300})
+        jobs_before = [http.get(job).json() for job in accepted]
         for job in accepted:
             http.delete(job)
         states = wait_for_jobs(http, accepted)
@@ -274,19 +276,19 @@ def test_what_is_too_much_is_refused(cluster: SimulatedCluster) -> None:
     assert {(job.status_code, job.json()["code"]) for job in refused} == {(429, "busy")}
     assert all(int(job.headers["retry-after"]) >= 1 for job in refused)
     assert (hurried.status_code, hurried.json()["code"]) == (504, "deadline_exceeded")
-    assert [job["status"] for job in told if job["status"] not in ("queued", "running")] == []
-    assert max(job["position"] for job in told) > MAX_WAITING / 2
+    assert [job["status"] for job in jobs_before if job["status"] not in ("queued", "running")] == []
+    assert max(job["position"] for job in jobs_before) > MAX_WAITING / 2
     assert set(states) == {"cancelled"}
 
 
 @pytest.mark.parametrize("lost", ["generator", "text-encoder"])
 def test_a_node_is_lost_under_load(
-    lost: str, cluster: SimulatedCluster, draw_alone: Callable[[list[dict[str, Any]]], list[bytes]]
+    lost: str, cluster: SimulatedCluster, generate_locally: Callable[[list[dict[str, Any]]], list[bytes]]
 ) -> None:
-    """At least 99 % of the requests succeed, there is a picture every 20 s, and failures are errors of ours."""
+    """At least 99 % of the requests succeed, there is an image every 20 s, and failures are errors of this project."""
     cluster.complete()
     cluster.deploy(2, 2)
-    load = Load(cluster, draw_alone(PICTURES))
+    load = Load(cluster, generate_locally(BODIES))
     with load.running():
         time.sleep(KILLED_AFTER_S)
         others = set(cluster.nodes_of("text-encoder")) if lost == "generator" else set()
@@ -298,8 +300,8 @@ def test_a_node_is_lost_under_load(
     assert victim not in cluster.nodes_of(lost)
 
 
-def test_the_holder_of_the_state_dies(cluster: SimulatedCluster) -> None:
-    """With the process of the API its jobs are forgotten, and nothing else: it comes back by itself, and draws."""
+def test_the_node_of_the_api_is_lost(cluster: SimulatedCluster) -> None:
+    """With the process of the API only its jobs are lost; it is restarted automatically, and images are generated."""
     cluster.complete()
     cluster.deploy(2, 2)
     with cluster.client() as http:
@@ -315,14 +317,14 @@ def test_the_holder_of_the_state_dies(cluster: SimulatedCluster) -> None:
         print(f"\napi killed: back after {time.monotonic() - began:.1f} s")
         forgotten = http.get(job)
         assert (forgotten.status_code, forgotten.json()["code"]) == (404, "job_not_found")
-        assert http.post("/generate", json=PICTURES[0]).status_code == 200
+        assert http.post("/generate", json=BODIES[0]).status_code == 200
         assert sorted(replica["pid"] for replica in cluster.replicas_of("generator")) == generators
 
 
-def test_generators_come_and_go(
-    cluster: SimulatedCluster, draw_alone: Callable[[list[dict[str, Any]]], list[bytes]]
+def test_generators_are_autoscaled(
+    cluster: SimulatedCluster, generate_locally: Callable[[list[dict[str, Any]]], list[bytes]]
 ) -> None:
-    """Under many jobs one generator becomes three, without them three become one, and no job is lost."""
+    """With many jobs one generator becomes three, without them three become one, and no job is lost."""
     cluster.complete()
     cluster.deploy(1, 3)
     bodies = [SLOW | {"num_inference_steps": 50, "seed": seed} for seed in range(MAX_WAITING)]
@@ -340,4 +342,4 @@ def test_generators_come_and_go(
     print(f"\n{len(jobs)} jobs: {states.count('completed')} completed; generators {path}")
     assert states == ["completed"] * len(jobs)
     assert max(path) == 3
-    assert results[::8] == draw_alone(bodies[::8])
+    assert results[::8] == generate_locally(bodies[::8])

@@ -1,4 +1,4 @@
-"""Many generators behind one API, with handles that stand for Ray's; where Ray is not installed this is not tested."""
+"""Many generators behind one API, with fakes of Ray's handles; skipped without Ray."""
 
 import asyncio
 import importlib.util
@@ -22,25 +22,24 @@ from generator_service.pipelines.params import Params
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed"),
-    pytest.mark.filterwarnings("ignore"),  # Ray's own: deprecated calls of pydantic
+    pytest.mark.filterwarnings("ignore"),  # Ray makes deprecated calls of pydantic
 ]
 
-CARD = ModelInfo("model", "1", "transformer 0", "float32", "none", 4, 64, 16)
+INFO = ModelInfo("model", "1", "transformer 0", "float32", "none", 4, 64, 16)
 REQUEST = Request(Params(None, 64, 64, 4.0, 1, schedule_for("none", 2), prompt="a prompt"), num_tokens=16)
 RESULT = GenerationResult(REQUEST.params, b"file", Timings(0.0, 0.0, 1.0, 0.1))
-BEGUN = StepStarted(0, 0, is_computed=True, seconds_left=None)
+STEP_STARTED = StepStarted(0, 0, is_computed=True, seconds_left=None)
 
 
 @dataclass
 class FakeHandle:
-    """Answers each request with the next of ``scripts``: what happens, what is raised, or how long it takes."""
+    """Answers each call with the next of ``scripts``: events, exceptions to raise, and seconds to wait."""
 
     scripts: list[list[Any]]
-    asked: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
     num_cancelled: int = 0
 
     def options(self, **_: object) -> Self:
-        """As Ray's."""
         return self
 
     def __getattr__(self, name: str) -> "FakeMethod":
@@ -49,21 +48,20 @@ class FakeHandle:
 
 @dataclass
 class FakeMethod:
-    """A method of the replicas."""
+    """A remote method of the replicas."""
 
     handle: FakeHandle
     name: str
 
     def remote(self, request: Request) -> "FakeStream":
-        """As Ray's."""
         assert request.params.prompt
-        self.handle.asked.append(self.name)
+        self.handle.calls.append(self.name)
         return FakeStream(self.handle, self.handle.scripts.pop(0))
 
 
 @dataclass
 class FakeStream:
-    """What a replica tells."""
+    """The stream of a replica's events."""
 
     handle: FakeHandle
     script: list[Any]
@@ -78,12 +76,11 @@ class FakeStream:
                 yield item
 
     def cancel(self) -> None:
-        """As Ray's."""
         self.handle.num_cancelled += 1
 
 
 def lost() -> Exception:
-    """What Ray raises where a replica has died."""
+    """The error that Ray raises after a replica has died."""
     from ray.exceptions import ActorDiedError  # noqa: PLC0415 - optional
 
     died: Exception = ActorDiedError()
@@ -91,82 +88,83 @@ def lost() -> Exception:
 
 
 def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:
-    """A fleet of one generator."""
     from flux2_ray.fleet import Fleet  # noqa: PLC0415 - optional
 
-    return Fleet(handle, CARD, LatencyModel(), lambda: 1, max_waiting, Metrics())
+    return Fleet(handle, INFO, LatencyModel(), lambda: 1, max_waiting, Metrics())
 
 
 def submit(fleet: Any, *, request: Request = REQUEST, is_followed: bool = False) -> Generation:
-    """Begin one image."""
+    """Submit a request for one image."""
     with fleet.admit() as permit:
         generation: Generation = fleet.submit(replace(request, is_followed=is_followed), permit)
     return generation
 
 
 async def test_a_lost_generator_is_replaced() -> None:
-    """The request goes to another generator; who follows is told again from the start."""
-    handle = FakeHandle([[EncodingPrompt(), BEGUN, lost], [EncodingPrompt(), BEGUN, RESULT]])
+    """The request goes to another generator, and its events start again."""
+    handle = FakeHandle([[EncodingPrompt(), STEP_STARTED, lost], [EncodingPrompt(), STEP_STARTED, RESULT]])
     generation = submit(fleet_of(handle), is_followed=True)
     assert await generation.images() == [RESULT]
-    assert handle.asked == ["generate", "generate"]
+    assert handle.calls == ["generate", "generate"]
     seen = [event async for event in generation.events()]
-    assert seen == [EncodingPrompt(), BEGUN, EncodingPrompt(), BEGUN, RESULT]
+    assert seen == [EncodingPrompt(), STEP_STARTED, EncodingPrompt(), STEP_STARTED, RESULT]
 
 
-async def test_one_after_the_other_is_lost() -> None:
-    """After four attempts the client is told, with a time to come back."""
+async def test_repeated_losses_are_an_error() -> None:
+    """After four attempts the client gets an error with a time to retry after."""
     with pytest.raises(GeneratorUnavailable) as caught:
         await submit(fleet_of(FakeHandle([[lost]] * 4))).images()
     assert caught.value.retry_after_s
 
 
-async def test_a_generator_whose_gpu_failed_is_replaced() -> None:
-    """Its last word is that the device is lost; another generator is asked."""
-    handle = FakeHandle([[EncodingPrompt(), BEGUN, DeviceLost()], [BEGUN, RESULT]])
+async def test_a_generator_with_a_lost_device_is_replaced() -> None:
+    """A generator whose last event is a lost device is replaced by another one."""
+    handle = FakeHandle([[EncodingPrompt(), STEP_STARTED, DeviceLost()], [STEP_STARTED, RESULT]])
     assert await submit(fleet_of(handle)).images() == [RESULT]
-    assert len(handle.asked) == 2
+    assert len(handle.calls) == 2
 
 
-async def test_what_a_generator_says_is_final() -> None:
-    """An error of ours is the answer; nobody else is asked."""
+async def test_errors_of_a_generator_are_final() -> None:
+    """An error of the generator is the response, and no other generator is called."""
     handle = FakeHandle([[EncodingPrompt(), OutOfMemory("too large")]])
     with pytest.raises(OutOfMemory):
         await submit(fleet_of(handle)).images()
-    assert len(handle.asked) == 1
+    assert len(handle.calls) == 1
 
 
-async def test_an_error_in_the_code_is_not_repeated() -> None:
-    """What the replica's code raises would be raised again."""
+async def test_an_unexpected_error_is_not_retried() -> None:
+    """An exception in the replica's code would be raised again."""
     from ray.exceptions import RayTaskError  # noqa: PLC0415 - optional
 
-    handle = FakeHandle([[lambda: RayTaskError("deliver", "traceback", ValueError("x"))]])
+    handle = FakeHandle([[lambda: RayTaskError("generate", "traceback", ValueError("x"))]])
     with pytest.raises(Flux2Error) as caught:
         await submit(fleet_of(handle)).images()
     assert caught.value.code == "internal_error"
     assert "traceback" not in str(caught.value)
-    assert len(handle.asked) == 1
+    assert len(handle.calls) == 1
 
 
-async def test_refusals_come_at_once() -> None:
-    """With one drawn and as many waiting as may, the next is refused before anything is sent; places are given back."""
+async def test_a_full_queue_refuses_at_once() -> None:
+    """With one running and the queue full, the next request is refused before anything is sent; slots are released."""
     handle = FakeHandle([[30.0], [30.0], [RESULT]])
     fleet = fleet_of(handle, max_waiting=1)
     running = [submit(fleet) for _ in range(2)]
     with pytest.raises(Busy) as caught:
         submit(fleet)
     assert caught.value.retry_after_s
-    await asyncio.sleep(0)  # each has asked
-    assert len(handle.asked) == 2
+    await asyncio.sleep(0)  # each has made its call
+    assert len(handle.calls) == 2
     for generation in running:
         generation.cancel()
     assert await submit(fleet).images() == [RESULT]
-    assert handle.num_cancelled == 3  # a stream that has ended is cancelled, too
+    assert handle.num_cancelled == 3  # an ended stream is cancelled, too
 
 
-@pytest.mark.parametrize(("script", "is_in_time"), [([0.5, BEGUN, RESULT], False), ([BEGUN, 0.5, RESULT], True)])
-async def test_a_deadline_is_for_the_beginning(script: list[Any], *, is_in_time: bool) -> None:
-    """A picture that has not begun in time is given up; one that has is finished."""
+@pytest.mark.parametrize(
+    ("script", "is_in_time"), [([0.5, STEP_STARTED, RESULT], False), ([STEP_STARTED, 0.5, RESULT], True)]
+)
+async def test_a_deadline_is_for_the_start(script: list[Any], *, is_in_time: bool) -> None:
+    """A generation that has not started in time is aborted; one that has is finished."""
     handle = FakeHandle([script])
     generation = submit(fleet_of(handle), request=replace(REQUEST, deadline_s=0.1))
     if is_in_time:
@@ -178,15 +176,15 @@ async def test_a_deadline_is_for_the_beginning(script: list[Any], *, is_in_time:
     assert handle.num_cancelled == 1
 
 
-async def test_steps_that_nobody_follows_are_not_sent() -> None:
-    """Unless somebody follows the generation, the generator is asked for no events."""
-    handle = FakeHandle([[BEGUN, RESULT]])
+async def test_events_are_sent_only_if_followed() -> None:
+    """Unless events are followed, the generator sends none."""
+    handle = FakeHandle([[STEP_STARTED, RESULT]])
     await submit(fleet_of(handle)).images()
-    assert handle.asked == ["generate_without_events"]
+    assert handle.calls == ["generate_without_events"]
 
 
-async def test_the_fleet_learns_what_pictures_take() -> None:
-    """Each file brings its times, from which later requests are told what to expect."""
+async def test_the_fleet_learns_latencies() -> None:
+    """The times in each result are used for the estimates of later requests."""
     fleet = fleet_of(FakeHandle([[RESULT]]))
     assert fleet.latencies.estimate(16) is None
     await submit(fleet).images()

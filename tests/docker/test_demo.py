@@ -1,6 +1,6 @@
-"""The containers for real: built, started, disturbed under load and stopped, with the demo model on a Docker engine.
+"""Real containers: built, started, disturbed under load and stopped, with the demo model on a Docker engine.
 
-``make test-docker`` runs this where an engine can be reached, through ``DOCKER_HOST`` or the default socket.
+``make test-docker`` runs this if an engine can be reached, through ``DOCKER_HOST`` or the default socket.
 """
 
 import gc
@@ -38,9 +38,9 @@ pytestmark = pytest.mark.docker
 
 
 def connect() -> docker.DockerClient | None:
-    """The engine of ``DOCKER_HOST`` or the default socket, if there is one."""
+    """The engine of ``DOCKER_HOST`` or the default socket, if it can be reached."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # the SDK forgets the socket that it could not connect
+        warnings.simplefilter("ignore", ResourceWarning)  # the SDK does not close a socket that failed to connect
         try:
             return docker.from_env()
         except DockerException:
@@ -51,7 +51,7 @@ def connect() -> docker.DockerClient | None:
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[docker.DockerClient]:
-    """A Docker engine and its compose plugin; without them there is nothing to test."""
+    """A Docker engine with the compose plugin; without them the tests are skipped."""
     client = connect()
     if client is None:
         address = os.environ.get("DOCKER_HOST", "its default socket")
@@ -64,7 +64,7 @@ def engine() -> Iterator[docker.DockerClient]:
 
 @dataclass
 class Project:
-    """A compose project of its own, on a port of its own."""
+    """A compose project with its own name and port."""
 
     engine: docker.DockerClient
     name: str
@@ -72,11 +72,11 @@ class Project:
 
     @property
     def url(self) -> str:
-        """Where the generator is published."""
+        """The published address of the generator."""
         return f"http://127.0.0.1:{self.port}"
 
     def compose(self, *arguments: str, **environment: str) -> str:
-        """Run ``docker compose`` on this checkout, with no settings of the person who runs the tests; its output."""
+        """Run ``docker compose`` on this checkout without the caller's settings, and return its output."""
         docker_command = shutil.which("docker")
         assert docker_command is not None
         wheels = os.environ.get("PIP_FIND_LINKS", "")
@@ -84,25 +84,25 @@ class Project:
         command = [docker_command, "compose", "-p", self.name, "--env-file", os.devnull]
         command += ["-f", str(ROOT / "docker-compose.yml"), *override, *arguments]
         variables = {**self.base(), **os.environ, "GENERATOR_PORT": str(self.port), "WHEELS": wheels, **environment}
-        # No pseudo-terminal and plain progress: what is printed is for a test's report.
+        # No pseudo-terminal and plain progress, since the output goes to the test's report.
         result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1800, check=False)
         assert result.returncode == 0, f"{' '.join(arguments)}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
         return result.stdout
 
     def base(self) -> dict[str, str]:
-        """The Dockerfile's base by its tag alone if the engine has that: it may reach no registry for the digest."""
+        """The Dockerfile's base by its tag if the engine has it, since a digest may need the registry."""
         (pinned,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         tag = pinned.partition("@")[0]
         return {"PYTHON_IMAGE": tag} if self.engine.images.list(name=tag) else {}
 
     def container(self, service: str) -> Container:
-        """The one container of a service, stopped or not."""
+        """The container of a service, running or stopped."""
         wanted = [f"{LABEL}={self.name}", f"com.docker.compose.service={service}"]
-        (found,) = self.engine.containers.list(all=True, filters={"label": wanted})
-        return found
+        (container,) = self.engine.containers.list(all=True, filters={"label": wanted})
+        return container
 
-    def left(self) -> dict[str, list[Any]]:
-        """Everything that the engine has of this project, images aside."""
+    def resources(self) -> dict[str, list[Any]]:
+        """All of the engine's resources of this project except images."""
         mine: dict[str, Any] = {"label": f"{LABEL}={self.name}"}
         return {
             "containers": self.engine.containers.list(all=True, filters=mine),
@@ -115,12 +115,11 @@ class Project:
         self.compose("--profile", "demo", "up", "--detach", "--wait", "--wait-timeout", str(READY_S), "demo")
 
     def down(self) -> None:
-        """Stop and remove everything."""
         self.compose("--profile", "*", "down", "--volumes", "--timeout", "30")
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A port that no process uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -128,7 +127,7 @@ def free_port() -> int:
 
 @contextmanager
 def new_project(engine: docker.DockerClient, purpose: str) -> Iterator[Project]:
-    """A project that is gone when the block ends."""
+    """A project that is removed when the block ends."""
     project = Project(engine, f"flux2-{purpose}-{os.getpid()}", free_port())
     try:
         yield project
@@ -138,14 +137,14 @@ def new_project(engine: docker.DockerClient, purpose: str) -> Iterator[Project]:
 
 @pytest.fixture(scope="module")
 def demo(engine: docker.DockerClient) -> Iterator[Project]:
-    """The demo, up and ready."""
+    """The running demo."""
     with new_project(engine, "demo") as project:
         project.up()
         yield project
 
 
 def wait_for(condition: Callable[[], object], within_s: float = PATIENCE_S) -> None:
-    """Until ``condition()`` holds."""
+    """Wait until ``condition()`` holds."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline
@@ -153,30 +152,30 @@ def wait_for(condition: Callable[[], object], within_s: float = PATIENCE_S) -> N
 
 
 def is_healthy(container: Container) -> bool:
-    """Whether the engine says so."""
+    """Whether the engine reports the container as healthy."""
     container.reload()
     return bool(container.attrs["State"]["Health"]["Status"] == "healthy")
 
 
-def draw(url: str, prompt: str, **fields: object) -> httpx.Response:
-    """Ask for a picture."""
+def generate(url: str, prompt: str, **fields: object) -> httpx.Response:
+    """Request an image."""
     body = {"prompt": prompt, "seed": 7} | fields
     return httpx.post(f"{url}/generate", json=body, headers={"Accept": "image/png"}, timeout=PATIENCE_S)
 
 
-def test_a_picture_is_drawn_through_the_published_port(demo: Project) -> None:
-    """From outside the containers: ready, documented, and a picture comes of a prompt."""
+def test_an_image_is_generated_through_the_published_port(demo: Project) -> None:
+    """From outside the containers the service is ready and documented, and a prompt gives an image."""
     assert httpx.get(f"{demo.url}/health/ready").json() == {"status": "ready"}
     assert httpx.get(f"{demo.url}/docs").status_code == httpx.codes.OK
-    answer = draw(demo.url, "a small red circle above a large blue square on a white background")
-    assert answer.status_code == httpx.codes.OK, answer.text
-    with Image.open(io.BytesIO(answer.content)) as picture:
-        assert (picture.format, picture.size) == ("PNG", (128, 128))
-        assert len(picture.convert("RGB").getcolors(128 * 128) or []) > 2
+    response = generate(demo.url, "a small red circle above a large blue square on a white background")
+    assert response.status_code == httpx.codes.OK, response.text
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert (image.format, image.size) == ("PNG", (128, 128))
+        assert len(image.convert("RGB").getcolors(128 * 128) or []) > 2
 
 
-def test_the_containers_are_what_the_file_says(demo: Project) -> None:
-    """Seen from inside: no root, no capabilities, no way to new ones, nothing to write on but /tmp."""
+def test_the_containers_match_the_file(demo: Project) -> None:
+    """Inside there are no root user, capabilities, ways to gain privileges, or writable folders except /tmp."""
     for service in ("demo", "demo-text-encoder"):
         container = demo.container(service)
         status = output_of(container, "cat", "/proc/self/status").decode()
@@ -189,14 +188,14 @@ def test_the_containers_are_what_the_file_says(demo: Project) -> None:
 
 
 def output_of(container: Container, *command: str) -> bytes:
-    """What a command in the container prints."""
+    """The output of a command in the container."""
     output = container.exec_run(list(command)).output
     assert isinstance(output, bytes)
     return output
 
 
 def test_the_encoder_is_out_of_reach(demo: Project) -> None:
-    """It has no published port and no way out; the generator's is published on loopback alone."""
+    """It has no published port and no route to other networks; the generator is published only on loopback."""
     encoder, generator = demo.container("demo-text-encoder"), demo.container("demo")
     assert not any(encoder.attrs["NetworkSettings"]["Ports"].values())
     assert generator.attrs["NetworkSettings"]["Ports"] == {
@@ -210,11 +209,11 @@ def test_the_encoder_is_out_of_reach(demo: Project) -> None:
 
 @dataclass
 class Load:
-    """Clients that ask for pictures of ever new prompts, and what they were answered."""
+    """Clients that request images of new prompts, and the responses they get."""
 
     url: str
-    answers: list[tuple[float, float, int]] = field(default_factory=list)
-    """When it was asked, how many seconds it took, and the status."""
+    responses: list[tuple[float, float, int]] = field(default_factory=list)
+    """The start of each request, its duration in seconds, and the status."""
     _over: threading.Event = field(default_factory=threading.Event)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -225,12 +224,12 @@ class Load:
                 began = time.time()
                 body = {"prompt": prompt, "num_inference_steps": 1, "cache": "none"}
                 status = http.post(f"{self.url}/generate", json=body).status_code
-                self.answers.append((began, time.time() - began, status))
+                self.responses.append((began, time.time() - began, status))
                 time.sleep(0.05)
 
     @contextmanager
     def running(self, num_clients: int = 4) -> Iterator[None]:
-        """While the block lasts."""
+        """Send requests until the block ends."""
         clients = [threading.Thread(target=self._client) for _ in range(num_clients)]
         for client in clients:
             client.start()
@@ -242,8 +241,8 @@ class Load:
                 client.join()
 
     def since(self, moment: float, status: int) -> list[tuple[float, float, int]]:
-        """What was asked after ``moment`` and answered so."""
-        return [answer for answer in list(self.answers) if answer[0] >= moment and answer[2] == status]
+        """The requests sent after ``moment`` with this response."""
+        return [response for response in list(self.responses) if response[0] >= moment and response[2] == status]
 
 
 WHEN_READY = """
@@ -259,22 +258,25 @@ while True:
 """
 
 
-def test_the_encoder_goes_away_and_comes_back_under_load(demo: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refusals are quick, known prompts are still drawn, and new ones within seconds of the encoder's return.
+def test_the_encoder_is_restarted_under_load(demo: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refusals are fast, cached prompts still work, and new ones do within seconds of the encoder's return.
 
-    The figures: 503 in less than 100 ms (95th percentile) once the breaker is open, and 10 s. The generator goes on.
+    The limits are 100 ms for a 503 (95th percentile) once the circuit breaker is open, and 10 s. The generator keeps
+    running.
     """
     encoder, generator = demo.container("demo-text-encoder"), demo.container("demo")
-    known = "a large blue square on a white background"
-    assert draw(demo.url, known).status_code == httpx.codes.OK
+    cached_prompt = "a large blue square on a white background"
+    assert generate(demo.url, cached_prompt).status_code == httpx.codes.OK
     load = Load(demo.url)
     with load.running():
         wait_for(lambda: len(load.since(0, 200)) >= 20)
         encoder.stop()
         stopped = time.time()
-        wait_for(lambda: len(load.since(stopped, 503)) >= 12)  # four clients, three failures each: it is open
+        wait_for(
+            lambda: len(load.since(stopped, 503)) >= 12
+        )  # four clients, three failures each: the circuit breaker is open
         opened = time.time()
-        assert draw(demo.url, known).status_code == httpx.codes.OK
+        assert generate(demo.url, cached_prompt).status_code == httpx.codes.OK
         wait_for(lambda: len(load.since(opened, 503)) >= 400)
         started = time.time()
         encoder.start()
@@ -286,18 +288,18 @@ def test_the_encoder_goes_away_and_comes_back_under_load(demo: Project, capsys: 
     with capsys.disabled():
         print(
             f"\n  encoder away: {len(refused_s)} refusals, 95th percentile {1000 * p95_s:.0f} ms, "
-            f"slowest {1000 * max(refused_s):.0f} ms; back: first new prompt drawn {recovered - returned:.1f} s later"
+            f"slowest {1000 * max(refused_s):.0f} ms; back: first new prompt after {recovered - returned:.1f} s later"
         )
     assert p95_s < 0.1
     assert recovered - returned < 10
-    assert {status for _, _, status in load.answers} <= {200, 503}
+    assert {status for _, _, status in load.responses} <= {200, 503}
     generator.reload()
     assert (generator.attrs["RestartCount"], generator.status) == (0, "running")
     wait_for(lambda: is_healthy(generator))
 
 
-def test_a_picture_is_finished_when_the_container_is_stopped(demo: Project) -> None:
-    """SIGTERM while a picture is drawn: the client gets all of it, the container ends with status 0."""
+def test_a_running_generation_is_finished_when_the_container_stops(demo: Project) -> None:
+    """After SIGTERM during a generation the client gets its image, and the container ends with status 0."""
     generator = demo.container("demo")
     stopper = threading.Thread(target=generator.stop, kwargs={"timeout": int(PATIENCE_S)})
     body = {"prompt": "a red square", "num_inference_steps": 100, "cache": "none", "width": 256, "height": 256}
@@ -320,15 +322,15 @@ def test_a_picture_is_finished_when_the_container_is_stopped(demo: Project) -> N
 
 
 def accepts(port: int) -> bool:
-    """Whether the service behind the published port takes connections, and not just Docker's proxy."""
+    """Whether the service behind the published port accepts connections, not only Docker's proxy."""
     try:
         return httpx.get(f"http://127.0.0.1:{port}/health/live", timeout=2).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 
 
-def test_what_kills_a_service_brings_it_back(demo: Project) -> None:
-    """A process that dies by itself is started again, and the demo is ready again."""
+def test_a_killed_service_is_restarted(demo: Project) -> None:
+    """A process that dies is restarted, and the demo is ready again."""
     encoder = demo.container("demo-text-encoder")
     kill = "import os, signal; os.kill(int(open('/proc/1/task/1/children').read().split()[0]), signal.SIGKILL)"
     encoder.exec_run(["python", "-c", kill])
@@ -338,17 +340,17 @@ def test_what_kills_a_service_brings_it_back(demo: Project) -> None:
 
 
 def test_down_leaves_nothing(engine: docker.DockerClient) -> None:
-    """No container, network or volume of the project is left after ``down --volumes``."""
+    """``down --volumes`` leaves no container, network or volume of the project."""
     with new_project(engine, "down") as project:
         project.up()
-        assert all(project.left().values())
-        assert draw(project.url, "a red square", num_inference_steps=1).status_code == httpx.codes.OK
+        assert all(project.resources().values())
+        assert generate(project.url, "a red square", num_inference_steps=1).status_code == httpx.codes.OK
         project.down()
-        assert project.left() == {"containers": [], "networks": [], "volumes": []}
+        assert project.resources() == {"containers": [], "networks": [], "volumes": []}
 
 
-def test_gpus_are_asked_for(engine: docker.DockerClient, tmp_path: Path) -> None:
-    """The two services are created with the GPUs of the variables, and never run without; the override shares one."""
+def test_gpus_are_requested(engine: docker.DockerClient, tmp_path: Path) -> None:
+    """The two services are created with the GPUs of the variables, and not without them; the override shares one."""
     override = ["-f", str(ROOT / "docker-compose.one-gpu.yml")]
     create = ["up", "--no-start"]
     with new_project(engine, "gpus") as project:
@@ -361,19 +363,19 @@ def test_gpus_are_asked_for(engine: docker.DockerClient, tmp_path: Path) -> None
                 (request,) = project.container(service).attrs["HostConfig"]["DeviceRequests"]
                 assert (request["Driver"], request["DeviceIDs"]) == ("nvidia", ids)
                 assert request["Capabilities"] == [["gpu"]]
-        with pytest.raises(APIError):  # whatever the host has: the driver or the card is missing
+        with pytest.raises(APIError):  # on any host the driver or the GPU is missing
             project.container("generator").start()
 
 
 @pytest.mark.parametrize("image", ["flux2-text-encoder", "flux2-generator"])
-def test_compiled_code_has_a_place(engine: docker.DockerClient, image: str) -> None:
-    """A new volume at ``/compiled`` belongs to the service's user, and there is a C compiler to fill it."""
+def test_compiled_code_has_a_volume(engine: docker.DockerClient, image: str) -> None:
+    """A new volume at ``/compiled`` belongs to the service's user, and the image has a C compiler."""
     compile_and_run = (
         "echo 'int main() { return 7; }' > /tmp/x.c && gcc -o /compiled/x /tmp/x.c && /compiled/x || echo $?"
     )
     volume = engine.volumes.create()
     try:
-        told = engine.containers.run(
+        output = engine.containers.run(
             image,
             ["sh", "-c", compile_and_run],
             read_only=True,
@@ -383,32 +385,38 @@ def test_compiled_code_has_a_place(engine: docker.DockerClient, image: str) -> N
         )
     finally:
         volume.remove()
-    assert told.strip() == b"7"
+    assert output.strip() == b"7"
 
 
 def test_weights_are_read_only_and_offline(engine: docker.DockerClient, tmp_path: Path) -> None:
-    """What the ``weights`` service wrote into the volume both sides load from it, without a hub to ask.
+    """Both services load the weights from the volume of the ``weights`` service, without access to the hub.
 
-    The hub's own layout, with the demo model in the place of FLUX.2 [dev].
+    The folder has the hub's layout, with the demo model in place of FLUX.2 [dev].
     """
     (tmp_path / "token").write_text("not a token")
     (tmp_path / "token").chmod(0o644)
-    snapshot = f"/weights/hub/models--someone--demo/snapshots/{REVISION}"
-    copy = f"import shutil; shutil.copytree('/source', '{snapshot}')"
+    model_folder = f"/weights/hub/models--someone--demo/snapshots/{REVISION}"
+    copy = f"import shutil; shutil.copytree('/source', '{model_folder}')"
     source = f"{ROOT / 'demo_model' / 'weights'}:/source:ro"
-    given = {"HF_TOKEN_PATH": str(tmp_path / "token"), "FLUX2_MODEL": "someone/demo", "FLUX2_REVISION": REVISION}
+    model_variables = {
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "FLUX2_MODEL": "someone/demo",
+        "FLUX2_REVISION": REVISION,
+    }
     with new_project(engine, "weights") as project:
-        project.compose("run", "--rm", "--no-TTY", "--volume", source, "weights", "python", "-c", copy, **given)
-        told = project.compose(
-            "run", "--rm", "--no-TTY", "--env", "HF_HUB_OFFLINE=1", "weights", "flux2", "weights", **given
+        project.compose(
+            "run", "--rm", "--no-TTY", "--volume", source, "weights", "python", "-c", copy, **model_variables
         )
-        assert f"someone/demo is available at revision {REVISION}" in " ".join(told.split())
-        (volume,) = [volume for volume in project.left()["volumes"] if volume.name.endswith("weights")]
-        draw_there = ["flux2", "generate", "a red square", "--local", "--steps", "2", "-o", "/tmp/drawn.png"]  # noqa: S108
-        output = engine.containers.run(
+        output = project.compose(
+            "run", "--rm", "--no-TTY", "--env", "HF_HUB_OFFLINE=1", "weights", "flux2", "weights", **model_variables
+        )
+        assert f"someone/demo is available at revision {REVISION}" in " ".join(output.split())
+        (volume,) = [volume for volume in project.resources()["volumes"] if volume.name.endswith("weights")]
+        generate_command = ["flux2", "generate", "a red square", "--local", "--steps", "2", "-o", "/tmp/image.png"]  # noqa: S108
+        log = engine.containers.run(
             "flux2-generator",
-            draw_there,
-            environment={"HF_HUB_OFFLINE": "1"} | given,
+            generate_command,
+            environment={"HF_HUB_OFFLINE": "1"} | model_variables,
             volumes={volume.name: {"bind": "/weights", "mode": "ro"}},
             network_mode="none",
             read_only=True,
@@ -416,11 +424,11 @@ def test_weights_are_read_only_and_offline(engine: docker.DockerClient, tmp_path
             remove=True,
             stderr=True,
         )
-        assert b"of 2 steps computed" in output, output
+        assert b"of 2 steps computed" in log, log
 
 
-def test_the_file_is_what_compose_understands(demo: Project) -> None:
-    """``docker compose config`` takes the file, with every profile and with the override for one GPU."""
+def test_the_file_is_valid_for_compose(demo: Project) -> None:
+    """``docker compose config`` accepts the file, with every profile and with the override for one GPU."""
     everything = demo.compose("--profile", "*", "config", "--services").split()
     assert {"text-encoder", "generator", "weights", "demo", "demo-text-encoder"} <= set(everything)
     assert demo.compose("-f", str(ROOT / "docker-compose.one-gpu.yml"), "config", "--services").split()

@@ -1,4 +1,4 @@
-"""Calibration: what an edge's error is, and that nothing interrupts it for good."""
+"""Calibration: the error of an edge, and resuming after an interruption."""
 
 import itertools
 import os
@@ -39,23 +39,22 @@ SIGNATURE = Signature("demo", STEPS)
 
 
 def request(model: Flux2Model, seed: int, schedule: Schedule | None = None) -> Params:
-    """A small picture of some embedding."""
+    """A small image of a random embedding."""
     embeddings = torch.randn(1, 32, model.info.embedding_width, generator=torch.Generator().manual_seed(seed))
     return Params(embeddings, 64, 64, 4.0, seed, schedule or schedule_for("none", STEPS))
 
 
 def calibration(model: Flux2Model, predictor: Predictor, num_samples: int = 2) -> Calibration:
-    """Two small samples."""
     runs = [record(model, request(model, seed), predictor.feature) for seed in range(num_samples)]
     return Calibration(model.components.transformer, runs, predictor)
 
 
 @pytest.mark.parametrize("predictor", [Reuse(), PREDICTORS["velocity"]], ids=lambda p: p.name)
 @pytest.mark.parametrize("edge", [(0, 2), (2, 5), (3, 7), (5, 8), (0, 8)])
-def test_an_edge_costs_what_skipping_it_alone_costs(
+def test_the_error_of_an_edge_is_that_of_skipping_it_alone(
     demo: Flux2Model, predictor: Predictor, edge: tuple[int, int]
 ) -> None:
-    """An edge's error is that of the picture whose schedule computes every step but those inside the edge."""
+    """An edge's error is that of the image whose schedule skips only the steps inside the edge."""
     if predictor.feature == "velocity":
         predictor = Linear("held", feature="velocity", damping=0.0)
     graph = calibration(demo, predictor).measure(SIGNATURE, 8)
@@ -67,8 +66,8 @@ def test_an_edge_costs_what_skipping_it_alone_costs(
         assert (cached - full).abs().mean().item() == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
-def test_a_schedule_costs_what_its_picture_differs(demo: Flux2Model) -> None:
-    """The error of a whole schedule, with any predictor, is that of the picture made with it."""
+def test_the_error_of_a_schedule_is_that_of_its_image(demo: Flux2Model) -> None:
+    """The error of a whole schedule, with any predictor, is that of the image generated with it."""
     for predictor in (Reuse(), Linear(), Linear("velocity", feature="velocity")):
         schedule = Schedule("test", STEPS, (0, 1, 3, 6), "test", SIGNATURE, predictor)
         for seed, error in enumerate(calibration(demo, predictor).errors_of_schedule(schedule)):
@@ -78,7 +77,7 @@ def test_a_schedule_costs_what_its_picture_differs(demo: Flux2Model) -> None:
 
 
 def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
-    """All edges that skip something, and no more than the cap, get one error for each sample."""
+    """Every edge that skips at least one step, up to the cap, gets one error for each sample."""
     graph = calibration(demo, Reuse()).measure(SIGNATURE, 3)
     wanted = {(i, j) for i, j in itertools.combinations(range(STEPS + 1), 2) if 2 <= j - i <= 3}
     assert set(graph.errors) == set(graph.samples) == wanted
@@ -86,8 +85,8 @@ def test_every_edge_within_the_cap_is_measured(demo: Flux2Model) -> None:
     assert all(graph.errors[edge] == sum(graph.samples[edge]) / 2 for edge in wanted)
 
 
-def test_runs_can_be_kept_on_disk(demo: Flux2Model, tmp_path: Path) -> None:
-    """Runs that lie in files give the same errors, and leave no file behind."""
+def test_runs_can_be_stored_on_disk(demo: Flux2Model, tmp_path: Path) -> None:
+    """Runs that are stored in files give the same errors, and no file is left behind."""
     runs = [record(demo, request(demo, seed), storage=tmp_path) for seed in range(2)]
     assert list(tmp_path.iterdir()) == []
     kept = Calibration(demo.components.transformer, runs, Reuse()).measure(SIGNATURE, 3)
@@ -95,7 +94,7 @@ def test_runs_can_be_kept_on_disk(demo: Flux2Model, tmp_path: Path) -> None:
 
 
 def test_the_approximate_error_is_that_where_the_skip_ends(demo: Flux2Model) -> None:
-    """Approximate and exact errors of skips to the end are equal; the others are of the latents where a skip ends."""
+    """Approximate and exact errors agree for skips to the last step; other skips compare the latents at their end."""
     exact = calibration(demo, Reuse()).measure(SIGNATURE, 4)
     approximate = calibration(demo, Reuse()).measure(SIGNATURE, 4, is_exact=False)
     assert (exact.is_exact, approximate.is_exact) == (True, False)
@@ -104,7 +103,7 @@ def test_the_approximate_error_is_that_where_the_skip_ends(demo: Flux2Model) -> 
         assert (error == pytest.approx(exact.errors[i, j])) == (j == STEPS)
 
 
-def test_a_checkpoint_of_the_other_way_is_refused(demo: Flux2Model, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_other_method_is_refused(demo: Flux2Model, tmp_path: Path) -> None:
     """Approximate and exact errors are never mixed."""
     one = calibration(demo, Reuse())
     one.measure(SIGNATURE, 2, tmp_path / "graph.json", is_exact=False)
@@ -114,14 +113,14 @@ def test_a_checkpoint_of_the_other_way_is_refused(demo: Flux2Model, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("num_steps", "cap", "count"), [(28, 6, 1505), (28, 10, 2307), (50, 6, 5410), (50, 10, 8940)])
-def test_the_cost_is_known_beforehand(num_steps: int, cap: int, count: int) -> None:
-    """The number of transformer steps of one sample's calibration, beside its full run."""
+def test_the_cost_is_estimated(num_steps: int, cap: int, count: int) -> None:
+    """The number of transformer steps for one sample's calibration is known, in addition to its full run."""
     assert num_forwards(num_steps, cap) == count + num_steps
     assert edges_of(4, 2) == [(2, [(0, 2)]), (3, [(1, 3)]), (4, [(2, 4)])]
 
 
 def test_fitted_weights_are_the_least_squares(demo: Flux2Model) -> None:
-    """A fitted predictor comes nearer to the true features of the samples than a line, and a line nearer than reuse."""
+    """A fitted predictor is closer to the samples' features than linear extrapolation, which is closer than reuse."""
     runs = [record(demo, request(demo, seed)) for seed in range(2)]
     graph = Calibration(demo.components.transformer, runs, Reuse()).measure(SIGNATURE, 2)
     schedule = with_fitted_predictor(Schedule("test", STEPS, (0, 1, 2, 4), "test", SIGNATURE), graph)
@@ -131,11 +130,11 @@ def test_fitted_weights_are_the_least_squares(demo: Flux2Model) -> None:
     past = torch.stack([torch.cat([run.features[s].flatten() for run in runs]).double() for s in (4, 2, 1)])
     target = torch.cat([run.features[6].flatten() for run in runs]).double()
     best = torch.linalg.lstsq(past.T, target.unsqueeze(1)).solution.flatten()
-    found, least = (((target - w @ past) ** 2).sum() for w in (weights, best))
-    assert found == pytest.approx(least.item(), rel=1e-3)
+    actual, least = (((target - w @ past) ** 2).sum() for w in (weights, best))
+    assert actual == pytest.approx(least.item(), rel=1e-3)
 
 
-def test_samples_must_belong_together(demo: Flux2Model) -> None:
+def test_samples_must_be_comparable(demo: Flux2Model) -> None:
     """Runs of different lengths are refused, and so is the checkpoint of another calibration."""
     first = record(demo, request(demo, 0))
     other = record(demo, request(demo, 0, schedule_for("none", 4)))
@@ -144,7 +143,7 @@ def test_samples_must_belong_together(demo: Flux2Model) -> None:
 
 
 def test_the_checkpoint_of_another_calibration_is_refused(demo: Flux2Model, tmp_path: Path) -> None:
-    """A calibration never goes on from what was measured for something else."""
+    """A calibration never resumes from measurements for other inputs."""
     one = calibration(demo, Reuse())
     one.measure(SIGNATURE, 2, tmp_path / "graph.json")
     with pytest.raises(CalibrationMismatch, match=r"graph\.json"):
@@ -171,8 +170,8 @@ for line in sys.stdin:
 """
 
 
-def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
-    """Killed at 20 random moments and started again, a calibration gives the very graph of one that was not."""
+def test_a_killed_calibration_resumes(tmp_path: Path) -> None:
+    """A calibration that is killed at 20 random moments and restarted gives the same graph as an uninterrupted one."""
     rng = random.Random(0)
     folder = Path(__file__).parents[2]
     command = [sys.executable, "-c", KILLED, str(WEIGHTS), str(tmp_path)]
@@ -181,7 +180,7 @@ def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
         assert process.stdout is not None
 
         def run(name: str, kill_after_s: float | None) -> int:
-            """Start a calibration, kill it, and say how it ended."""
+            """Start a calibration, kill it, and return its exit status."""
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write(f"{name}\n")
@@ -189,7 +188,7 @@ def test_a_killed_calibration_goes_on(tmp_path: Path) -> None:
             child = int(process.stdout.readline())
             if kill_after_s is not None:
                 time.sleep(kill_after_s)
-                with suppress(ProcessLookupError):  # it was quicker
+                with suppress(ProcessLookupError):  # it had already finished
                     os.kill(child, signal.SIGKILL)
             return int(process.stdout.readline().split()[1])
 

@@ -1,4 +1,4 @@
-"""How many functions of ours a request passes before the transformer runs."""
+"""The number of this project's functions that a request passes before the transformer runs."""
 
 import sys
 import threading
@@ -27,41 +27,41 @@ ROOT = Path(__file__).parents[2]
 OURS = (f"{ROOT}/generator_service/", f"{ROOT}/shared/")
 BODY = {"prompt": "a large red circle", "num_inference_steps": 2, "cache": "none"}
 MAX_FUNCTIONS = 80
-"""With a new prompt."""
+"""The limit for a new prompt."""
 MAX_FUNCTIONS_CACHED = 65
-"""With a prompt whose embedding is cached."""
+"""The limit for a prompt whose embedding is cached."""
 MAX_FRAMES = 5
-"""Between the device thread's entry and the pipeline."""
+"""The limit between the device thread's entry and the pipeline."""
 
 
-def is_ours(code: CodeType) -> bool:
-    """Whether it is a named function of the generator; comprehensions and lambdas are part of the one around them."""
+def is_own_function(code: CodeType) -> bool:
+    """Whether ``code`` is a named function of the generator; comprehensions and lambdas belong to their function."""
     return code.co_filename.startswith(OURS) and not code.co_name.startswith("<")
 
 
 class CallRecorder:
-    """Which functions of ours run, on every thread, until the transformer's first forward pass."""
+    """Collects this project's functions that run, on every thread, until the transformer's first forward pass."""
 
     def __init__(self) -> None:
         self.functions: set[str] = set()
         self.frames: list[str] = []
-        self._is_recording = False
+        self._is_active = False
 
     def __call__(self, frame: FrameType, event: str, _argument: Any) -> None:
-        """As ``sys.setprofile`` calls it."""
-        if not self._is_recording or event != "call":
+        """The callback of ``sys.setprofile``."""
+        if not self._is_active or event != "call":
             return
         code = frame.f_code
-        if is_ours(code):
+        if is_own_function(code):
             self.functions.add(f"{Path(code.co_filename).relative_to(ROOT)}:{code.co_qualname}")
         elif code.co_qualname == "Flux2Pipeline.__call__":
-            self.frames = list(frames_of_ours(frame))
+            self.frames = list(own_frames(frame))
         elif code.co_qualname == "Flux2Transformer2DModel.forward":
-            self._is_recording = False
+            self._is_active = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within the block every new thread is watched, and this one."""
+        """Within the block this thread and every new one are profiled."""
         threading.setprofile(self)
         sys.setprofile(self)
         try:
@@ -71,41 +71,41 @@ class CallRecorder:
             threading.setprofile(None)
 
     def start(self) -> None:
-        """Forget what was recorded, and record again."""
+        """Forget earlier calls, and collect again."""
         self.functions.clear()
-        self._is_recording = True
+        self._is_active = True
 
 
-def frames_of_ours(frame: FrameType) -> Iterator[str]:
-    """The callers of ``frame`` that are ours, up to the device thread's entry."""
+def own_frames(frame: FrameType) -> Iterator[str]:
+    """This project's callers of ``frame``, up to the device thread's entry."""
     caller = frame.f_back
     while caller is not None and caller.f_code is not _checked.__code__:
-        if is_ours(caller.f_code):
+        if is_own_function(caller.f_code):
             yield caller.f_code.co_qualname
         caller = caller.f_back
 
 
 def encoder(shape: tuple[int, int]) -> Callable[[httpx.Request], httpx.Response]:
-    """A text encoder that answers at once with an embedding of ``shape``."""
+    """A text encoder that responds at once with an embedding of ``shape``."""
     content = dump_safetensors(torch.zeros(1, *shape))
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def respond(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/info":
             return httpx.Response(404)
         return httpx.Response(200, content=content, headers={"content-type": SAFETENSORS_MEDIA_TYPE})
 
-    return answer
+    return respond
 
 
 async def test_a_request_passes_few_functions() -> None:
-    """The limits of docs/architecture.md hold for a new prompt, for a cached one, and on the device's thread."""
+    """The limits of docs/architecture.md hold for a new prompt, for a cached one, and on the device thread."""
     settings = GeneratorSettings(model=str(WEIGHTS))
     folder = find_model(str(WEIGHTS), "main", SUBFOLDERS[Service.GENERATOR])
     shape = read_prompt_format(folder).max_sequence_length, 384
     recorder = CallRecorder()
     with recorder.installed():
         async with served(create_app(settings, httpx.MockTransport(encoder(shape)))) as http:
-            await http.get("/health/live")  # the first request of all builds the middleware
+            await http.get("/health/live")  # the first request builds the middleware
             recorder.start()
             (await http.post("/generate", json=BODY)).raise_for_status()
             new = set(recorder.functions)

@@ -1,4 +1,4 @@
-"""The breaker before the text encoder."""
+"""The circuit breaker in front of the text encoder."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -19,7 +19,7 @@ from tests.generator_service.test_generate import SMALL
 
 
 def test_it_opens_and_closes() -> None:
-    """After some failures in a row one caller in two seconds may try; one answer closes it."""
+    """It opens after consecutive failures, then admits one trial every two seconds; one success closes it."""
     now = [100.0]
     breaker = CircuitBreaker(lambda: now[0])
     for _ in range(FAILURES_TO_OPEN):
@@ -33,7 +33,7 @@ def test_it_opens_and_closes() -> None:
 
 
 def test_single_failures_do_not_open_it() -> None:
-    """Failures with answers between them are not in a row."""
+    """A success between failures resets the count."""
     breaker = CircuitBreaker()
     for _ in range(10):
         breaker.record_failure()
@@ -42,16 +42,16 @@ def test_single_failures_do_not_open_it() -> None:
 
 
 @pytest.mark.anyio
-async def test_an_encoder_that_is_away_costs_no_time(serve_generator: Serve) -> None:
-    """While the encoder is known to be unavailable most requests are 503 without asking it; known prompts work.
+async def test_requests_fail_fast_while_the_encoder_is_unavailable(serve_generator: Serve) -> None:
+    """While the encoder is known to be unavailable, most requests get 503 without contacting it.
 
-    It is found again when it is back.
+    Cached prompts still work, and new ones do again once the encoder is back.
     """
     is_down = False
-    asked: list[httpx.Request] = []
+    requests: list[httpx.Request] = []
 
     def encoder(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
+        requests.append(request)
         if is_down:
             raise httpx.ConnectError("refused")
         return httpx.Response(200, content=dump_torch(torch.zeros(1, 32, 384)))
@@ -62,13 +62,13 @@ async def test_an_encoder_that_is_away_costs_no_time(serve_generator: Serve) -> 
         with stamina.set_testing(True, attempts=2):
             for k in range(FAILURES_TO_OPEN):
                 assert (await http.post("/generate", json=SMALL | {"prompt": f"away {k}"})).status_code == 503
-            asked.clear()
+            requests.clear()
             for k in range(40):
-                answer = await http.post("/generate", json=SMALL | {"prompt": f"still away {k}"})
-                assert (answer.status_code, answer.json()["code"]) == (503, "encoder_unavailable")
-                assert int(answer.headers["retry-after"]) >= 1
-            assert len(asked) < 40  # one request in two seconds may try, twice
-        assert (await http.post("/generate", json=SMALL)).status_code == 200  # its embedding is known
+                response = await http.post("/generate", json=SMALL | {"prompt": f"still away {k}"})
+                assert (response.status_code, response.json()["code"]) == (503, "encoder_unavailable")
+                assert int(response.headers["retry-after"]) >= 1
+            assert len(requests) < 40  # one request in two seconds may try, twice
+        assert (await http.post("/generate", json=SMALL)).status_code == 200  # its embedding is cached
         is_down = False
         async with asyncio.timeout(PATIENCE_S):
             while (await http.post("/generate", json=SMALL | {"prompt": "back"})).status_code != 200:  # noqa: ASYNC110 - as a client
@@ -76,13 +76,13 @@ async def test_an_encoder_that_is_away_costs_no_time(serve_generator: Serve) -> 
 
 
 async def hang(_request: httpx.Request) -> httpx.Response:
-    """Never answers."""
+    """Never answer."""
     await asyncio.Event().wait()
     raise AssertionError
 
 
 async def read_timeout(_request: httpx.Request) -> httpx.Response:
-    """Fails as an attempt does whose own limit has passed."""
+    """Fail as an attempt that exceeds its own time limit does."""
     raise httpx.ReadTimeout("no answer")
 
 
@@ -91,24 +91,24 @@ async def read_timeout(_request: httpx.Request) -> httpx.Response:
 async def test_an_encoder_that_never_answers_opens_it(
     serve_generator: Serve, encoder: Callable[[httpx.Request], Awaitable[httpx.Response]]
 ) -> None:
-    """After three time-outs the encoder counts as unavailable: most requests are refused without asking it."""
-    asked: list[httpx.Request] = []
+    """After three timeouts the encoder counts as unavailable: most requests are refused without contacting it."""
+    requests: list[httpx.Request] = []
 
     async def counted(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
+        requests.append(request)
         return await encoder(request)
 
     async with serve_generator(httpx.MockTransport(counted), text_encoder_timeout_s=0.05) as http:
-        answers = [await http.post("/generate", json=SMALL) for _ in range(FAILURES_TO_OPEN + 20)]
-    codes = [answer.json()["code"] for answer in answers]
+        responses = [await http.post("/generate", json=SMALL) for _ in range(FAILURES_TO_OPEN + 20)]
+    codes = [response.json()["code"] for response in responses]
     assert codes[:FAILURES_TO_OPEN] == ["encoder_timeout"] * FAILURES_TO_OPEN
     assert set(codes) == {"encoder_timeout", "encoder_unavailable"}
-    assert codes.count("encoder_timeout") == len(asked) < len(answers)
+    assert codes.count("encoder_timeout") == len(requests) < len(responses)
 
 
 @pytest.mark.anyio
-async def test_a_prompt_that_is_refused_is_no_failure() -> None:
-    """An encoder that refuses a prompt, or answers nonsense, is not away."""
+async def test_a_refused_prompt_is_not_a_failure() -> None:
+    """A refused prompt or a malformed response does not open the circuit breaker."""
     replies = httpx.MockTransport(lambda _request: httpx.Response(422))
     async with TextEncoderClient("http://encoder", (4, 8), transport=replies) as client:
         encoder = RetryingEncoder(client, timeout_s=5.0, cache_bytes=0)

@@ -1,4 +1,4 @@
-"""The command ``flux2``, against services in this process behind a real socket."""
+"""The command ``flux2`` against services in this process, over a real socket."""
 
 import re
 from pathlib import Path
@@ -19,44 +19,48 @@ QUICK = ("--steps", "4", "--size", "64x64", "--seed", "7")
 
 
 def run(*arguments: object, **environment: str) -> Result:
-    """The command with these arguments."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", **environment})
 
 
 def pixels(file: Path) -> np.ndarray:
-    """The picture in a file."""
     with Image.open(file) as image:
         return np.asarray(image)
 
 
-def test_a_picture_is_drawn_and_told(generator_url: str, tmp_path: Path) -> None:
-    """The file is written, and seed, schedule and time are told."""
+def test_an_image_is_generated_and_summarized(generator_url: str, tmp_path: Path) -> None:
+    """The file is written, and seed, schedule and time are printed."""
     result = run("generate", PROMPT, *QUICK, "--cache", 2, "-o", tmp_path / "x.png", "--url", generator_url)
     assert result.exit_code == 0, result.output
     assert pixels(tmp_path / "x.png").shape == (64, 64, 3)
     assert "seed 7" in result.stdout
     assert "2 of 4 steps computed" in result.stdout
-    made = read_provenance(tmp_path / "x.png")
-    assert (made.prompt, made.num_inference_steps, made.seed, made.cache, made.width) == (PROMPT, 4, 7, 2, 64)
+    generated = read_provenance(tmp_path / "x.png")
+    assert (generated.prompt, generated.num_inference_steps, generated.seed, generated.cache, generated.width) == (
+        PROMPT,
+        4,
+        7,
+        2,
+        64,
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), [("x.jpg", "JPEG"), ("x.JPEG", "JPEG"), ("x.webp", "WEBP")])
-def test_the_name_chooses_the_format(generator_url: str, tmp_path: Path, name: str, kind: str) -> None:
-    """The ending of the file's name says what it is."""
+def test_the_file_extension_chooses_the_format(generator_url: str, tmp_path: Path, name: str, kind: str) -> None:
+    """The file's extension decides the format."""
     assert run("generate", PROMPT, *QUICK, "-o", tmp_path / name, "--url", generator_url).exit_code == 0
     with Image.open(tmp_path / name) as image:
         assert image.format == kind
 
 
-def test_a_picture_can_be_inspected_and_repeated(generator_url: str, tmp_path: Path) -> None:
-    """``inspect`` prints every parameter; ``--like`` repeats the picture bit for bit, and other options change it."""
+def test_an_image_can_be_inspected_and_repeated(generator_url: str, tmp_path: Path) -> None:
+    """``inspect`` prints every parameter; ``--like`` repeats the image bit for bit, and other options change it."""
     first, again, other = (tmp_path / f"{name}.png" for name in ("first", "again", "other"))
-    made = run("generate", PROMPT, "--size", "64x80", "--cache", "ultra", "-o", first, "--url", generator_url)
-    assert made.exit_code == 0
-    told = run("inspect", first)
-    assert told.exit_code == 0
+    generated = run("generate", PROMPT, "--size", "64x80", "--cache", "ultra", "-o", first, "--url", generator_url)
+    assert generated.exit_code == 0
+    message = run("inspect", first)
+    assert message.exit_code == 0
     for part in ("AI generated", PROMPT, "ultra", "num_inference_steps", str(read_provenance(first).seed)):
-        assert part in told.stdout
+        assert part in message.stdout
     assert run("generate", "--like", first, "-o", again, "--url", generator_url).exit_code == 0
     assert np.array_equal(pixels(first), pixels(again))
     assert read_provenance(first) == read_provenance(again)
@@ -65,8 +69,8 @@ def test_a_picture_can_be_inspected_and_repeated(generator_url: str, tmp_path: P
     assert read_provenance(other).prompt == PROMPT
 
 
-def test_local_is_the_same_without_services(generator_url: str, tmp_path: Path) -> None:
-    """``--local`` draws the picture that the services draw."""
+def test_local_generation_equals_that_of_the_services(generator_url: str, tmp_path: Path) -> None:
+    """``--local`` generates the same image as the services."""
     options = ("generate", PROMPT, *QUICK, "--cache", "fast")
     assert run(*options, "-o", tmp_path / "remote.png", "--url", generator_url).exit_code == 0
     local = run(*options, "--local", "-o", tmp_path / "local.png", FLUX2_MODEL=str(WEIGHTS))
@@ -76,7 +80,7 @@ def test_local_is_the_same_without_services(generator_url: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--cache", "turbo"), "there is no schedule 'turbo': choose one of none, slow"),
         (("--size", "64"), "--size must be WIDTHxHEIGHT"),
@@ -87,24 +91,24 @@ def test_local_is_the_same_without_services(generator_url: str, tmp_path: Path) 
         (("--url", "nonsense"), "no response from nonsense"),
     ],
 )
-def test_mistakes_are_one_line(generator_url: str, tmp_path: Path, options: tuple[str, ...], told: str) -> None:
-    """What is wrong is said in words, the status is not 0, and no file is left, whole or half."""
+def test_mistakes_are_one_line(generator_url: str, tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+    """An error is one readable message with a nonzero status, and no complete or partial file is left."""
     result = run("generate", PROMPT, *QUICK, "--url", generator_url, *options)
     assert result.exit_code in (1, 2)
-    assert told in re.sub(r"[\s│]+", " ", result.output)
+    assert message in re.sub(r"[\s│]+", " ", result.output)
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_there_must_be_a_prompt(generator_url: str) -> None:
-    """Or a picture to repeat."""
+def test_a_prompt_is_required(generator_url: str) -> None:
+    """Without ``--like`` a prompt is required."""
     result = run("generate", "--url", generator_url)
     assert result.exit_code == 2
     assert "give a prompt, or --like FILE" in result.output
 
 
-def test_a_file_without_a_record_is_one_line(tmp_path: Path) -> None:
-    """It is no picture of this service."""
+def test_a_file_without_provenance_is_one_line(tmp_path: Path) -> None:
+    """A file that this service did not write is refused."""
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     for arguments in (("inspect", tmp_path / "x.png"), ("generate", "--like", tmp_path / "x.png")):
         result = run(*arguments)
@@ -112,7 +116,7 @@ def test_a_file_without_a_record_is_one_line(tmp_path: Path) -> None:
         assert "flux2: x.png was not generated by this service" in result.output
 
 
-def test_the_strip_tells_computed_from_predicted_steps() -> None:
+def test_the_timeline_distinguishes_computed_from_predicted_steps() -> None:
     """Each step adds a block or a dot."""
     timeline = StepTimeline(Console(quiet=True).status(""))
     for step, is_computed in enumerate((True, True, False, True)):

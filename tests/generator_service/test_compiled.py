@@ -1,4 +1,4 @@
-"""What is compiled and when: at start, and never again. Counted with a compiler that compiles nothing."""
+"""What is compiled, and that it is compiled at start only; counted with a backend that compiles nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,19 +28,18 @@ BATCHING = Batching(max_batch=3, max_pixels=SIDE * SIDE)
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """Models of other tests, whose blocks have the same code, leave nothing compiled, and no limit half used up."""
+    """Discard compiled code and recompile limits of models of other tests, whose blocks have the same code."""
     torch.compiler.reset()
 
 
-class RecordingBackend:
-    """A compiler that compiles nothing, and counts."""
+class CountingBackend:
+    """A compiler backend that compiles nothing, and counts."""
 
     def __init__(self) -> None:
         self.graphs = 0
         self.runs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        """As ``torch.compile`` calls a backend."""
         self.graphs += 1
 
         def run(*args: Any) -> Any:
@@ -51,14 +50,14 @@ class RecordingBackend:
 
 
 @pytest.fixture
-def backend() -> RecordingBackend:
-    """What ``compiled`` is compiled with."""
-    return RecordingBackend()
+def backend() -> CountingBackend:
+    """The backend of ``compiled``."""
+    return CountingBackend()
 
 
 @pytest.fixture
-def compiled(backend: RecordingBackend, demo: Flux2Model, tmp_path_factory: pytest.TempPathFactory) -> Flux2Model:
-    """The demo model, compiled, with an adapter at hand, and warm."""
+def compiled(backend: CountingBackend, demo: Flux2Model, tmp_path_factory: pytest.TempPathFactory) -> Flux2Model:
+    """The demo model, compiled and warmed up, with an adapter available."""
     folder = tmp_path_factory.mktemp("lora")
     adapter_file(folder / "ink.safetensors", demo)
     model = loaded("compile", "vae", backend=backend, lora_dir=folder)
@@ -66,50 +65,50 @@ def compiled(backend: RecordingBackend, demo: Flux2Model, tmp_path_factory: pyte
     return model
 
 
-def difference(picture: GeneratedImage, other: GeneratedImage) -> int:
-    """The largest of all pixels' values."""
-    ours, theirs = (np.asarray(each.image, dtype=int) for each in (picture, other))
+def difference(image: GeneratedImage, other_image: GeneratedImage) -> int:
+    """The largest difference of all pixels."""
+    ours, theirs = (np.asarray(each.image, dtype=int) for each in (image, other_image))
     return int(abs(ours - theirs).max())
 
 
 def worker_of(model: Flux2Model, batching: Batching = BATCHING) -> Worker:
-    """A worker for ``model``, cold."""
+    """A worker for ``model`` that is not warmed up."""
     return Worker(model, DeviceThread(), LatencyModel(), GeneratorMetrics(), batching)
 
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
-    """Start ``model`` as the service starts it."""
+    """Start ``model`` as the service does."""
     worker_of(model).warm_up((32, model.info.embedding_width), sizes, ignore)
 
 
 @pytest.fixture
-def nothing_compiles(compiled: Flux2Model, backend: RecordingBackend) -> Iterator[None]:
-    """Fails the test if it compiled anything."""
+def nothing_compiles(compiled: Flux2Model, backend: CountingBackend) -> Iterator[None]:
+    """Fail the test if it compiles anything."""
     before = (backend.graphs, num_compilations())
     yield
     assert (backend.graphs, num_compilations()) == before
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: RecordingBackend, demo: Flux2Model) -> None:
-    """Computed and reused steps, other modes, numbers of steps, seeds and requests run what was compiled at start."""
+def test_nothing_is_compiled_after_the_start(compiled: Flux2Model, backend: CountingBackend, demo: Flux2Model) -> None:
+    """Computed and reused steps, other modes, numbers of steps, seeds and requests run code compiled at start."""
     for request in (wanted(), wanted(2), wanted(1, seed=5), wanted("fast", num_steps=9), wanted(3, seed=6)):
         before = backend.runs
-        picture = compiled.generate(request)
+        image = compiled.generate(request)
         assert backend.runs == before + 6 * request.schedule.num_computed + 1  # 6 blocks, and the decoder
-        assert torch.equal(picture.latents, demo.generate(request).latents)
+        assert torch.equal(image.latents, demo.generate(request).latents)
 
 
-def test_a_size_is_compiled_once(compiled: Flux2Model, backend: RecordingBackend) -> None:
-    """At start two kinds of blocks and the decoder are compiled for each size, and once more for all others."""
+def test_a_size_is_compiled_once(compiled: Flux2Model, backend: CountingBackend) -> None:
+    """At start two types of blocks and the decoder are compiled for each size, and once for dynamic shapes."""
     assert compiled.performance.optimizations == {"compile", "vae"}
-    blocks = 2 * 2 + 2 + 2  # for all others, once for a single picture and once for several
+    blocks = 2 * 2 + 2 + 2  # dynamic shapes, for a single image and for batches
     assert backend.graphs - blocks - 2 in {1, 2}  # on some CPUs, convolutions of small inputs are other operations
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_the_device_thread_runs_what_another_compiled(compiled: Flux2Model, backend: RecordingBackend) -> None:
-    """What was compiled on the thread that starts the service is run on the one that draws."""
+def test_compiled_code_runs_on_another_thread(compiled: Flux2Model, backend: CountingBackend) -> None:
+    """Code that was compiled on the thread that starts the service runs on the device thread."""
     before = backend.runs
     with ThreadPoolExecutor(1) as thread:
         thread.submit(compiled.generate, wanted(2)).result()
@@ -117,34 +116,34 @@ def test_the_device_thread_runs_what_another_compiled(compiled: Flux2Model, back
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_other_sizes_run_compiled_blocks_too(compiled: Flux2Model, backend: RecordingBackend, demo: Flux2Model) -> None:
-    """A picture of a size that was not named at start uses the blocks and the decoder for any size."""
+def test_other_sizes_run_compiled_blocks_too(compiled: Flux2Model, backend: CountingBackend, demo: Flux2Model) -> None:
+    """An image of a size that was not warmed up uses the blocks and the decoder with dynamic shapes."""
     before = backend.runs
     request = wanted(2, side=OTHER_SIDE)
-    picture, plain = compiled.generate(request), demo.generate(request)
-    assert torch.equal(picture.latents, plain.latents)
-    assert difference(picture, plain) <= 1
+    image, plain = compiled.generate(request), demo.generate(request)
+    assert torch.equal(image.latents, plain.latents)
+    assert difference(image, plain) <= 1
     assert backend.runs == before + 6 * 2 + 1
 
 
 @pytest.mark.usefixtures("nothing_compiles")
 @pytest.mark.parametrize(("rows", "side"), [(2, SIDE), (3, SIDE), (2, OTHER_SIDE)])
 def test_batches_run_compiled_blocks_too(
-    compiled: Flux2Model, backend: RecordingBackend, demo: Flux2Model, rows: int, side: int
+    compiled: Flux2Model, backend: CountingBackend, demo: Flux2Model, rows: int, side: int
 ) -> None:
-    """However many pictures share a run, it uses the blocks for several; each is decoded as if it were alone."""
+    """A batch of any size uses the blocks compiled for batches; each image is decoded alone."""
     before = backend.runs
     requests = [wanted(2, seed=seed, side=side) for seed in range(rows)]
-    latents = [picture.latents for picture in compiled.generate_batch(requests)]
+    latents = [image.latents for image in compiled.generate_batch(requests)]
     assert backend.runs == before + 6 * 2 + rows
-    assert all(map(torch.equal, latents, [picture.latents for picture in demo.generate_batch(requests)]))
+    assert all(map(torch.equal, latents, [image.latents for image in demo.generate_batch(requests)]))
 
 
 @pytest.mark.parametrize(("max_pixels", "side"), [(SIDE * SIDE + 1, SIDE), (2**24, 128), (255, None)])
-def test_batches_are_prepared_at_a_size_that_they_are_drawn_at(
+def test_batches_are_warmed_up_at_sizes_that_share_runs(
     demo: Flux2Model, monkeypatch: pytest.MonkeyPatch, max_pixels: int, side: int | None
 ) -> None:
-    """Sizes that are warmed up may be too large to share a run; none that is not drawn so is tried at start."""
+    """Warm-up sizes that are too large to share a run are not warmed up as batches."""
     tried: list[tuple[int, ...]] = []
     monkeypatch.setattr(Flux2Model, "performance", Performance("fast", frozenset(["compile"])))
 
@@ -159,10 +158,10 @@ def test_batches_are_prepared_at_a_size_that_they_are_drawn_at(
     assert tried == ([] if side is None else [(2, side, side)])
 
 
-def test_batches_that_do_not_fit_are_not_drawn(
+def test_batches_that_do_not_fit_are_disabled(
     demo: Flux2Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A device that has too little memory for a batch serves its pictures one by one, and says so at start."""
+    """If a batch does not fit into memory, the service logs it at start and generates images one by one."""
     real = demo._generate
 
     def too_small(requests: list[Any], *more: Any, **options: Any) -> Any:
@@ -175,14 +174,15 @@ def test_batches_that_do_not_fit_are_not_drawn(
     worker = worker_of(demo, BATCHING)
     worker.warm_up((32, demo.info.embedding_width), [(SIDE, SIDE)], ignore)
     assert "will not share runs: a run of 2 images of 64x64 does not fit" in caplog.text
-    generation, order = SimpleNamespace(is_followed=False), SimpleNamespace(preview_steps=())
-    work = cast("ImageWork", SimpleNamespace(params=wanted(), order=order, index=0, generation=generation))
+    request = SimpleNamespace(is_followed=False, preview_steps=())
+    generation = SimpleNamespace(is_followed=False, request=request)
+    work = cast("ImageWork", SimpleNamespace(params=wanted(), index=0, generation=generation))
     assert worker.batch_key(work) is None
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_adapters_do_not_stay_in_the_way(compiled: Flux2Model, backend: RecordingBackend) -> None:
-    """With an adapter the layers that it changes run uncompiled; the next picture runs what was compiled, as before."""
+def test_compiled_code_is_used_again_after_an_adapter(compiled: Flux2Model, backend: CountingBackend) -> None:
+    """The layers that an adapter changes run uncompiled; the next image runs compiled code again."""
     plain = compiled.generate(wanted())
     before = backend.runs
     inked = compiled.generate(wanted(adapters=(Adapter("ink"),)))
@@ -194,15 +194,14 @@ def test_adapters_do_not_stay_in_the_way(compiled: Flux2Model, backend: Recordin
     assert not torch.equal(plain.latents, inked.latents)
 
 
-class BadDecoderBackend(RecordingBackend):
-    """One that cannot compile a decoder, or compiles it wrongly."""
+class BadDecoderBackend(CountingBackend):
+    """A backend that cannot compile a decoder, or compiles it incorrectly."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()
         self.fault = fault
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        """As ``torch.compile`` calls a backend."""
         run = super().__call__(graph, inputs)
         if not any("conv2d" in str(node.target) for node in graph.graph.nodes):
             return run
@@ -216,7 +215,7 @@ class BadDecoderBackend(RecordingBackend):
     [("fails", "RuntimeError: no valid kernel"), ("gives NaN", "ArithmeticError: its output is not finite")],
 )
 def test_a_decoder_that_cannot_be_compiled_runs_uncompiled(demo: Flux2Model, fault: str, reason: str) -> None:
-    """The blocks stay compiled, the picture is right from the first one on, and it is said why."""
+    """The blocks stay compiled, the image is right from the first one on, and the log has the reason."""
     backend = BadDecoderBackend(fault)
     model = loaded("compile", "vae", backend=backend)
     model.warm_up([wanted(2)])
@@ -224,15 +223,15 @@ def test_a_decoder_that_cannot_be_compiled_runs_uncompiled(demo: Flux2Model, fau
     assert "the decoder could not be compiled" in str(model.performance)
     assert reason in str(model.performance)
     before = backend.runs
-    picture, plain = model.generate(wanted(2)), demo.generate(wanted(2))
+    image, plain = model.generate(wanted(2)), demo.generate(wanted(2))
     assert backend.runs == before + 6 * 2
-    assert torch.equal(picture.latents, plain.latents)
-    assert difference(picture, plain) <= 1
+    assert torch.equal(image.latents, plain.latents)
+    assert difference(image, plain) <= 1
 
 
 @pytest.mark.usefixtures("nothing_compiles")
 def test_a_decoder_that_gives_no_numbers_is_refused(compiled: Flux2Model, demo: Flux2Model) -> None:
-    """If the decoder gives NaN compiled or not, there is no picture; what is compiled is kept."""
+    """If the decoder gives NaN compiled or not, the image is refused, and compiled code is kept."""
     for model in (compiled, demo):
         bias = model.components.vae.decoder.conv_out.bias
         before = bias.clone()
@@ -247,8 +246,8 @@ def test_a_decoder_that_gives_no_numbers_is_refused(compiled: Flux2Model, demo: 
 
 
 @pytest.mark.parametrize("fails_at", ["compiling", "running"])
-def test_a_compiler_that_fails_is_done_without(demo: Flux2Model, fails_at: str) -> None:
-    """The service starts uncompiled, and says why and with what; some compilers fail only when their code is run."""
+def test_a_failing_compiler_falls_back_to_eager(demo: Flux2Model, fails_at: str) -> None:
+    """The service starts uncompiled and logs the error; some compilers fail only when their code is run."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("no C compiler was found")

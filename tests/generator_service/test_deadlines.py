@@ -22,7 +22,7 @@ HURRIED = SMALL | {"deadline_ms": round(1000 * DEADLINE_S)}
 async def test_embedding_counts_towards_the_deadline(
     serve_generator: Serve, clock: Clock, model_control: ModelControl
 ) -> None:
-    """A request whose prompt took longer to embed than its deadline allows is refused with 504, and not generated."""
+    """A request whose prompt takes longer to embed than its deadline is refused with 504, and not generated."""
 
     def encoder(request: httpx.Request) -> httpx.Response:
         if json.loads(request.content)["prompt"] == "slow":
@@ -34,21 +34,19 @@ async def test_embedding_counts_towards_the_deadline(
             running = asyncio.create_task(http.post("/generate", json=SMALL))
             await model_control.is_held()
             late = asyncio.create_task(http.post("/generate", json=HURRIED | {"prompt": "slow"}))
-            for _ in range(1000):  # not by the clock, which is about to be moved
+            for _ in range(1000):  # not by the clock, which is moved below
                 if late.done():
                     break
                 await asyncio.sleep(0.01)
         assert (await running).status_code == 200
-        answer = await late
-    assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+        response = await late
+    assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
 
-async def test_a_request_that_has_begun_is_finished(
-    serve_generator: Serve, clock: Clock, model_control: ModelControl
-) -> None:
-    """The deadline is that of the whole request: once its first image is generated, the others come whenever they can.
+async def test_a_running_request_is_finished(serve_generator: Serve, clock: Clock, model_control: ModelControl) -> None:
+    """Once the first image of a request is generated, the others are not subject to its deadline.
 
-    Another request waits between them, so that they have to queue.
+    Another request is queued between them, so that they have to wait.
     """
     async with serve_generator() as http:
         with model_control.holding():
@@ -57,6 +55,6 @@ async def test_a_request_that_has_begun_is_finished(
             other = asyncio.create_task(http.post("/generate", json=SMALL))
             await until_queued(http, 2)
             clock.advance(DEADLINE_S + 1)
-        told = events((await http.get(f"{job}/events")).text)
+        job_events = events((await http.get(f"{job}/events")).text)
         assert (await other).status_code == 200
-    assert [name for name, _ in told if name != "step"] == ["completed"] * 3
+    assert [name for name, _ in job_events if name != "step"] == ["completed"] * 3

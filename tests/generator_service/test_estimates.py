@@ -1,4 +1,4 @@
-"""What the latency model learns, on a simulated clock on which a computed step takes ten seconds and all else none."""
+"""What the latency model learns, on a simulated clock where a computed step takes ten seconds and all else no time."""
 
 import re
 from pathlib import Path
@@ -28,21 +28,21 @@ def slow_steps(clock: Clock, model_control: ModelControl) -> None:
 
 
 async def seconds_per_step(http: httpx.AsyncClient) -> list[float]:
-    """What the service expects a computed step to take in each cache mode, as ``GET /modes`` tells it."""
+    """The expected duration of a computed step in each cache mode, from ``GET /modes``."""
     modes = (await http.get("/modes", params={"num_inference_steps": BODY["num_inference_steps"]})).json()["modes"]
     assert [mode["name"] for mode in modes] == ["none", "slow", "medium", "fast", "ultra"]
     return [mode["estimate_ms"] / 1000 / mode["computed"] for mode in modes]
 
 
 async def generate(http: httpx.AsyncClient, headers: dict[str, str] | None = None, **fields: object) -> httpx.Response:
-    """An answer that holds an image."""
-    answer = await http.post("/generate", json=BODY | fields, headers=headers)
-    assert answer.status_code == 200, answer.text
-    return answer
+    """The response with an image."""
+    response = await http.post("/generate", json=BODY | fields, headers=headers)
+    assert response.status_code == 200, response.text
+    return response
 
 
 async def test_an_image_is_learned_from(serve_generator: Serve, clock: Clock, model_control: ModelControl) -> None:
-    """An image that took twice as long raises the estimate; the other tests of this file would see it."""
+    """An image that took twice as long raises the estimate."""
     async with serve_generator() as http:
         assert await seconds_per_step(http) == UNCHANGED
         model_control.on_step = lambda: clock.advance(2 * STEP_S)
@@ -51,7 +51,7 @@ async def test_an_image_is_learned_from(serve_generator: Serve, clock: Clock, mo
 
 
 async def test_previews_are_not_learned(serve_generator: Serve, clock: Clock, model_control: ModelControl) -> None:
-    """The time that previews took is left out of the estimate, which is for images without any."""
+    """The time of previews is excluded from the estimate, which is for images without previews."""
     decodes = []
 
     def slow_previews() -> None:
@@ -67,7 +67,7 @@ async def test_previews_are_not_learned(serve_generator: Serve, clock: Clock, mo
 
 
 async def test_a_regenerated_image_is_not_learned(serve_generator: Serve, model_control: ModelControl) -> None:
-    """An image that needed a second run, because the first left no finite numbers, says nothing about its schedule."""
+    """An image that was generated twice, because the first run was not finite, is not used for the estimate."""
     runs: list[int] = []
 
     def not_a_number(velocity: torch.Tensor) -> torch.Tensor:
@@ -76,15 +76,15 @@ async def test_a_regenerated_image_is_not_learned(serve_generator: Serve, model_
 
     async with serve_generator() as http:
         model_control.change = not_a_number
-        answer = await generate(http, cache=2)
-        assert answer.headers["x-steps-computed"] == "12"
+        response = await generate(http, cache=2)
+        assert response.headers["x-steps-computed"] == "12"
         assert await seconds_per_step(http) == UNCHANGED
 
 
 async def test_adapters_are_not_learned(
     serve_generator: Serve, clock: Clock, model_control: ModelControl, demo: Flux2Model, tmp_path: Path
 ) -> None:
-    """Steps are slower under LoRA adapters: such an image does not change the estimate for those without."""
+    """Steps are slower with LoRA adapters, so such an image does not change the estimate for those without."""
     adapter_file(tmp_path / "ink.safetensors", demo)
     async with serve_generator(lora_dir=tmp_path) as http:
         model_control.on_step = lambda: clock.advance(5 * STEP_S)
@@ -92,8 +92,8 @@ async def test_adapters_are_not_learned(
         assert await seconds_per_step(http) == UNCHANGED
 
 
-async def test_a_latency_can_be_asked_for(serve_generator: Serve) -> None:
-    """``max_latency_ms`` computes as many steps as fit into it, all of them where they do."""
+async def test_max_latency_chooses_the_number_of_steps(serve_generator: Serve) -> None:
+    """``max_latency_ms`` computes as many steps as fit into it, at most all."""
     async with serve_generator() as http:
         plenty = await generate(http, max_latency_ms=1_000_000)
         half = await generate(http, max_latency_ms=round(1000 * 6.5 * STEP_S))
@@ -118,7 +118,7 @@ async def test_a_latency_is_for_the_whole_request(serve_generator: Serve) -> Non
 
 
 async def test_a_latency_never_goes_below_the_published_schedules(serve_generator: Serve) -> None:
-    """What even ``ultra`` cannot meet is refused, with the shortest time that can be had, and nothing is generated."""
+    """A latency that even ``ultra`` exceeds is refused with the shortest possible time, and nothing is generated."""
     async with serve_generator() as http:
         refused = await http.post(
             "/generate", json=BODY | {"num_inference_steps": 50, "max_latency_ms": round(1000 * 9.6 * STEP_S)}

@@ -22,32 +22,32 @@ MODES = ("none", "slow", "medium", "fast", "ultra", 12)
 
 @pytest.fixture(scope="module")
 def pipeline(weights: Path) -> Flux2Pipeline:
-    """The library's own pipeline with the same weights."""
+    """Diffusers' own pipeline with the same weights."""
     loaded = Flux2Pipeline.from_pretrained(weights, text_encoder=None, tokenizer=None, dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
 def embeddings(model: Flux2Model, seed: int = 0) -> torch.Tensor:
-    """Something of the shape of a prompt embedding."""
+    """Random values in the shape of a prompt embedding."""
     return torch.randn(1, 32, model.info.embedding_width, generator=torch.Generator().manual_seed(seed))
 
 
 def request(
     model: Flux2Model, schedule: Schedule, *, seed: int = 7, side: int = 128, references: tuple[Reference, ...] = ()
 ) -> Params:
-    """A square picture under ``schedule``."""
+    """A square image with ``schedule``."""
     return Params(embeddings(model), side, side, 4.0, seed, schedule, references)
 
 
 def pattern(side: int) -> Image.Image:
-    """Some picture to refer to."""
+    """A reference image."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def test_none_is_the_pipeline_itself(model: Flux2Model, pipeline: Flux2Pipeline) -> None:
-    """Without a cache, the picture equals ``Flux2Pipeline``'s, pixel for pixel."""
+def test_none_equals_the_pipeline(model: Flux2Model, pipeline: Flux2Pipeline) -> None:
+    """Without a cache the image equals ``Flux2Pipeline``'s, pixel for pixel."""
     ours = model.generate(request(model, schedule_for("none", 50))).image
     theirs = pipeline(
         prompt_embeds=embeddings(model),
@@ -65,7 +65,7 @@ def test_none_is_the_pipeline_itself(model: Flux2Model, pipeline: Flux2Pipeline)
 def test_every_mode_equals_the_reference_loop(
     model: Flux2Model, pipeline: Flux2Pipeline, cache: str | int, num_steps: int
 ) -> None:
-    """Every mode at every step count gives the latents of the plainly written loop, bit for bit."""
+    """Every mode at every number of steps gives the latents of the reference loop, bit for bit."""
     schedule = schedule_for(min(cache, num_steps) if isinstance(cache, int) else cache, num_steps)
     ours = model.generate(request(model, schedule)).latents
     plain = denoise(
@@ -84,10 +84,10 @@ def test_every_mode_equals_the_reference_loop(
 def test_reference_images_keep_their_tokens_out_of_the_residual(
     model: Flux2Model, pipeline: Flux2Pipeline, cache: str
 ) -> None:
-    """With reference images in the sequence the residual covers the noisy tokens alone."""
+    """With reference images in the sequence the residual covers only the noisy tokens."""
     schedule = schedule_for(cache, 20)
-    picture = pattern(64)
-    ours = model.generate(request(model, schedule, references=(Reference(picture),))).latents
+    image = pattern(64)
+    ours = model.generate(request(model, schedule, references=(Reference(image),))).latents
     plain = denoise(
         pipeline,
         embeddings(model),
@@ -96,7 +96,7 @@ def test_reference_images_keep_their_tokens_out_of_the_residual(
         num_steps=20,
         computed=set(schedule.computed_steps),
         seed=7,
-        references=[picture],
+        references=[image],
     )
     assert torch.equal(ours, plain)
 
@@ -110,8 +110,8 @@ def test_all_steps_computed_is_none(model: Flux2Model) -> None:
     )
 
 
-def test_reuse_changes_the_picture_a_little(demo: Flux2Model) -> None:
-    """Reused steps are not computed ones: the latents differ, but by far less than two seeds do."""
+def test_reuse_changes_the_image_slightly(demo: Flux2Model) -> None:
+    """Latents with reused steps differ from computed ones, but by far less than those of two seeds."""
     none = demo.generate(request(demo, schedule_for("none", 50))).latents
     fast = demo.generate(request(demo, schedule_for("fast", 50))).latents
     other = demo.generate(request(demo, schedule_for("none", 50), seed=8)).latents
@@ -119,8 +119,8 @@ def test_reuse_changes_the_picture_a_little(demo: Flux2Model) -> None:
 
 
 @pytest.mark.parametrize("failure", [GenerationCancelled, RuntimeError])
-def test_a_generation_that_ends_early_leaves_nothing_behind(demo: Flux2Model, failure: type[Exception]) -> None:
-    """After a cancel or an exception in mid-run, the next picture is what it would have been."""
+def test_a_cancelled_or_failed_generation_does_not_affect_the_next(demo: Flux2Model, failure: type[Exception]) -> None:
+    """After a cancellation or an exception in mid-run, the next image is unchanged."""
     wanted = request(demo, schedule_for("fast", 20))
     expected = demo.generate(wanted).latents
 
@@ -134,19 +134,19 @@ def test_a_generation_that_ends_early_leaves_nothing_behind(demo: Flux2Model, fa
 
 
 def test_mixed_requests_from_many_threads_equal_their_serial_results(demo: Flux2Model) -> None:
-    """200 requests of mixed modes, sizes, seeds and cancels, prepared and run by 8 threads, equal the serial ones.
+    """200 requests of mixed modes, sizes, seeds and cancellations, prepared by 8 threads, equal their serial results.
 
-    One thread owns the device, as the engine's queue sees to; everything else interleaves.
+    One thread owns the device, as the engine guarantees; everything else interleaves.
     """
     rng = random.Random(0)
     kinds = [(cache, side, seed) for cache in ("none", "fast", "ultra", 3) for side in (64, 80, 128) for seed in (1, 2)]
-    orders = [(*rng.choice(kinds), rng.random() < 0.15) for _ in range(200)]
+    requests = [(*rng.choice(kinds), rng.random() < 0.15) for _ in range(200)]
     serial = {
         kind: demo.generate(request(demo, schedule_for(kind[0], 8), side=kind[1], seed=kind[2])) for kind in kinds
     }
 
-    def run(order: tuple[str | int, int, int, bool]) -> bool:
-        cache, side, seed, is_cancelled = order
+    def run(wanted_image: tuple[str | int, int, int, bool]) -> bool:
+        cache, side, seed, is_cancelled = wanted_image
         wanted = request(demo, schedule_for(cache, 8), side=side, seed=seed)
 
         def on_step(step: int, _is_computed: bool) -> None:
@@ -154,17 +154,17 @@ def test_mixed_requests_from_many_threads_equal_their_serial_results(demo: Flux2
                 raise GenerationCancelled
 
         try:
-            made = device.submit(demo.generate, wanted, on_step).result()
+            generated = device.submit(demo.generate, wanted, on_step).result()
         except GenerationCancelled:
             return is_cancelled
-        return torch.equal(made.latents, serial[cache, side, seed].latents)
+        return torch.equal(generated.latents, serial[cache, side, seed].latents)
 
     with ThreadPoolExecutor(1) as device, ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(run, orders))
+        assert all(pool.map(run, requests))
 
 
-def test_a_seed_means_the_same_picture_again(demo: Flux2Model) -> None:
-    """The same request twice gives the same picture; another seed gives another."""
+def test_a_seed_is_reproducible(demo: Flux2Model) -> None:
+    """The same request twice gives the same image; another seed gives another."""
     first, second = (demo.generate(request(demo, schedule_for("medium", 10))).image for _ in range(2))
     other = demo.generate(request(demo, schedule_for("medium", 10), seed=8)).image
     assert np.array_equal(np.asarray(first), np.asarray(second))
@@ -172,7 +172,7 @@ def test_a_seed_means_the_same_picture_again(demo: Flux2Model) -> None:
 
 
 def test_any_flux2_pipeline_can_be_accelerated(demo: Flux2Model) -> None:
-    """Three lines around diffusers' own pipeline give the service's picture."""
+    """Three lines around diffusers' own pipeline give the service's image."""
     loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
     transformer = CachedTransformer(loaded.transformer, schedule_for("fast", 20), scheduler=loaded.scheduler)
     fast = Flux2Pipeline(**{**loaded.components, "transformer": transformer})
@@ -188,8 +188,8 @@ def test_any_flux2_pipeline_can_be_accelerated(demo: Flux2Model) -> None:
 
 
 @pytest.mark.parametrize("num_bad_runs", [1, 2])
-def test_what_is_no_number_is_never_shown(demo: Flux2Model, num_bad_runs: int) -> None:
-    """Latents that are not finite are drawn once more with every step computed, and then refused."""
+def test_latents_that_are_not_finite_are_refused(demo: Flux2Model, num_bad_runs: int) -> None:
+    """If latents are not finite, the image is generated once more with every step computed, and then refused."""
     wanted = request(demo, schedule_for("fast", 20))
     everything = schedule_for("none", 20)
     runs = [0]
@@ -203,9 +203,9 @@ def test_what_is_no_number_is_never_shown(demo: Flux2Model, num_bad_runs: int) -
     hook = demo.components.transformer.proj_out.register_forward_hook(spoil)
     try:
         if num_bad_runs == 1:
-            picture = demo.generate(wanted, count_runs)
-            assert picture.schedule == everything
-            assert torch.equal(picture.latents, demo.generate(request(demo, everything)).latents)
+            image = demo.generate(wanted, count_runs)
+            assert image.schedule == everything
+            assert torch.equal(image.latents, demo.generate(request(demo, everything)).latents)
         else:
             with pytest.raises(NonFiniteOutput):
                 demo.generate(wanted, count_runs)

@@ -1,4 +1,4 @@
-"""``POST /generate`` and its neighbours, over HTTP."""
+"""``POST /generate`` and related routes over HTTP."""
 
 import asyncio
 import base64
@@ -42,50 +42,47 @@ STREAM = {"Accept": "text/event-stream"}
 
 @pytest.fixture(autouse=True)
 def no_waiting() -> Iterator[None]:
-    """The encoder is asked again at once."""
+    """Retry the encoder without waiting."""
     with stamina.set_testing(True, attempts=2):
         yield
 
 
 def pixels(data: bytes) -> np.ndarray:
-    """The picture in a file."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
 def as_base64(tensor: torch.Tensor) -> str:
-    """What ``prompt_embeds`` takes."""
+    """Encode a tensor as the field ``prompt_embeds`` expects it."""
     return base64.b64encode(dump_safetensors(tensor)).decode()
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and data of server-sent events, without those from before the drawing."""
+    """Names and data of server-sent events, without those before the first step."""
     return [event for event in all_events(text) if event[0] not in ("queued", "encoding")]
 
 
 def all_events(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and data of server-sent events."""
     blocks = [block.splitlines() for block in text.replace("\r\n", "\n").split("\n\n") if "event: " in block]
     return [(block[0].removeprefix("event: "), json.loads(block[1].removeprefix("data: "))) for block in blocks]
 
 
 async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
-    """The value of each metric that has one."""
     lines = (await http.get("/metrics")).text.splitlines()
     return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
 
 
 async def steps_run(http: httpx.AsyncClient) -> float:
-    """How many computed steps the metrics count."""
+    """The number of computed steps in the metrics."""
     return (await metrics(http)).get('flux2_steps_total{kind="computed"}', 0)
 
 
-def down(_request: httpx.Request) -> httpx.Response:
-    """A text encoder that is away."""
+def unavailable(_request: httpx.Request) -> httpx.Response:
+    """A text encoder that refuses connections."""
     raise httpx.ConnectError("refused")
 
 
 async def test_a_prompt_is_enough(serve_generator: Serve) -> None:
-    """Everything else has a default: the model's size, 50 steps, medium, a drawn seed; the answer tells all of it."""
+    """All other fields have defaults: the model's size, 50 steps, medium, a random seed; the headers report them."""
     async with serve_generator() as http:
         response = await http.post("/generate", json={"prompt": "a red circle"})
     assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
@@ -99,8 +96,8 @@ async def test_a_prompt_is_enough(serve_generator: Serve) -> None:
     assert headers["x-request-id"]
 
 
-async def test_a_drawn_seed_repeats_the_picture(serve_generator: Serve) -> None:
-    """The returned seed gives the same picture again; another draw gives another."""
+async def test_a_random_seed_is_returned(serve_generator: Serve) -> None:
+    """The seed in the response reproduces the image; a request without a seed gives another one."""
     body = {name: value for name, value in SMALL.items() if name != "seed"}
     async with serve_generator() as http:
         first, other = [await http.post("/generate", json=body) for _ in range(2)]
@@ -110,16 +107,16 @@ async def test_a_drawn_seed_repeats_the_picture(serve_generator: Serve) -> None:
     assert len({response.headers["x-request-id"] for response in (first, other, again)}) == 3
 
 
-async def test_every_seed_is_its_own_picture(serve_generator: Serve) -> None:
-    """From the smallest to the largest."""
+async def test_every_seed_gives_another_image(serve_generator: Serve) -> None:
+    """The smallest, the largest and adjacent seeds give different images."""
     async with serve_generator() as http:
-        answers = {seed: await http.post("/generate", json=SMALL | {"seed": seed}) for seed in (0, 1, 2**63 - 1)}
-    assert all(answer.headers["x-seed"] == str(seed) for seed, answer in answers.items())
-    assert len({pixels(answer.content).tobytes() for answer in answers.values()}) == 3
+        responses = {seed: await http.post("/generate", json=SMALL | {"seed": seed}) for seed in (0, 1, 2**63 - 1)}
+    assert all(response.headers["x-seed"] == str(seed) for seed, response in responses.items())
+    assert len({pixels(response.content).tobytes() for response in responses.values()}) == 3
 
 
 async def test_embeddings_instead_of_a_prompt(serve_generator: Serve, serve_encoder: Serve) -> None:
-    """The prompt's embedding gives the prompt's picture."""
+    """The embedding of a prompt gives the same image as the prompt."""
     async with serve_encoder() as http:
         accept = {"Accept": "application/vnd.safetensors"}
         embedding = await http.post("/predict", json={"prompt": SMALL["prompt"]}, headers=accept)
@@ -132,7 +129,7 @@ async def test_embeddings_instead_of_a_prompt(serve_generator: Serve, serve_enco
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 async def test_formats(serve_generator: Serve, image_format: str) -> None:
-    """The picture comes in the format that was asked for, and of the size."""
+    """The image has the requested format and size."""
     async with serve_generator() as http:
         response = await http.post("/generate", json=SMALL | {"output_format": image_format, "height": 80})
     assert response.headers["content-type"] == f"image/{image_format}"
@@ -185,7 +182,7 @@ async def test_formats(serve_generator: Serve, image_format: str) -> None:
     ids=lambda value: ascii(value)[:60],
 )
 async def test_bad_bodies_name_the_field(serve_generator: Serve, change: dict[str, Any], field: str | None) -> None:
-    """What cannot be used is refused with the field's name, and nothing is drawn."""
+    """Invalid values are refused with the field's name, and nothing is generated."""
     async with serve_generator() as http:
         response = await http.post("/generate", content=json.dumps(SMALL | change), headers=JSON)
         assert await steps_run(http) == 0
@@ -199,8 +196,8 @@ async def test_bad_bodies_name_the_field(serve_generator: Serve, change: dict[st
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"prompt": }', b"\xff", b"[" * 100_000], ids=["cut", "gap", "bytes", "deep"])
-async def test_a_body_that_is_no_json_is_400(serve_generator: Serve, body: bytes) -> None:
-    """Malformed JSON has a code of its own."""
+async def test_a_body_that_is_not_json_is_400(serve_generator: Serve, body: bytes) -> None:
+    """Malformed JSON has an error code of its own."""
     async with serve_generator() as http:
         response = await http.post("/generate", content=body, headers=JSON)
     assert (response.status_code, response.json()["code"]) == (400, "malformed_body")
@@ -210,23 +207,23 @@ async def test_a_body_that_is_no_json_is_400(serve_generator: Serve, body: bytes
 async def test_a_full_queue_refuses_at_once(
     serve_generator: Serve, model_control: ModelControl, headers: dict[str, str]
 ) -> None:
-    """While one image is generated and one waits, others, streamed or not, are refused with when to come back."""
+    """While one image is generated and one waits, other requests, streamed or not, get 429 with ``Retry-After``."""
     async with serve_generator(max_waiting=1) as http:
         with model_control.holding():
             calls = [asyncio.create_task(http.post("/generate", json=SMALL, headers=headers)) for _ in range(5)]
             await until(lambda: sum(call.done() for call in calls) == 3)
-        answers = await asyncio.gather(*calls)
+        responses = await asyncio.gather(*calls)
         later = await http.post("/generate", json=SMALL)
-    assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429, 429]
-    for answer in answers:
-        if answer.status_code == 429:
-            assert int(answer.headers["Retry-After"]) >= 1
-            assert answer.json()["code"] == "busy"
+    assert sorted(response.status_code for response in responses) == [200, 200, 429, 429, 429]
+    for response in responses:
+        if response.status_code == 429:
+            assert int(response.headers["Retry-After"]) >= 1
+            assert response.json()["code"] == "busy"
     assert later.status_code == 200
 
 
 async def test_retry_after_is_never_zero(serve_generator: Serve, model_control: ModelControl) -> None:
-    """Where images take milliseconds, a refused client still waits a second: 0 would make it ask in a loop."""
+    """If images take milliseconds, ``Retry-After`` is still a second, since 0 would make clients poll in a loop."""
     async with serve_generator(max_waiting=1) as http:
         for _ in range(10):
             await http.post("/generate", json=SMALL | {"num_inference_steps": 1})
@@ -234,35 +231,37 @@ async def test_retry_after_is_never_zero(serve_generator: Serve, model_control: 
             accepted = [asyncio.create_task(http.post("/generate", json=SMALL)) for _ in range(2)]
             await until_queued(http, 2)
             refused = await http.post("/generate", json=SMALL)
-        assert [answer.status_code for answer in await asyncio.gather(*accepted)] == [200, 200]
+        assert [response.status_code for response in await asyncio.gather(*accepted)] == [200, 200]
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
 
 
-async def test_an_encoder_that_comes_back(serve_generator: Serve) -> None:
-    """Without its encoder the generator answers 503 and keeps no place occupied; with it, it draws again."""
+async def test_an_encoder_that_recovers(serve_generator: Serve) -> None:
+    """While the encoder is unavailable requests get 503 and occupy no slot; when it is back, images are generated."""
     is_down = True
 
     def encoder(request: httpx.Request) -> httpx.Response:
-        return down(request) if is_down else httpx.Response(200, content=dump_torch(torch.zeros(EMBEDDING_SHAPE)))
+        return (
+            unavailable(request) if is_down else httpx.Response(200, content=dump_torch(torch.zeros(EMBEDDING_SHAPE)))
+        )
 
     async with serve_generator(httpx.MockTransport(encoder), max_waiting=1) as http:
-        answers = [await http.post("/generate", json=SMALL) for _ in range(3)]
+        responses = [await http.post("/generate", json=SMALL) for _ in range(3)]
         assert (await metrics(http))["flux2_queue_depth"] == 0
         is_down = False
         await http.get("/health/ready")
         assert (await http.post("/generate", json=SMALL)).status_code == 200
-    assert [answer.status_code for answer in answers] == [503] * 3
-    assert answers[0].json()["code"] == "encoder_unavailable"
-    assert int(answers[0].headers["Retry-After"]) >= 1
-    assert all("refused" not in answer.text for answer in answers)
+    assert [response.status_code for response in responses] == [503] * 3
+    assert responses[0].json()["code"] == "encoder_unavailable"
+    assert int(responses[0].headers["Retry-After"]) >= 1
+    assert all("refused" not in response.text for response in responses)
 
 
 @pytest.mark.parametrize("headers", [{}, STREAM], ids=["plain", "stream"])
-async def test_an_unexpected_failure_tells_nothing(
+async def test_an_unexpected_failure_reveals_nothing(
     serve_generator: Serve, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What nobody thought of is an internal error and no more; the next picture is drawn."""
+    """An unexpected exception is a plain internal error without details; the next image is generated."""
 
     def fail(*_: object) -> None:
         raise ValueError("secret")
@@ -281,8 +280,8 @@ async def test_an_unexpected_failure_tells_nothing(
     assert counted[f'flux2_requests_total{{route="/generate",status="{failed.status_code}"}}'] == 1
 
 
-async def test_ready_with_the_right_encoder(serve_generator: Serve) -> None:
-    """The generator is ready with an encoder of its own model, and with one that does not say what it is."""
+async def test_ready_with_a_matching_encoder(serve_generator: Serve) -> None:
+    """The generator is ready with an encoder of its own model, and with one that has no ``/info``."""
     async with serve_generator() as http:
         assert (await http.get("/health/ready")).json() == {"status": "ready"}
     async with serve_generator(httpx.MockTransport(lambda _request: httpx.Response(404))) as http:
@@ -290,11 +289,13 @@ async def test_ready_with_the_right_encoder(serve_generator: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reason"),
     [({"hidden_size": 64}, "[32, 192]"), ({"model": "other"}, "other@local"), ({"revision": "r2"}, "weights@r2")],
 )
-async def test_not_ready_with_another_models_encoder(serve_generator: Serve, change: dict[str, Any], told: str) -> None:
-    """The generator is not ready while its encoder's embeddings are another model's, and says whose."""
+async def test_not_ready_with_another_models_encoder(
+    serve_generator: Serve, change: dict[str, Any], reason: str
+) -> None:
+    """The generator is not ready while its encoder serves another model, and names that model."""
     info = {
         "model": "weights",
         "revision": "local",
@@ -308,19 +309,19 @@ async def test_not_ready_with_another_models_encoder(serve_generator: Serve, cha
     async with serve_generator(transport) as http:
         ready = await http.get("/health/ready")
     assert ready.status_code == 503
-    assert told in ready.json()["reason"]
+    assert reason in ready.json()["reason"]
 
 
 async def test_not_ready_without_an_encoder(serve_generator: Serve) -> None:
-    """It says that the encoder is away; the process is alive nevertheless."""
-    async with serve_generator(httpx.MockTransport(down)) as http:
+    """The reason names the unavailable encoder; the process is alive."""
+    async with serve_generator(httpx.MockTransport(unavailable)) as http:
         live, ready = await http.get("/health/live"), await http.get("/health/ready")
     assert (live.status_code, ready.status_code) == (200, 503)
     assert ready.json() == {"status": "not ready", "reason": "the text encoder cannot be reached"}
 
 
 async def test_the_service_answers_while_it_generates(serve_generator: Serve, model_control: ModelControl) -> None:
-    """The event loop does not wait for the device: health, metrics and modes are answered while it is busy."""
+    """The event loop does not wait for the device: health, metrics and modes respond while it is busy."""
     async with serve_generator() as http:
         with model_control.holding():
             generating = asyncio.create_task(http.post("/generate", json=SMALL))
@@ -332,19 +333,19 @@ async def test_the_service_answers_while_it_generates(serve_generator: Serve, mo
 
 
 @pytest.mark.parametrize("accept", [b"*/*", b"text/event-stream"])
-async def test_a_client_that_leaves_stops_its_picture(serve_generator: Serve, accept: bytes) -> None:
-    """When the client is gone, no further steps run and its place is free."""
-    left = asyncio.Event()
+async def test_a_disconnect_stops_the_generation(serve_generator: Serve, accept: bytes) -> None:
+    """When the client disconnects, no further steps run and its slot is free."""
+    disconnected = asyncio.Event()
     messages = [{"type": "http.request", "body": json.dumps(LONG).encode(), "more_body": False}]
 
     async def receive() -> dict[str, Any]:
         if messages:
             return messages.pop()
-        await left.wait()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(_message: object) -> None:
-        """Nobody listens."""
+        """Discard the response."""
 
     scope = {
         "type": "http",
@@ -364,7 +365,7 @@ async def test_a_client_that_leaves_stops_its_picture(serve_generator: Serve, ac
         request = asyncio.create_task(app(scope, receive, send))
         while await steps_run(http) < 2:  # noqa: ASYNC110 - the device thread has no event to wait for
             await asyncio.sleep(0.01)
-        left.set()
+        disconnected.set()
         await request
         assert (await metrics(http))["flux2_queue_depth"] == 0
         stopped = await steps_run(http)
@@ -374,34 +375,34 @@ async def test_a_client_that_leaves_stops_its_picture(serve_generator: Serve, ac
     assert stopped < LONG["num_inference_steps"]
 
 
-async def test_steps_can_be_followed(serve_generator: Serve) -> None:
-    """With ``Accept: text/event-stream`` every step is told, computed or not, and the picture comes last."""
+async def test_steps_are_streamed(serve_generator: Serve) -> None:
+    """With ``Accept: text/event-stream`` every step is an event, computed or not, and the image comes last."""
     body = SMALL | {"cache": 2}
     async with serve_generator() as http:
         plain = await http.post("/generate", json=body)
         streamed = await http.post("/generate", json=body, headers=STREAM)
     assert streamed.headers["content-type"].startswith("text/event-stream")
-    *steps, (name, picture) = events(streamed.text)
+    *steps, (name, image) = events(streamed.text)
     assert [(kind, data["index"], data["step"], data["total"], data["computed"]) for kind, data in steps] == [
         ("step", 0, step, 4, is_computed) for step, is_computed in enumerate([True, False, False, True])
     ]
     assert name == "completed"
-    assert np.array_equal(pixels(base64.b64decode(picture["image"])), pixels(plain.content))
-    for told in ("x-seed", "x-schedule", "x-steps-computed", "x-steps-total"):
-        assert picture[told] == plain.headers[told]
+    assert np.array_equal(pixels(base64.b64decode(image["image"])), pixels(plain.content))
+    for header in ("x-seed", "x-schedule", "x-steps-computed", "x-steps-total"):
+        assert image[header] == plain.headers[header]
 
 
 async def test_a_failure_is_an_event(serve_generator: Serve) -> None:
-    """What goes wrong after the stream has begun is told in it, as the problem it would have been."""
-    async with serve_generator(httpx.MockTransport(down)) as http:
+    """An error after the stream has started is sent as an event with the same problem details."""
+    async with serve_generator(httpx.MockTransport(unavailable)) as http:
         response = await http.post("/generate", json=SMALL, headers=STREAM)
     [(name, problem)] = events(response.text)
     assert (name, problem["status"], problem["code"]) == ("error", 503, "encoder_unavailable")
     assert problem["request_id"] == response.headers["x-request-id"]
 
 
-async def test_work_is_counted(serve_generator: Serve) -> None:
-    """The metrics tell computed from reused steps and found from asked embeddings; no prompt is in them."""
+async def test_steps_and_embeddings_are_counted(serve_generator: Serve) -> None:
+    """The metrics count computed and reused steps, and embeddings by cache hit; they contain no prompt."""
     async with serve_generator() as http:
         for cache in (1, 2):
             await http.post("/generate", json=SMALL | {"cache": cache})
@@ -416,8 +417,8 @@ async def test_work_is_counted(serve_generator: Serve) -> None:
     assert "circle" not in text
 
 
-async def test_pictures_are_counted_by_mode(serve_generator: Serve) -> None:
-    """By the name of the schedule; numbers of steps, which are many, are all one."""
+async def test_images_are_counted_by_mode(serve_generator: Serve) -> None:
+    """Images are counted by the schedule's name; all requests with a number of steps share one label."""
     async with serve_generator() as http:
         for cache in ("none", "fast", 2, 3):
             assert (await http.post("/generate", json=SMALL | {"cache": cache})).status_code == httpx.codes.OK
@@ -430,7 +431,7 @@ async def test_pictures_are_counted_by_mode(serve_generator: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "is_told"),
+    ("settings", "is_logged"),
     [
         ({}, False),
         ({"host": "0.0.0.0"}, True),  # noqa: S104 - nothing listens
@@ -439,18 +440,18 @@ async def test_pictures_are_counted_by_mode(serve_generator: Serve) -> None:
         ({"host": "0.0.0.0", "published_host": "192.0.2.1"}, True),  # noqa: S104
     ],
 )
-async def test_strangers_are_warned_of(
-    serve_generator: Serve, caplog: pytest.LogCaptureFixture, settings: dict[str, str], is_told: bool
+async def test_a_service_without_authentication_logs_a_warning(
+    serve_generator: Serve, caplog: pytest.LogCaptureFixture, settings: dict[str, str], is_logged: bool
 ) -> None:
-    """A generator that others can reach without keys says so in its log; on loopback, or with keys, it does not."""
+    """A generator that other hosts can reach without keys logs a warning; on loopback, or with keys, it does not."""
     async with serve_generator(**settings):
         pass
-    assert ("without authentication" in caplog.text) == is_told
+    assert ("without authentication" in caplog.text) == is_logged
 
 
 @pytest.mark.parametrize(("token", "status"), [(None, 401), ("wrong", 401), ("right", 200)])
-async def test_a_token_can_be_required(serve_generator: Serve, token: str | None, status: int) -> None:
-    """With a token set, only requests that carry it are served; health stays open."""
+async def test_api_keys_can_be_required(serve_generator: Serve, token: str | None, status: int) -> None:
+    """With API keys only requests that carry one are served; health routes stay open."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with serve_generator(token="right") as http:
         response = await http.post("/generate", json=SMALL, headers=headers)
@@ -459,64 +460,64 @@ async def test_a_token_can_be_required(serve_generator: Serve, token: str | None
     assert (response.headers.get("www-authenticate") == "Bearer") == (status == 401)
 
 
-async def test_a_default_that_does_not_exist_is_refused_at_start(serve_generator: Serve) -> None:
-    """``GENERATOR_DEFAULT_CACHE`` names a schedule that there is, or the service does not start."""
+async def test_an_unknown_default_schedule_is_refused_at_start(serve_generator: Serve) -> None:
+    """The service refuses to start if ``GENERATOR_DEFAULT_CACHE`` names an unknown schedule."""
     with pytest.raises(ModelRefused, match="GENERATOR_DEFAULT_CACHE: there is no schedule 'turbo'"):
         async with serve_generator(default_cache="turbo"):
             pass
 
 
-async def test_a_picture_can_be_watched(serve_generator: Serve) -> None:
-    """``previews`` shows so many times, evenly, what the picture will be, and does not change it."""
+async def test_previews_are_streamed(serve_generator: Serve) -> None:
+    """``previews`` sends that many evenly spaced previews of the image, and does not change it."""
     body = SMALL | {"num_inference_steps": 12, "cache": "none"}
     async with serve_generator() as http:
         plain = await http.post("/generate", json=body)
         streamed = await http.post("/generate", json=body | {"previews": 3}, headers=STREAM)
-    found = events(streamed.text)
-    names = [name for name, _ in found]
+    stream_events = events(streamed.text)
+    names = [name for name, _ in stream_events]
     assert [k for k, name in enumerate(names) if name == "preview"] == [4, 8, 12]  # after steps 3, 6 and 9
     final = pixels(plain.content).astype(float)
-    assert np.array_equal(pixels(base64.b64decode(found[-1][1]["image"])), final)
-    shown = [pixels(base64.b64decode(data["image"])).astype(float) for name, data in found if name == "preview"]
-    distances = [np.abs(picture - final).mean() for picture in shown]
+    assert np.array_equal(pixels(base64.b64decode(stream_events[-1][1]["image"])), final)
+    shown = [pixels(base64.b64decode(data["image"])).astype(float) for name, data in stream_events if name == "preview"]
+    distances = [np.abs(image - final).mean() for image in shown]
     assert max(distances) < 3  # of 255: flows are nearly straight, and JPEG costs some
 
 
-def test_the_last_preview_would_be_the_picture(demo: Flux2Model) -> None:
-    """After the last step the estimate is the picture itself, up to rounding."""
+def test_a_preview_after_the_last_step_is_the_image(demo: Flux2Model) -> None:
+    """After the last step the preview equals the image up to rounding."""
     shown: list[Image.Image] = []
     embeds = torch.zeros(1, 32, demo.info.embedding_width)
     request = Params(embeds, 128, 64, 4.0, 1, schedule_for("fast", 6))
-    picture = demo.generate(request, previews=Previews(frozenset({0, 5}), shown.append)).image
+    image = demo.generate(request, previews=Previews(frozenset({0, 5}), shown.append)).image
     assert len(shown) == 1
-    assert np.abs(np.asarray(shown[0], dtype=float) - np.asarray(picture, dtype=float)).max() <= 1
+    assert np.abs(np.asarray(shown[0], dtype=float) - np.asarray(image, dtype=float)).max() <= 1
 
 
-async def test_the_time_is_known_beforehand(serve_generator: Serve) -> None:
-    """Every answer tells what was expected, and every step how long the rest will take: less and less."""
+async def test_the_duration_is_estimated(serve_generator: Serve) -> None:
+    """Every response has the estimated duration, and every step the estimated rest, which decreases."""
     async with serve_generator() as http:
-        answer = await http.post("/generate", json=SMALL)
+        response = await http.post("/generate", json=SMALL)
         streamed = await http.post("/generate", json=SMALL, headers=STREAM)
-    assert float(answer.headers["x-estimate-ms"]) > 0
-    left = [data["eta_ms"] for name, data in events(streamed.text) if name == "step"]
-    assert left == sorted(left, reverse=True)
-    assert left[0] > left[-1] > 0
+    assert float(response.headers["x-estimate-ms"]) > 0
+    remaining_ms = [data["eta_ms"] for name, data in events(streamed.text) if name == "step"]
+    assert remaining_ms == sorted(remaining_ms, reverse=True)
+    assert remaining_ms[0] > remaining_ms[-1] > 0
 
 
-async def test_the_line_can_be_watched(serve_generator: Serve, model_control: ModelControl) -> None:
-    """Who waits is told at once how many are before and how long they take, and again as they go."""
+async def test_queue_positions_are_streamed(serve_generator: Serve, model_control: ModelControl) -> None:
+    """A waiting request gets its position and wait at once, and again whenever the queue moves."""
     async with serve_generator() as http:
         await http.post("/generate", json=SMALL)
         with model_control.holding():
-            tasks = []
+            requests = []
             for body in (LONG | {"num_inference_steps": 20}, SMALL, SMALL):
-                tasks.append(asyncio.create_task(http.post("/generate", json=body, headers=STREAM)))
-                await until_queued(http, len(tasks))  # they keep this order
-        streams = await asyncio.gather(*tasks)
-    first, second, third = (all_events(stream.text) for stream in streams)
+                requests.append(asyncio.create_task(http.post("/generate", json=body, headers=STREAM)))
+                await until_queued(http, len(requests))  # preserves this order
+        responses = await asyncio.gather(*requests)
+    first, second, third = (all_events(response.text) for response in responses)
     assert [name for name, _ in first[:3]] == ["queued", "encoding", "step"]
     assert first[0][1] == {"position": 0, "wait_ms": 0}
-    places = [[data for name, data in told if name == "queued"] for told in (second, third)]
-    assert [[data["position"] for data in told] for told in places] == [[1, 0], [2, 1, 0]]
-    assert places[1][0]["wait_ms"] > places[0][0]["wait_ms"] > 0
-    assert [told[-1]["wait_ms"] for told in places] == [0, 0]
+    positions = [[data for name, data in stream if name == "queued"] for stream in (second, third)]
+    assert [[data["position"] for data in stream] for stream in positions] == [[1, 0], [2, 1, 0]]
+    assert positions[1][0]["wait_ms"] > positions[0][0]["wait_ms"] > 0
+    assert [stream[-1]["wait_ms"] for stream in positions] == [0, 0]

@@ -1,4 +1,4 @@
-"""Pictures as files, and the record of how they were made."""
+"""Encoded images, and the provenance in them."""
 
 import io
 import json
@@ -23,8 +23,8 @@ from generator_service.engine.imaging import (
     read_provenance,
 )
 
-PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
-RECORD = Provenance(
+IMAGE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+PROVENANCE = Provenance(
     prompt="ein rotes „Haus“ — 家 🎨",
     width=4,
     height=4,
@@ -41,93 +41,93 @@ FORMATS: tuple[ImageFormat, ...] = ("png", "jpeg", "webp")
 NUM_MUTATIONS = 600
 
 
-def test_a_png_says_everything() -> None:
-    """Text chunks carry every parameter, the program, and that the picture is AI generated; no pixel is changed."""
-    image = Image.open(io.BytesIO(encode_image(PICTURE, "png", RECORD)))
+def test_a_png_has_provenance() -> None:
+    """Text chunks hold every parameter, the program, and that the image is AI-generated; no pixel is changed."""
+    image = Image.open(io.BytesIO(encode_image(IMAGE, "png", PROVENANCE)))
     assert image.info["Comment"] == "AI generated"
     assert image.info["Software"].startswith("flux2-services ")
-    assert json.loads(image.info["flux2"]) == asdict(RECORD)
-    assert np.array_equal(np.asarray(image), np.asarray(PICTURE))
+    assert json.loads(image.info["flux2"]) == asdict(PROVENANCE)
+    assert np.array_equal(np.asarray(image), np.asarray(IMAGE))
 
 
 def test_a_png_of_a_noisy_image_is_small() -> None:
-    """It is smaller than the file that zlib's fastest level makes, and no pixel is changed."""
+    """It is smaller than the file that zlib's fastest level writes, and no pixel is changed."""
     rng = np.random.default_rng(0)
     smooth = np.add.outer(np.arange(256), np.arange(256))[..., None] / 2
     image = Image.fromarray((smooth + rng.normal(0, 3, (256, 256, 3))).clip(0, 255).astype(np.uint8))
     fastest = io.BytesIO()
     image.save(fastest, "PNG", compress_level=1)
-    data = encode_image(image, "png", RECORD)
+    data = encode_image(image, "png", PROVENANCE)
     assert len(data) < 0.95 * len(fastest.getvalue())
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(image))
 
 
-def test_an_uninstalled_copy_writes_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a bare copy of the source, which has no version, a file names the program alone."""
+def test_an_uninstalled_copy_writes_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a bare copy of the source, which has no version, a file names only the program."""
 
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(imaging, "version", version)
-    image = Image.open(io.BytesIO(encode_image(PICTURE, "png", RECORD)))
+    image = Image.open(io.BytesIO(encode_image(IMAGE, "png", PROVENANCE)))
     assert image.info["Software"] == "flux2-services"
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
-def test_exif_says_everything(image_format: ImageFormat) -> None:
-    """JPEG and WebP say the same in EXIF, where every viewer shows it."""
-    image = Image.open(io.BytesIO(encode_image(PICTURE, image_format, RECORD)))
+def test_exif_has_provenance(image_format: ImageFormat) -> None:
+    """JPEG and WebP have the same provenance in EXIF, where image viewers show it."""
+    image = Image.open(io.BytesIO(encode_image(IMAGE, image_format, PROVENANCE)))
     exif = image.getexif()
     assert image.format == image_format.upper()
     assert exif[ExifTags.Base.Software].startswith("flux2-services ")
-    assert json.loads(exif[ExifTags.Base.ImageDescription]) == {"note": "AI generated", "flux2": asdict(RECORD)}
+    assert json.loads(exif[ExifTags.Base.ImageDescription]) == {"note": "AI generated", "flux2": asdict(PROVENANCE)}
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
-@pytest.mark.parametrize("record", [RECORD, replace(RECORD, prompt=None, prompt_embeds_sha256="00ff")])
-def test_the_record_can_be_read_back(tmp_path: Path, image_format: ImageFormat, record: Provenance) -> None:
-    """Whatever the format, and with a prompt or without, what was written is read."""
-    (tmp_path / "x").write_bytes(encode_image(PICTURE, image_format, record))
+@pytest.mark.parametrize("record", [PROVENANCE, replace(PROVENANCE, prompt=None, prompt_embeds_sha256="00ff")])
+def test_provenance_can_be_read_back(tmp_path: Path, image_format: ImageFormat, record: Provenance) -> None:
+    """Provenance survives every format, with and without a prompt."""
+    (tmp_path / "x").write_bytes(encode_image(IMAGE, image_format, record))
     assert read_provenance(tmp_path / "x") == record
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_the_longest_prompt_fits(tmp_path: Path, image_format: ImageFormat) -> None:
-    """A prompt of the limit for JPEG fits beside the longest list of steps."""
-    record = replace(RECORD, prompt="x" * (MAX_JPEG_PROMPT_BYTES - 2), computed_steps=list(range(100)))
-    (tmp_path / "x").write_bytes(encode_image(PICTURE, image_format, record))
+    """The longest prompt that JPEG allows fits beside the longest list of steps."""
+    record = replace(PROVENANCE, prompt="x" * (MAX_JPEG_PROMPT_BYTES - 2), computed_steps=list(range(100)))
+    (tmp_path / "x").write_bytes(encode_image(IMAGE, image_format, record))
     assert read_provenance(tmp_path / "x") == record
 
 
 def foreign_png(**chunks: str) -> bytes:
-    """A picture with other text chunks."""
+    """A PNG image with other text chunks."""
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     for name, text in chunks.items():
         info.add_text(name, text)
-    PICTURE.save(buffer, "PNG", pnginfo=info)
+    IMAGE.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
 def foreign_exif(image_format: str, description: str) -> bytes:
-    """A picture that is described in another way."""
+    """An image with another EXIF description."""
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[ExifTags.Base.ImageDescription] = description
-    PICTURE.save(buffer, image_format, exif=exif)
+    IMAGE.save(buffer, image_format, exif=exif)
     return buffer.getvalue()
 
 
 def saved_as(image_format: str) -> bytes:
-    """A picture in any format of PIL's, without a record."""
+    """An image in any format of PIL's, without provenance."""
     buffer = io.BytesIO()
-    PICTURE.save(buffer, image_format)
+    IMAGE.save(buffer, image_format)
     return buffer.getvalue()
 
 
 def huge_png(side: int) -> bytes:
-    """A few hundred bytes with a record that claim to be a picture of ``side`` x ``side``; it cannot be decoded."""
+    """A few hundred bytes with provenance whose header claims ``side`` x ``side`` pixels; they cannot be decoded."""
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
-        (b"tEXt", b"flux2\0" + json.dumps(asdict(RECORD)).encode()),
+        (b"tEXt", b"flux2\0" + json.dumps(asdict(PROVENANCE)).encode()),
         (b"IDAT", b"no pixels"),
     ]
     framed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
@@ -138,48 +138,47 @@ def huge_png(side: int) -> bytes:
     "data",
     [
         pytest.param(b"", id="empty"),
-        pytest.param(b"A text file, not a picture.\n" * 10, id="text"),
+        pytest.param(b"A text file, not an image.\n" * 10, id="text"),
         *(
-            pytest.param(saved_as(name), id=f"{name} without a record")
+            pytest.param(saved_as(name), id=f"{name} without provenance")
             for name in ("PNG", "JPEG", "WEBP", "GIF", "TIFF")
         ),
-        *(pytest.param(encode_image(PICTURE, name, RECORD)[:60], id=f"{name} cut off") for name in FORMATS),
-        pytest.param(foreign_png(flux2="{"), id="no JSON"),
+        *(pytest.param(encode_image(IMAGE, name, PROVENANCE)[:60], id=f"{name} cut off") for name in FORMATS),
+        pytest.param(foreign_png(flux2="{"), id="not JSON"),
         pytest.param(foreign_png(flux2="[]"), id="a list"),
-        pytest.param(foreign_png(flux2='{"prompt": "a"}'), id="a part of a record"),
-        pytest.param(foreign_png(flux2=json.dumps(asdict(RECORD) | {"more": 1})), id="more than a record"),
+        pytest.param(foreign_png(flux2='{"prompt": "a"}'), id="missing fields"),
+        pytest.param(foreign_png(flux2=json.dumps(asdict(PROVENANCE) | {"more": 1})), id="unknown fields"),
         pytest.param(foreign_png(flux2="[" * 200_000), id="deep JSON"),
         pytest.param(foreign_exif("JPEG", "a holiday"), id="a JPEG's description"),
         pytest.param(foreign_exif("WEBP", '{"flux2": 7}'), id="a WebP's description"),
-        pytest.param(foreign_exif("TIFF", json.dumps({"flux2": asdict(RECORD)})), id="another format"),
+        pytest.param(foreign_exif("TIFF", json.dumps({"flux2": asdict(PROVENANCE)})), id="another format"),
         pytest.param(huge_png(20_000), id="decompression bomb"),
     ],
 )
-def test_other_files_have_no_record(tmp_path: Path, data: bytes) -> None:
-    """A file that is no picture of this service is an error that names it."""
+def test_other_files_have_no_provenance(tmp_path: Path, data: bytes) -> None:
+    """A file that this service did not write is an error that names it."""
     (tmp_path / "x.png").write_bytes(data)
     with pytest.raises(NoProvenance, match=r"x\.png"):
         read_provenance(tmp_path / "x.png")
 
 
-def test_what_is_no_file_has_no_record(tmp_path: Path) -> None:
-    """Nor has what is not there, or a folder."""
+def test_missing_files_and_folders_have_no_provenance(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.png", tmp_path):
         with pytest.raises(NoProvenance, match=path.name):
             read_provenance(path)
 
 
-def test_pixels_stay_compressed(tmp_path: Path) -> None:
-    """A large picture's record is read without its pixels, and without a warning."""
+def test_provenance_is_read_without_decoding(tmp_path: Path) -> None:
+    """The provenance of a large image is read without decoding its pixels, and without a warning."""
     (tmp_path / "x.png").write_bytes(huge_png(10_000))
-    assert read_provenance(tmp_path / "x.png") == RECORD
+    assert read_provenance(tmp_path / "x.png") == PROVENANCE
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_damaged_files_are_read_or_refused(tmp_path: Path, image_format: ImageFormat) -> None:
-    """Whatever is wrong with a file, it has a record or it has none: no other error, and no warning."""
+    """A damaged file has provenance or is refused, without any other error or warning."""
     rng = random.Random(0)
-    data = encode_image(PICTURE, image_format, RECORD)
+    data = encode_image(IMAGE, image_format, PROVENANCE)
     refused = 0
     for _ in range(NUM_MUTATIONS):
         damaged = bytearray(data)

@@ -1,4 +1,4 @@
-"""What a picture takes, known beforehand."""
+"""Latency estimates."""
 
 import random
 
@@ -8,17 +8,16 @@ from generator_service.engine.latency import LatencyEstimate, LatencyModel
 
 
 def observe(model: LatencyModel, num_tokens: int, num_computed: int, num_steps: int, denoise_s: float) -> None:
-    """One finished picture."""
+    """Record one finished image."""
     model.observe(num_tokens, num_computed=num_computed, num_steps=num_steps, denoise_s=denoise_s, decode_s=0.5)
 
 
-def test_nothing_is_known_before_the_first_picture() -> None:
-    """Nobody is promised anything yet."""
+def test_there_is_no_estimate_before_the_first_image() -> None:
     assert LatencyModel().estimate(4096) is None
 
 
-def test_one_picture_is_enough() -> None:
-    """After a run without reused steps their estimate is a guess, and that of computed ones is known."""
+def test_one_image_is_enough() -> None:
+    """After a run without reused steps the cost of computed steps is known and that of reused steps is a default."""
     model = LatencyModel()
     observe(model, 4096, 4, 4, 2.4)
     estimate = model.estimate(4096)
@@ -28,8 +27,8 @@ def test_one_picture_is_enough() -> None:
     assert 0 <= estimate.reused_step_s < 0.1 * estimate.computed_step_s
 
 
-def test_both_kinds_of_steps_are_told_apart() -> None:
-    """From pictures of different schedules both costs are learned, through some noise, within 2 %."""
+def test_costs_of_computed_and_reused_steps_are_learned() -> None:
+    """Both costs are learned from images with different schedules, through some noise, within 2 %."""
     model, rng = LatencyModel(), random.Random(0)
     for _ in range(60):
         computed = rng.choice([10, 15, 20, 26, 50])
@@ -41,8 +40,8 @@ def test_both_kinds_of_steps_are_told_apart() -> None:
         assert estimate.total_s(computed, 50) == pytest.approx(computed * 0.6 + (50 - computed) * 0.02 + 0.5, rel=0.02)
 
 
-def test_it_is_kept_current() -> None:
-    """When the device becomes slower, a few pictures are enough to know it."""
+def test_estimates_follow_the_device() -> None:
+    """When the device becomes slower, the estimate follows within a few images."""
     model = LatencyModel()
     for seconds in [30.0] * 20 + [60.0] * 10:
         observe(model, 4096, 50, 50, seconds)
@@ -52,7 +51,7 @@ def test_it_is_kept_current() -> None:
 
 
 def test_a_cache_never_seems_slower() -> None:
-    """Where noise made the pictures with a cache the slower ones, a reused step is taken to cost as much as any."""
+    """If noise makes images with a cache slower, a reused step is estimated to cost as much as a computed one."""
     model = LatencyModel()
     for _ in range(5):
         observe(model, 4096, 50, 50, 10.0)
@@ -64,7 +63,7 @@ def test_a_cache_never_seems_slower() -> None:
 
 
 def test_other_sizes_are_in_proportion_to_the_nearest() -> None:
-    """A size that was never drawn takes what the nearest one took, per token."""
+    """The estimate for a new size is that of the nearest known size, scaled by tokens."""
     model = LatencyModel()
     observe(model, 1024, 10, 10, 1.0)
     observe(model, 4096, 10, 10, 6.0)
@@ -75,6 +74,6 @@ def test_other_sizes_are_in_proportion_to_the_nearest() -> None:
     assert large.computed_step_s == pytest.approx(1.2, rel=0.01)
 
 
-def test_a_run_is_the_sum_of_its_parts() -> None:
-    """Computed steps, reused steps, and the decoding."""
+def test_an_estimate_is_the_sum_of_its_stages() -> None:
+    """An estimate is the sum of computed steps, reused steps and decoding."""
     assert LatencyEstimate(0.5, 0.25, 0.125).total_s(10, 50) == 10 * 0.5 + 40 * 0.25 + 0.125

@@ -1,4 +1,4 @@
-"""LoRA adapters, by name, on the demo model."""
+"""LoRA adapters by name, with the demo model."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ RANK = 2
 def adapter_file(
     file: Path, model: Flux2Model, seed: int = 0, modules: tuple[str, ...] = MODULES, prefix: str = "transformer."
 ) -> None:
-    """A random adapter of some of the model's linear layers."""
+    """A random adapter for some of the model's linear layers."""
     noise = torch.Generator().manual_seed(seed)
     layers = dict(model.components.transformer.named_modules())
     tensors = {}
@@ -40,7 +40,7 @@ def adapter_file(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, demo: Flux2Model) -> Path:
-    """Three adapters that fit, and three files that do not."""
+    """Three valid adapters, and three invalid files."""
     folder = tmp_path_factory.mktemp("lora")
     for seed, name in enumerate(("ink", "clay", "wool")):
         adapter_file(folder / f"{name}.safetensors", demo, seed)
@@ -54,50 +54,49 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo: Flux2Model) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Flux2Model:
-    """The demo model, with room for two adapters."""
+    """The demo model with a capacity of two adapters."""
     return Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, folder, max_loras=2)
 
 
 def request(*adapters: Adapter, cache: str = "fast") -> Params:
-    """A small picture with adapters."""
+    """A small image with adapters."""
     embeds = torch.zeros(1, 32, 384)
     return Params(embeds, 64, 64, 4.0, 7, schedule_for(cache, 8), adapters=adapters)
 
 
-def drawn(model: Flux2Model, *adapters: Adapter) -> torch.Tensor:
-    """The final latents."""
+def latents_of(model: Flux2Model, *adapters: Adapter) -> torch.Tensor:
     return model.generate(request(*adapters)).latents
 
 
-def test_an_adapter_changes_its_picture_and_no_other(model: Flux2Model) -> None:
-    """With an adapter the picture is another, the stronger the more; afterwards it is bit for bit what it was."""
-    plain = drawn(model)
-    weak, strong = (drawn(model, Adapter("ink", scale)) for scale in (0.5, 1.0))
+def test_an_adapter_changes_only_its_own_image(model: Flux2Model) -> None:
+    """With an adapter the image changes, more with a larger scale; afterwards it is bit-identical to before."""
+    plain = latents_of(model)
+    weak, strong = (latents_of(model, Adapter("ink", scale)) for scale in (0.5, 1.0))
     assert 0 < (weak - plain).abs().mean() < (strong - plain).abs().mean()
-    assert torch.equal(drawn(model), plain)
-    assert torch.equal(drawn(model, Adapter("ink", 0.0)), plain)
+    assert torch.equal(latents_of(model), plain)
+    assert torch.equal(latents_of(model, Adapter("ink", 0.0)), plain)
 
 
-def test_an_adapter_of_the_noise_level_counts_at_every_step(tmp_path: Path, demo: Flux2Model) -> None:
-    """An adapter may change how noise levels are embedded: what was embedded without it is not used with it.
+def test_an_adapter_of_the_time_embedding_applies_at_every_step(tmp_path: Path, demo: Flux2Model) -> None:
+    """Time embeddings that were cached without an adapter that changes them are not used with it.
 
-    The image is the one of a model that never ran without the adapter, also at its reused steps.
+    The image equals that of a model that never ran without the adapter, also at its reused steps.
     """
     layers = ("time_guidance_embed.timestep_embedder.linear_1", "time_guidance_embed.guidance_embedder.linear_2")
     adapter_file(tmp_path / "dusk.safetensors", demo, modules=layers)
     fresh, used = (
         Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, tmp_path) for _ in range(2)
     )
-    plain = drawn(used)
-    with_adapter = drawn(used, Adapter("dusk"))
-    assert torch.equal(with_adapter, drawn(fresh, Adapter("dusk")))
+    plain = latents_of(used)
+    with_adapter = latents_of(used, Adapter("dusk"))
+    assert torch.equal(with_adapter, latents_of(fresh, Adapter("dusk")))
     assert not torch.equal(with_adapter, plain)
-    assert torch.equal(drawn(used), plain)
+    assert torch.equal(latents_of(used), plain)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_it_is_what_the_library_makes_of_it(model: Flux2Model, folder: Path) -> None:
-    """The pixels are those of ``Flux2Pipeline`` with the same adapters and scales."""
+def test_adapters_equal_the_librarys(model: Flux2Model, folder: Path) -> None:
+    """The pixels equal those of ``Flux2Pipeline`` with the same adapters and scales."""
     loaded = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=torch.float32)
     loaded.load_lora_weights(folder, weight_name="ink.safetensors", adapter_name="ink")
     loaded.load_lora_weights(folder, weight_name="clay.safetensors", adapter_name="clay")
@@ -114,17 +113,17 @@ def test_it_is_what_the_library_makes_of_it(model: Flux2Model, folder: Path) -> 
     assert np.array_equal(np.asarray(model.generate(wanted).image), np.asarray(expected))
 
 
-def test_only_so_many_are_kept(model: Flux2Model) -> None:
-    """Of three adapters that take turns the one that was not used for longest makes room; the pictures stay right."""
-    first = [drawn(model, Adapter(name)) for name in ("ink", "clay", "wool")]
-    again = [drawn(model, Adapter(name)) for name in ("ink", "clay", "wool")]
+def test_the_number_of_loaded_adapters_is_bounded(model: Flux2Model) -> None:
+    """When three adapters take turns, the least recently used one is unloaded, and the images stay right."""
+    first = [latents_of(model, Adapter(name)) for name in ("ink", "clay", "wool")]
+    again = [latents_of(model, Adapter(name)) for name in ("ink", "clay", "wool")]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert len(model.components.transformer.peft_config) == 2
 
 
-def test_a_failure_takes_the_adapter_off(model: Flux2Model) -> None:
-    """A generation with an adapter that fails leaves the next one as it would have been."""
-    plain = drawn(model)
+def test_an_adapter_is_removed_after_a_failure(model: Flux2Model) -> None:
+    """A generation with an adapter that fails does not affect the next one."""
+    plain = latents_of(model)
 
     def fail(step: int, _is_computed: bool) -> None:
         if step == 3:
@@ -132,7 +131,7 @@ def test_a_failure_takes_the_adapter_off(model: Flux2Model) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         model.generate(request(Adapter("ink")), fail)
-    assert torch.equal(drawn(model), plain)
+    assert torch.equal(latents_of(model), plain)
 
 
 @pytest.mark.parametrize(
@@ -144,19 +143,19 @@ def test_a_failure_takes_the_adapter_off(model: Flux2Model) -> None:
         ("damaged", "it is not a LoRA file"),
     ],
 )
-def test_what_does_not_fit_is_refused(model: Flux2Model, name: str, why: str) -> None:
-    """A file that changes other modules, or other shapes, is refused, never silently nothing; no trace of it stays."""
-    plain = drawn(model)
+def test_adapters_of_other_models_are_refused(model: Flux2Model, name: str, why: str) -> None:
+    """A file for other modules or other shapes is refused, never silently ignored, and no trace of it stays."""
+    plain = latents_of(model)
     for _ in range(2):
         with pytest.raises(InvalidRequest, match=f"lora: '{name}' cannot be used with this model: {why}"):
-            drawn(model, Adapter(name))
-        assert torch.equal(drawn(model), plain)
-    assert (drawn(model, Adapter("ink")) - plain).abs().mean() > 0
+            latents_of(model, Adapter(name))
+        assert torch.equal(latents_of(model), plain)
+    assert (latents_of(model, Adapter("ink")) - plain).abs().mean() > 0
 
 
 @pytest.mark.anyio
 async def test_over_http(serve_generator: Serve, folder: Path, tmp_path: Path) -> None:
-    """One name, or several with scales; what is recorded in the file; the schedules are not those of the bare model."""
+    """A request names one adapter, or several with scales; the file records them; no calibrated schedule is used."""
     body = SMALL | {"cache": "medium", "num_inference_steps": 50, "width": 128, "height": 128}
     async with serve_generator(lora_dir=folder) as http:
         plain = await http.post("/generate", json=body)
@@ -165,12 +164,12 @@ async def test_over_http(serve_generator: Serve, folder: Path, tmp_path: Path) -
         two = await http.post("/generate", json=body | {"lora": both})
         bad = await http.post("/generate", json=body | {"lora": "other-model"})
         again = await http.post("/generate", json=body)
-        openai = await http.post("/v1/images/generations", json={"prompt": "a", "size": "64x64", "lora": "nobody"})
+        openai = await http.post("/v1/images/generations", json={"prompt": "a", "size": "64x64", "lora": "unknown"})
     assert "source=calibrated" in plain.headers["x-schedule"]
     assert "source=published" in ink.headers["x-schedule"]
-    pictures = [pixels(answer.content).astype(float) for answer in (plain, ink, two)]
-    assert all(np.abs(pictures[a] - pictures[b]).mean() > 0.2 for a, b in ((0, 1), (0, 2), (1, 2)))
-    assert np.array_equal(pixels(again.content), pictures[0])
+    images = [pixels(response.content).astype(float) for response in (plain, ink, two)]
+    assert all(np.abs(images[a] - images[b]).mean() > 0.2 for a, b in ((0, 1), (0, 2), (1, 2)))
+    assert np.array_equal(pixels(again.content), images[0])
     (tmp_path / "two.png").write_bytes(two.content)
     assert read_provenance(tmp_path / "two.png").lora == [
         {"name": "ink", "scale": 1.0},
@@ -181,14 +180,14 @@ async def test_over_http(serve_generator: Serve, folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.anyio
-async def test_a_negative_scale_is_not_a_positive_one(serve_generator: Serve, folder: Path, tmp_path: Path) -> None:
-    """A scale below 0 is applied and recorded as it was sent."""
+async def test_negative_scales_are_applied(serve_generator: Serve, folder: Path, tmp_path: Path) -> None:
+    """A negative scale is applied and recorded as it was sent."""
     scales, images, records = (0.5, -0.5, -4), [], []
     async with serve_generator(lora_dir=folder) as http:
         for scale in scales:
-            answer = await http.post("/generate", json=SMALL | {"lora": [{"name": "ink", "scale": scale}]})
-            images.append(pixels(answer.content).tobytes())
-            (tmp_path / "image.png").write_bytes(answer.content)
+            response = await http.post("/generate", json=SMALL | {"lora": [{"name": "ink", "scale": scale}]})
+            images.append(pixels(response.content).tobytes())
+            (tmp_path / "image.png").write_bytes(response.content)
             records.append(read_provenance(tmp_path / "image.png").lora)
     assert len(set(images)) == len(scales)
     assert records == [[{"name": "ink", "scale": scale}] for scale in scales]
@@ -196,9 +195,9 @@ async def test_a_negative_scale_is_not_a_positive_one(serve_generator: Serve, fo
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("lora", "told"),
+    ("lora", "detail"),
     [
-        ("nobody", "there is no adapter 'nobody'; available are clay, damaged, half, ink, narrow, other-model, wool"),
+        ("unknown", "there is no adapter 'unknown'; available are clay, damaged, half, ink, narrow, other-model, wool"),
         ("../ink", "there is no adapter '../ink'"),
         ([{"name": "ink"}, {"name": "ink"}], "names an adapter twice"),
         ([{"name": "ink", "scale": 5}], "less than or equal to 4"),
@@ -206,18 +205,18 @@ async def test_a_negative_scale_is_not_a_positive_one(serve_generator: Serve, fo
         ([], "at least 1"),
     ],
 )
-async def test_bad_requests(serve_generator: Serve, folder: Path, lora: Any, told: str) -> None:
-    """What cannot be used is refused before anything is drawn, with what would be right."""
+async def test_bad_requests_are_refused(serve_generator: Serve, folder: Path, lora: Any, detail: str) -> None:
+    """Invalid adapters are refused before anything is generated, with a message that names valid ones."""
     async with serve_generator(lora_dir=folder) as http:
-        answer = await http.post("/generate", json=SMALL | {"lora": lora})
-    assert answer.status_code == 422
-    assert told in answer.json()["detail"]
-    assert "lora" in answer.json()["error"]["param"]
+        response = await http.post("/generate", json=SMALL | {"lora": lora})
+    assert response.status_code == 422
+    assert detail in response.json()["detail"]
+    assert "lora" in response.json()["error"]["param"]
 
 
 @pytest.mark.anyio
-async def test_a_service_without_a_folder_has_none(serve_generator: Serve) -> None:
-    """It says so."""
+async def test_adapters_need_a_folder(serve_generator: Serve) -> None:
+    """Without an adapter folder a request with an adapter is refused with that reason."""
     async with serve_generator() as http:
-        answer = await http.post("/generate", json=SMALL | {"lora": "ink"})
-    assert answer.json()["detail"] == "lora: there is no adapter 'ink'; this service has none"
+        response = await http.post("/generate", json=SMALL | {"lora": "ink"})
+    assert response.json()["detail"] == "lora: there is no adapter 'ink'; this service has none"

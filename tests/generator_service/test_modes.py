@@ -1,4 +1,4 @@
-"""``GET /modes``: what a picture takes in each cache mode."""
+"""``GET /modes``: the expected cost of an image in each cache mode."""
 
 from typing import Any
 
@@ -11,31 +11,31 @@ from tests.generator_service.test_generate import SMALL
 pytestmark = pytest.mark.anyio
 
 
-async def test_every_mode_tells_what_it_takes(serve_generator: Serve) -> None:
-    """The computed steps and the expected time are those of the same request to ``/generate``."""
-    picture = {"width": 64, "height": 80, "num_inference_steps": 10}
+async def test_modes_match_generate(serve_generator: Serve) -> None:
+    """Computed steps and expected time are those of the same request to ``/generate``."""
+    params = {"width": 64, "height": 80, "num_inference_steps": 10}
     async with serve_generator() as http:
-        told = (await http.get("/modes", params=picture)).json()
-        drawn = await http.post("/generate", json={"prompt": "a red circle", "cache": "fast"} | picture)
-    modes = {mode["name"]: mode for mode in told["modes"]}
+        payload = (await http.get("/modes", params=params)).json()
+        generated = await http.post("/generate", json={"prompt": "a red circle", "cache": "fast"} | params)
+    modes = {mode["name"]: mode for mode in payload["modes"]}
     assert list(modes) == ["none", "slow", "medium", "fast", "ultra"]
     assert [mode["computed"] for mode in modes.values()] == [10, 5, 4, 3, 2]
     assert all(len(mode["computed_steps"]) == mode["computed"] for mode in modes.values())
     assert {mode["total"] for mode in modes.values()} == {10}
-    assert modes["fast"]["schedule"] == drawn.headers["x-schedule"]
-    assert modes["fast"]["estimate_ms"] == pytest.approx(float(drawn.headers["x-estimate-ms"]), abs=0.5)
+    assert modes["fast"]["schedule"] == generated.headers["x-schedule"]
+    assert modes["fast"]["estimate_ms"] == pytest.approx(float(generated.headers["x-estimate-ms"]), abs=0.5)
     assert all(mode["estimate_ms"] > 0 for mode in modes.values())
 
 
 async def test_the_defaults_are_those_of_the_service(serve_generator: Serve) -> None:
-    """A request that leaves everything open is drawn so; its calibrated schedule is told."""
+    """Without parameters the modes describe a request with all defaults, including its calibrated schedule."""
     async with serve_generator(default_cache=12) as http:
-        told = (await http.get("/modes")).json()
+        payload = (await http.get("/modes")).json()
         few = (await http.get("/modes", params={"num_inference_steps": 8})).json()
     side = {"width": 128, "height": 128}
-    assert told["default"] == side | {"num_inference_steps": 50, "guidance_scale": 4.0, "cache": 12}
-    assert [mode["name"] for mode in told["modes"]] == ["none", "slow", "medium", "fast", "ultra", 12]
-    assert "source=calibrated" in told["modes"][2]["schedule"]
+    assert payload["default"] == side | {"num_inference_steps": 50, "guidance_scale": 4.0, "cache": 12}
+    assert [mode["name"] for mode in payload["modes"]] == ["none", "slow", "medium", "fast", "ultra", 12]
+    assert "source=calibrated" in payload["modes"][2]["schedule"]
     assert 12 not in [mode["name"] for mode in few["modes"]]  # of 8 steps, 12 cannot be computed
 
 
@@ -51,7 +51,7 @@ async def test_the_defaults_are_those_of_the_service(serve_generator: Serve) -> 
     ],
 )
 async def test_bad_input_is_refused(serve_generator: Serve, query: dict[str, Any], param: str, detail: str) -> None:
-    """422 as of ``/generate``, with the field to blame."""
+    """Invalid parameters are 422 with the field's name, as of ``/generate``."""
     async with serve_generator() as http:
         refused = await http.get("/modes", params=query)
     assert refused.status_code == 422
@@ -59,15 +59,14 @@ async def test_bad_input_is_refused(serve_generator: Serve, query: dict[str, Any
     assert refused.json()["detail"].startswith(detail)
 
 
-async def test_a_key_is_wanted(serve_generator: Serve) -> None:
-    """As for every other route of the API."""
+async def test_modes_need_a_key(serve_generator: Serve) -> None:
     async with serve_generator(token="secret") as http:
         assert (await http.get("/modes")).status_code == 401
         assert (await http.get("/modes", headers={"Authorization": "Bearer secret"})).status_code == 200
 
 
-async def test_nothing_is_drawn_for_it(serve_generator: Serve, model_control: ModelControl) -> None:
-    """It takes no place in the queue: it answers also where the queue is full."""
+async def test_modes_do_not_use_the_queue(serve_generator: Serve, model_control: ModelControl) -> None:
+    """The route occupies no slot, and responds even if the queue is full."""
     async with serve_generator(max_waiting=1) as http:
         with model_control.holding():
             jobs = [await http.post("/jobs", json=SMALL) for _ in range(3)]

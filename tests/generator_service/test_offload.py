@@ -1,4 +1,4 @@
-"""Blocks in host memory, each on the device while it is needed. Here host and device are the same."""
+"""Blocks offloaded to host memory. In these tests host and device are the same."""
 
 from functools import partial
 from itertools import pairwise
@@ -25,7 +25,7 @@ NUM_BLOCKS = 6
 
 
 def wanted(cache: str | int = 3, *, seed: int = 0, has_reference: bool = False) -> Params:
-    """A small picture, most of whose steps are reused."""
+    """A small image with mostly reused steps."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
     references = (Reference(pattern(64)),) if has_reference else ()
     return Params(noise, 64, 64, 4.0, seed, schedule_for(cache, 8), references)
@@ -40,7 +40,7 @@ def offloaded() -> Flux2Model:
 
 
 class Moves:
-    """Which blocks came and went."""
+    """Records which blocks were moved."""
 
     def __init__(self) -> None:
         self.arrived = 0
@@ -54,13 +54,13 @@ class Moves:
         self.most = max(self.most, len(self.there))
 
     def went(self, group: object) -> None:
-        """They were let go."""
+        """A block's weights were released."""
         self.there.discard(id(group))
 
 
 @pytest.fixture
 def moves(monkeypatch: pytest.MonkeyPatch) -> Moves:
-    """Counts what diffusers moves."""
+    """Record what diffusers moves."""
     counted, onload, offload = Moves(), ModuleGroup.onload_, ModuleGroup.offload_
 
     def counted_onload(group: ModuleGroup) -> None:
@@ -77,13 +77,13 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> Moves:
 
 
 @pytest.mark.parametrize("request_", [wanted(), wanted("none"), wanted(seed=5, has_reference=True)])
-def test_pictures_stay_the_same(offloaded: Flux2Model, demo: Flux2Model, request_: Params) -> None:
-    """Offloading only moves weights: every bit is as without."""
+def test_offloading_does_not_change_images(offloaded: Flux2Model, demo: Flux2Model, request_: Params) -> None:
+    """Offloading only moves weights: images are bit-identical."""
     assert torch.equal(offloaded.generate(request_).latents, demo.generate(request_).latents)
 
 
 def test_weights_of_a_block_are_gathered() -> None:
-    """A block's weights lie one after the other in one piece of memory, which is as large as they are, unchanged."""
+    """A block's weights are contiguous in one buffer of exactly their size, with unchanged values."""
     block = torch.nn.ModuleList([torch.nn.Linear(3, 5), torch.nn.Linear(7, 11).to(torch.bfloat16)])
     before = {name: parameter.clone() for name, parameter in block.named_parameters()}
     gather_weights(block, is_pinned=False)
@@ -97,7 +97,7 @@ def test_weights_of_a_block_are_gathered() -> None:
 
 
 def test_weights_are_freed_when_the_gpu_has_used_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a block the host waits until the GPU has computed it, so that no more than two blocks are ever there."""
+    """After each block the host waits for the GPU, so that at most two blocks are in memory at once."""
     events: list[str] = []
     copying, computing = (SimpleNamespace(synchronize=partial(events.append, name)) for name in ("copy", "compute"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda: copying)
@@ -118,7 +118,7 @@ def test_weights_are_freed_when_the_gpu_has_used_them(monkeypatch: pytest.Monkey
 
 
 def test_a_reused_step_moves_nothing(offloaded: Flux2Model, moves: Moves) -> None:
-    """Blocks are copied for computed steps alone."""
+    """Blocks are copied only for computed steps."""
     arrived: list[int] = []
     schedule = wanted().schedule
     offloaded.generate(wanted(), lambda _step, _is_computed: arrived.append(moves.arrived))
@@ -127,16 +127,16 @@ def test_a_reused_step_moves_nothing(offloaded: Flux2Model, moves: Moves) -> Non
     assert moved == [schedule.is_computed(step) for step in range(schedule.num_steps)]
 
 
-def test_two_blocks_are_there_at_once(offloaded: Flux2Model, moves: Moves) -> None:
-    """One that computes and the next; between steps one is left, with which the next step begins."""
+def test_two_blocks_are_on_the_device_at_once(offloaded: Flux2Model, moves: Moves) -> None:
+    """The computing block and the next one are on the device; between steps only the first block remains."""
     offloaded.generate(wanted("none"))
     assert moves.most == 2
     assert len(moves.there) == 1
 
 
 @pytest.mark.parametrize("block", [0, 3, NUM_BLOCKS - 1])
-def test_a_run_that_breaks_off_spoils_nothing(offloaded: Flux2Model, demo: Flux2Model, block: int) -> None:
-    """After an error within a block, and after a cancelled run, the next picture is what it would have been."""
+def test_a_failed_run_does_not_affect_the_next(offloaded: Flux2Model, demo: Flux2Model, block: int) -> None:
+    """After an error inside a block, and after a cancelled run, the next image is unchanged."""
     transformer = offloaded.components.transformer
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
@@ -159,17 +159,17 @@ def test_a_run_that_breaks_off_spoils_nothing(offloaded: Flux2Model, demo: Flux2
 
 
 @pytest.mark.anyio
-async def test_the_service_draws_with_it(serve_generator: Serve) -> None:
-    """A service with this setting draws, and its file says so."""
+async def test_the_service_can_offload(serve_generator: Serve) -> None:
+    """A service with this setting generates images, and records it in their files."""
     async with serve_generator(performance="offload") as http:
-        answer = await http.post("/generate", json={"prompt": "a red circle", "width": 64, "height": 64})
-    assert answer.status_code == 200
-    assert b'"performance": "offload"' in answer.content
+        response = await http.post("/generate", json={"prompt": "a red circle", "width": 64, "height": 64})
+    assert response.status_code == 200
+    assert b'"performance": "offload"' in response.content
 
 
 @pytest.mark.anyio
 async def test_adapters_are_refused_at_the_start(serve_generator: Serve, tmp_path: object) -> None:
-    """Diffusers cannot add layers to blocks that it offloads: the service says so, and which settings exclude it."""
+    """Diffusers cannot add layers to offloaded blocks: the service refuses adapters and names both settings."""
     with pytest.raises(Exception, match="GENERATOR_LORA_DIR: adapters cannot be applied where GENERATOR_PERFORMANCE"):
         async with serve_generator(performance="offload", lora_dir=tmp_path):
             pass

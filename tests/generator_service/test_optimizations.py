@@ -1,4 +1,4 @@
-"""Optimisations on the demo model: what they compile and when, and that pictures stay what they are."""
+"""Optimizations on the demo model: what they compile, and that images stay the same."""
 
 import shutil
 from dataclasses import replace
@@ -23,12 +23,12 @@ from tests.conftest import CPU
 SIDE = 64
 OTHER_SIDE = 96
 TOLERANCE = 1e-4
-"""Of final latents, whose values are around 1: float32 rounding over a few steps."""
+"""For final latents, whose values are around 1: float32 rounding over a few steps."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_compiler() -> None:
-    """Models of other tests, whose blocks have the same code, leave nothing compiled."""
+    """Discard compiled code of models of other tests, whose blocks have the same code."""
     torch.compiler.reset()
 
 
@@ -48,14 +48,13 @@ def wanted(
     num_steps: int = 4,
     adapters: tuple[Adapter, ...] = (),
 ) -> Params:
-    """A small picture."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
     return Params(noise, side, side, 4.0, seed, schedule_for(cache, num_steps), adapters=adapters)
 
 
 @pytest.mark.parametrize("optimization", ["attention", "fused_qkv", "vae"])
-def test_pictures_stay_the_same_but_for_rounding(optimization: Optimization, demo: Flux2Model) -> None:
-    """With one optimization alone, latents and pixels equal those without up to rounding."""
+def test_images_stay_the_same_up_to_rounding(optimization: Optimization, demo: Flux2Model) -> None:
+    """With a single optimization latents and pixels equal those without it up to rounding."""
     ours, plain = loaded(optimization).generate(wanted(2)), demo.generate(wanted(2))
     torch.testing.assert_close(ours.latents, plain.latents, atol=TOLERANCE, rtol=0)
     pixels = [torch.frombuffer(bytearray(p.image.tobytes()), dtype=torch.uint8).int() for p in (ours, plain)]
@@ -64,9 +63,9 @@ def test_pictures_stay_the_same_but_for_rounding(optimization: Optimization, dem
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, in its compiler
-def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
-    """All of ``fast`` together, compiled by PyTorch's own compiler, equals ``exact`` up to rounding."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a warning inside PyTorch's compiler
+def test_compiled_images_stay_the_same_up_to_rounding(demo: Flux2Model) -> None:
+    """The profile ``fast``, compiled by PyTorch's own compiler, equals ``exact`` up to rounding."""
     model = loaded(*PROFILES["fast"])
     (prepared,) = model.warm_up([wanted(2)])
     assert "compile" in model.performance.optimizations
@@ -76,9 +75,9 @@ def test_really_compiled_pictures_stay_the_same(demo: Flux2Model) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, in its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # a warning inside PyTorch's compiler
 def test_really_compiled_code_serves_other_sizes(demo: Flux2Model) -> None:
-    """Blocks and decoder, compiled once for any size, give another size's picture without compiling again."""
+    """Blocks and decoder that were compiled with dynamic shapes generate another size without compiling again."""
     model = loaded("compile", "vae")
     model.warm_up([replace(wanted(2), width=128, height=64)], "dynamic")
     before = num_compilations()
@@ -91,13 +90,13 @@ def test_really_compiled_code_serves_other_sizes(demo: Flux2Model) -> None:
 
 
 def test_joined_projections_replace_the_separate_ones() -> None:
-    """After joining, no separate projection keeps its memory."""
+    """After projections are fused, no separate projection keeps its memory."""
     before = sum(weight.numel() for weight in loaded().components.transformer.parameters())
     assert sum(weight.numel() for weight in loaded("fused_qkv").components.transformer.parameters()) == before
 
 
 def test_the_fastest_attention_is_measured(demo: Flux2Model, caplog: pytest.LogCaptureFixture) -> None:
-    """A candidate that does not run here is passed over; the times of the others are told."""
+    """A kernel that does not run on this machine is skipped; the times of the others are reported."""
     with caplog.at_level("INFO", "flux2"):
         name = fastest_attention(demo.components.transformer, 64, CPU, ("native", "_native_math", "_native_cudnn"))
     assert name in {"native", "_native_math"}
@@ -105,8 +104,8 @@ def test_the_fastest_attention_is_measured(demo: Flux2Model, caplog: pytest.LogC
     assert "cudnn" not in caplog.text
 
 
-def test_a_library_that_refuses_is_done_without(monkeypatch: pytest.MonkeyPatch, demo: Flux2Model) -> None:
-    """Where torchao cannot quantise, the profile is fast, and nothing was changed."""
+def test_a_failing_library_is_not_used(monkeypatch: pytest.MonkeyPatch, demo: Flux2Model) -> None:
+    """If torchao cannot quantize, the profile is fast, and the model is unchanged."""
 
     def refuse(_transformer: object) -> None:
         raise AssertionError("wrong GPU")
@@ -122,8 +121,8 @@ def test_a_library_that_refuses_is_done_without(monkeypatch: pytest.MonkeyPatch,
     assert torch.equal(model.generate(wanted(2)).latents, demo.generate(wanted(2)).latents)
 
 
-def test_weights_are_read_at_once_to_their_device(caplog: pytest.LogCaptureFixture) -> None:
-    """How much is read, and how fast, is told."""
+def test_weights_are_read_directly_to_their_device(caplog: pytest.LogCaptureFixture) -> None:
+    """The size and speed of loading are logged."""
     with caplog.at_level("INFO", "flux2"):
         loaded()
     assert "loading transformer: 0.0 GB" in caplog.text
@@ -132,11 +131,11 @@ def test_weights_are_read_at_once_to_their_device(caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.slow
 def test_torchao_rounds_to_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fp8 the blocks' weights take a byte each, and a step's velocity is off by a few per cent."""
+    """With fp8 the blocks' weights take one byte each, and a step's velocity differs by a few per cent."""
     pytest.importorskip("torchao", reason="the extra quantization is not installed")
     import torchao.float8.inference as support  # noqa: PLC0415 - an extra
 
-    monkeypatch.setattr(support, "is_MI300", lambda: True)  # the CPU can do it, too, if slowly
+    monkeypatch.setattr(support, "is_MI300", lambda: True)  # the CPU supports it, too, but slowly
     fp8 = Flux2Model.load(
         ModelFolder("weights", "local", WEIGHTS),
         CPU,

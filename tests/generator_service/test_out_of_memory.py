@@ -1,4 +1,4 @@
-"""Pictures that do not fit into the device's memory: what is tried, and what is right afterwards."""
+"""Images that do not fit into the device's memory: the fallbacks, and the state afterwards."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,32 +30,32 @@ STEPS = 8
 
 
 def wanted(cache: str | int = 3, **more: Any) -> Params:
-    """A small picture, most of whose steps are reused."""
+    """A small image with mostly reused steps."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(0))
     return replace(Params(noise, 64, 64, 4.0, 7, schedule_for(cache, STEPS)), **more)
 
 
 @dataclass
 class Shortage:
-    """Fails the first times that something runs, in place of a device that is too small."""
+    """Raises an out-of-memory error the first times that something runs."""
 
     kind: str = "torch"
     num_failures: int = 1
     at_step: int = 0
     step: int = 0
-    """Of the running attempt."""
+    """The steps of the running attempt."""
     reported: list[tuple[int, bool]] = field(default_factory=list)
-    """The steps of all attempts, as they were reported."""
+    """The reported steps of all attempts."""
     held: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
-    """What the frames of the failed attempts hold."""
+    """Objects referenced by the frames of failed attempts."""
 
     def on_step(self, step: int, is_computed: bool) -> None:
-        """As a generation calls it."""
+        """The callback of a generation."""
         self.step = step
         self.reported.append((step, is_computed))
 
     def __call__(self, *_: object) -> None:
-        """As a hook of a module."""
+        """The hook of a module."""
         if self.step != self.at_step or len(self.held) == self.num_failures:
             return
         tensor = torch.ones(4)
@@ -65,7 +65,6 @@ class Shortage:
 
     @property
     def steps(self) -> list[int]:
-        """Their numbers."""
         return [step for step, _ in self.reported]
 
 
@@ -80,20 +79,20 @@ def hooked(module: torch.nn.Module, hook: Callable[..., None]) -> Iterator[None]
 
 
 def last_part(model: Flux2Model) -> torch.nn.Module:
-    """What computed and reused steps both run."""
+    """The module that computed and reused steps have in common."""
     part: torch.nn.Module = model.components.transformer.proj_out
     return part
 
 
 @pytest.mark.parametrize(("kind", "at_step"), list(zip(KINDS, cycle([0, 1, STEPS - 1]), strict=False)))
-def test_one_failure_changes_nothing(demo: Flux2Model, kind: str, at_step: int) -> None:
-    """A picture that fits at the second attempt is bit-equal, with the schedule that was asked for."""
+def test_a_retry_gives_the_same_image(demo: Flux2Model, kind: str, at_step: int) -> None:
+    """An image that fits at the second attempt is bit-identical, with the requested schedule."""
     request, shortage = wanted(), Shortage(kind, at_step=at_step)
     expected = demo.generate(request).latents
     with hooked(last_part(demo), shortage):
-        picture = demo.generate(request, shortage.on_step)
-    assert torch.equal(picture.latents, expected)
-    assert picture.schedule is request.schedule
+        image = demo.generate(request, shortage.on_step)
+    assert torch.equal(image.latents, expected)
+    assert image.schedule is request.schedule
     steps = [(step, request.schedule.is_computed(step)) for step in range(STEPS)]
     assert shortage.reported == steps[: at_step + 1] + steps
     assert torch.equal(demo.generate(request).latents, expected)
@@ -101,39 +100,39 @@ def test_one_failure_changes_nothing(demo: Flux2Model, kind: str, at_step: int) 
 
 @pytest.mark.parametrize("kind", ["torch", "cudnn"])
 def test_the_decoder_may_fail_too(demo: Flux2Model, kind: str) -> None:
-    """Too little memory after the last step is treated as in any other."""
+    """An out-of-memory error in the decoder is handled like one in a step."""
     request, shortage = wanted(), Shortage(kind, at_step=STEPS - 1)
     expected = demo.generate(request)
     with hooked(demo.components.vae.decoder, shortage):
-        picture = demo.generate(request, shortage.on_step)
-    assert picture.image.tobytes() == expected.image.tobytes()
+        image = demo.generate(request, shortage.on_step)
+    assert image.image.tobytes() == expected.image.tobytes()
     assert len(shortage.held) == 1
 
 
 def test_a_reference_may_fail_too(demo: Flux2Model) -> None:
-    """Too little memory for a reference image leaves no half-encoded one in the cache."""
+    """An out-of-memory error while a reference image is encoded leaves no partial result in the cache."""
     request, shortage = wanted(references=(Reference(pattern(112)),)), Shortage()
     with hooked(demo.components.vae.encoder, shortage):
-        picture = demo.generate(request, shortage.on_step)
+        image = demo.generate(request, shortage.on_step)
     assert len(shortage.held) == 1
-    assert torch.equal(picture.latents, demo.generate(request).latents)
+    assert torch.equal(image.latents, demo.generate(request).latents)
 
 
 @pytest.mark.parametrize("kind", ["torch", "cublas", "compiler"])
 def test_after_two_failures_every_step_is_computed(demo: Flux2Model, kind: str) -> None:
-    """The third attempt keeps nothing of the steps before, and the picture says so."""
+    """The third attempt keeps no cached features, and the image reports the schedule that was used."""
     shortage = Shortage(kind, num_failures=2, at_step=2)
     with hooked(last_part(demo), shortage):
-        picture = demo.generate(wanted(), shortage.on_step)
-    assert picture.schedule == schedule_for("none", STEPS)
-    assert torch.equal(picture.latents, demo.generate(wanted("none")).latents)
+        image = demo.generate(wanted(), shortage.on_step)
+    assert image.schedule == schedule_for("none", STEPS)
+    assert torch.equal(image.latents, demo.generate(wanted("none")).latents)
     assert shortage.reported[-STEPS:] == [(step, True) for step in range(STEPS)]
     assert torch.equal(demo.generate(wanted()).latents, demo.generate(wanted()).latents)
 
 
 @pytest.mark.parametrize(("kind", "cache", "num_attempts"), [*((kind, 3, 3) for kind in KINDS), ("torch", "none", 2)])
-def test_what_never_fits_is_refused(demo: Flux2Model, kind: str, cache: str | int, num_attempts: int) -> None:
-    """It is ``OutOfMemory`` without a word of the library's, after as many attempts as there are ways; others go on."""
+def test_an_image_that_never_fits_is_refused(demo: Flux2Model, kind: str, cache: str | int, num_attempts: int) -> None:
+    """After all attempts it is ``OutOfMemory`` without the library's message; other requests are served."""
     expected = demo.generate(wanted(cache)).latents
     shortage = Shortage(kind, num_failures=100, at_step=3)
     with hooked(last_part(demo), shortage), pytest.raises(OutOfMemory) as caught:
@@ -143,8 +142,8 @@ def test_what_never_fits_is_refused(demo: Flux2Model, kind: str, cache: str | in
     assert torch.equal(demo.generate(wanted(cache)).latents, expected)
 
 
-def test_nothing_of_a_failed_attempt_is_kept(demo: Flux2Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the allocator's cache is emptied, and when it is given up, no tensor of an attempt is alive."""
+def test_tensors_of_a_failed_attempt_are_released(demo: Flux2Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of a failed attempt is alive when the allocator's cache is emptied or when all attempts have failed."""
     alive: list[int] = []
     shortage = Shortage(num_failures=100, at_step=3)
 
@@ -159,8 +158,8 @@ def test_nothing_of_a_failed_attempt_is_kept(demo: Flux2Model, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("has_failed", [False, True])
-def test_a_cancelled_generation_is_not_tried_again(demo: Flux2Model, has_failed: bool) -> None:
-    """Who cancels, in the first attempt or after it failed, ends the generation: no further step runs."""
+def test_a_cancelled_generation_is_not_retried(demo: Flux2Model, has_failed: bool) -> None:
+    """If a generation is cancelled during or after the first attempt, no further step runs."""
     shortage = Shortage(num_failures=int(has_failed), at_step=2)
 
     def cancel(step: int, is_computed: bool) -> None:
@@ -173,8 +172,8 @@ def test_a_cancelled_generation_is_not_tried_again(demo: Flux2Model, has_failed:
     assert shortage.steps == [0, 1, 2] + [0] * has_failed
 
 
-def test_each_preview_is_shown_once(demo: Flux2Model) -> None:
-    """An attempt after a failure shows the previews that are still missing."""
+def test_each_preview_is_sent_once(demo: Flux2Model) -> None:
+    """A retry sends only the previews that are still missing."""
     shown: list[int] = []
     shortage = Shortage(num_failures=2, at_step=5)
     previews = Previews(frozenset({2, 4, 6}), lambda _image: shown.append(shortage.step))
@@ -183,8 +182,8 @@ def test_each_preview_is_shown_once(demo: Flux2Model) -> None:
     assert shown == [2, 4, 6]
 
 
-def test_numbers_that_are_not_finite_are_still_refused(demo: Flux2Model) -> None:
-    """Where every step is computed already, a picture that is none is not tried again."""
+def test_latents_that_are_not_finite_are_still_refused(demo: Flux2Model) -> None:
+    """If every step is computed already, an image that is not finite is not generated again."""
     shortage = Shortage(num_failures=0)
 
     def spoil(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -200,8 +199,8 @@ def test_numbers_that_are_not_finite_are_still_refused(demo: Flux2Model) -> None
 
 
 @EVERY_KIND
-def test_a_batch_that_does_not_fit_says_so_at_once(demo: Flux2Model, kind: str) -> None:
-    """Several pictures are not tried again together: the caller tries them one by one."""
+def test_a_batch_that_does_not_fit_is_not_retried(demo: Flux2Model, kind: str) -> None:
+    """A batch that runs out of memory is not retried as a whole: the caller generates its images one by one."""
     shortage = Shortage(kind, num_failures=100)
     with hooked(last_part(demo), shortage), pytest.raises(OutOfMemory, match="a run of 2 images of 64x64"):
         demo.generate_batch([wanted(), wanted()], shortage.on_step)
@@ -209,10 +208,10 @@ def test_a_batch_that_does_not_fit_says_so_at_once(demo: Flux2Model, kind: str) 
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_an_adapter_that_does_not_fit_is_not_half_there(
+def test_an_adapter_that_does_not_fit_is_removed(
     demo: Flux2Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too little memory while an adapter's layers are filled leaves neither it nor another one active."""
+    """An out-of-memory error while an adapter's layers are filled leaves no adapter active."""
     for seed, name in enumerate(("ink", "clay")):
         adapter_file(tmp_path / f"{name}.safetensors", demo, seed)
     model = Flux2Model.load(ModelFolder("weights", "local", WEIGHTS), CPU, torch.float32, tmp_path, max_loras=2)

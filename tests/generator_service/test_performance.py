@@ -1,4 +1,4 @@
-"""What a profile does, where, and what it says when it cannot."""
+"""Performance profiles: how they are chosen, and what they report."""
 
 import pytest
 from pydantic import ValidationError
@@ -15,7 +15,7 @@ TURING = Machine("cuda", (7, 5), memory_bytes=LARGE)
 
 
 @pytest.mark.parametrize(
-    ("asked", "machine", "profile"),
+    ("setting", "machine", "profile"),
     [
         ("auto", CPU, "exact"),
         ("auto", TURING, "exact"),
@@ -27,16 +27,16 @@ TURING = Machine("cuda", (7, 5), memory_bytes=LARGE)
         ("fastest", CPU, "fast"),
     ],
 )
-def test_the_profile_that_is_used(asked: ProfileName, machine: Machine, profile: str) -> None:
-    """Auto is fast on a GPU with bfloat16 and exact elsewhere; without 8-bit units, fastest is fast."""
-    performance = choose(asked, machine)
+def test_the_profile_that_is_used(setting: ProfileName, machine: Machine, profile: str) -> None:
+    """Auto is fast on a GPU with bfloat16 and exact elsewhere; without fp8 support, fastest becomes fast."""
+    performance = choose(setting, machine)
     assert performance.profile == profile
     assert performance.optimizations == PROFILES[profile]
 
 
 @pytest.mark.parametrize(("memory_gb", "profile"), [(24, "offload"), (48, "offload"), (80, "fast"), (141, "fast")])
 def test_a_small_gpu_offloads(memory_gb: int, profile: str) -> None:
-    """Auto keeps the blocks in host memory where weights and work do not fit: FLUX.2 [dev] takes 64.6 GB and 6."""
+    """Auto offloads the blocks if weights and working memory do not fit: FLUX.2 [dev] takes 64.6 GB and 6."""
     machine = Machine("cuda", (9, 0), memory_bytes=memory_gb * 10**9)
     assert choose("auto", machine, weight_bytes=64_600_000_000).profile == profile
     assert choose("exact", machine, weight_bytes=64_600_000_000).profile == "exact"
@@ -51,33 +51,32 @@ def test_a_small_gpu_offloads(memory_gb: int, profile: str) -> None:
         (HOPPER, True, "LoRA adapters cannot be applied to 8-bit layers"),
     ],
 )
-def test_what_cannot_be_done_is_named(machine: Machine, has_adapters: bool, reason: str) -> None:
-    """Without fp8 the description says why, and which profile is used instead."""
-    told = str(choose("fastest", machine, has_adapters=has_adapters))
-    assert told.startswith("profile fast: ")
-    assert f"fp8 is left out: {reason}" in told
+def test_unsupported_optimizations_are_reported(machine: Machine, has_adapters: bool, reason: str) -> None:
+    """Without fp8 the description has the reason and the profile that is used instead."""
+    description = str(choose("fastest", machine, has_adapters=has_adapters))
+    assert description.startswith("profile fast: ")
+    assert f"fp8 is left out: {reason}" in description
 
 
 @pytest.mark.parametrize("optimization", sorted(PROFILES["fastest"]))
-def test_each_can_be_left_out_alone(optimization: Optimization) -> None:
-    """An unwanted optimization is not done, all others are, and nothing is said of it."""
+def test_each_optimization_can_be_excluded(optimization: Optimization) -> None:
+    """An optimization that is excluded is not applied, all others are, and the description does not mention it."""
     performance = choose("fastest", HOPPER, without=[optimization])
     assert performance.optimizations == PROFILES["fastest"] - {optimization}
     assert performance.left_out == ()
 
 
 def test_adapters_keep_their_layers() -> None:
-    """Where LoRA adapters may be applied, the projections that they change stay separate."""
+    """If LoRA adapters may be applied, the projections that they change are not fused."""
     assert "fused_qkv" not in choose("fast", HOPPER, has_adapters=True).optimizations
 
 
-def test_exact_says_so() -> None:
-    """The description of the profile that changes nothing is that."""
+def test_the_description_of_exact() -> None:
     assert str(Performance()) == "profile exact: nothing changed"
 
 
 def test_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lists are separated by commas, sizes are written WIDTHxHEIGHT."""
+    """Lists are separated by commas, and sizes have the form WIDTHxHEIGHT."""
     monkeypatch.setenv("GENERATOR_PERFORMANCE", "fastest")
     monkeypatch.setenv("GENERATOR_PERFORMANCE_WITHOUT", "vae, attention")
     monkeypatch.setenv("GENERATOR_WARM_UP_SIZES", "1024x1024,768x1344")
@@ -89,7 +88,7 @@ def test_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sizes", ["1024", "1024x", "ax16", "64x64;32x32"])
 def test_a_wrong_size_is_explained(monkeypatch: pytest.MonkeyPatch, sizes: str) -> None:
-    """The error shows how sizes are written."""
+    """The error shows the expected form."""
     monkeypatch.setenv("GENERATOR_WARM_UP_SIZES", sizes)
     with pytest.raises(ValidationError, match="like 1024x1024,768x1344"):
         GeneratorSettings()
@@ -97,8 +96,8 @@ def test_a_wrong_size_is_explained(monkeypatch: pytest.MonkeyPatch, sizes: str) 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("size", [(60, 64), (4096, 4096), (0, 64)])
-async def test_a_size_that_cannot_be_drawn_ends_the_start(serve_generator: Serve, size: tuple[int, int]) -> None:
-    """The service does not start, and says which size it was and what it should be."""
+async def test_an_impossible_warm_up_size_is_refused_at_start(serve_generator: Serve, size: tuple[int, int]) -> None:
+    """The service refuses to start, and names the size and what it should be."""
     with pytest.raises(
         Exception, match=f"{size[0]}x{size[1]} cannot be generated: sides must be multiples of"
     ) as raised:

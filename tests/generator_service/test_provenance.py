@@ -1,4 +1,4 @@
-"""What the files of a request say about how they were made, over HTTP."""
+"""The provenance in the files of a request, over HTTP."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ from flux2_shared.wire import dump_safetensors
 from generator_service.engine.imaging import Provenance, read_provenance
 from tests.conftest import Serve
 from tests.generator_service.test_generate import SMALL, STREAM, events, pixels
-from tests.generator_service.test_references import as_text, file_of, picture
+from tests.generator_service.test_references import as_text, file_of, sample_image
 from tests.generator_service.test_upsampler import BETTER, ChatModel, completion
 
 pytestmark = pytest.mark.anyio
@@ -24,26 +24,24 @@ pytestmark = pytest.mark.anyio
 JSON = {"Accept": "application/json"}
 
 
-def record_of(data: bytes, folder: Path) -> Provenance:
-    """The record in an image file."""
+def provenance_of(data: bytes, folder: Path) -> Provenance:
     (folder / "image").write_bytes(data)
     return read_provenance(folder / "image")
 
 
 async def test_a_file_repeats_its_request(serve_generator: Serve, tmp_path: Path) -> None:
-    """Every parameter that the image depends on is in its file, the computed steps included."""
+    """A file has every parameter that its image depends on, including the computed steps."""
     body: dict[str, Any] = SMALL | {"guidance_scale": 2.5, "cache": 2, "height": 80}
     async with serve_generator() as http:
-        answer = await http.post("/generate", json=body)
-    record = record_of(answer.content, tmp_path)
-    assert {name: getattr(record, name) for name in body} == body
-    assert record.computed_steps == [0, 3]
-    assert record.schedule == answer.headers["x-schedule"]
-    assert (record.model, record.revision, record.performance) == ("weights", "local", "exact")
+        response = await http.post("/generate", json=body)
+    provenance = provenance_of(response.content, tmp_path)
+    assert {name: getattr(provenance, name) for name in body} == body
+    assert provenance.computed_steps == [0, 3]
+    assert provenance.schedule == response.headers["x-schedule"]
+    assert (provenance.model, provenance.revision, provenance.performance) == ("weights", "local", "exact")
 
 
-async def test_the_guidance_is_used(serve_generator: Serve) -> None:
-    """``guidance_scale`` changes the image."""
+async def test_guidance_changes_the_image(serve_generator: Serve) -> None:
     async with serve_generator() as http:
         images = [
             pixels((await http.post("/generate", json=SMALL | {"guidance_scale": scale})).content)
@@ -53,44 +51,44 @@ async def test_the_guidance_is_used(serve_generator: Serve) -> None:
 
 
 async def test_an_edit_names_its_references(serve_generator: Serve, tmp_path: Path) -> None:
-    """The file holds the SHA-256 of each reference image's file in their order, which also decides the image."""
-    files = [file_of(picture()), file_of(picture(96, 96), "JPEG")]
+    """The file has the SHA-256 of each reference image's file in their order, which also changes the image."""
+    files = [file_of(sample_image()), file_of(sample_image(96, 96), "JPEG")]
     async with serve_generator() as http:
-        answers = [
+        responses = [
             await http.post("/generate", json=SMALL | {"images": [as_text(data) for data in ordered]})
             for ordered in (files, files[::-1])
         ]
     hashes = [hashlib.sha256(data).hexdigest() for data in files]
-    records = [record_of(answer.content, tmp_path) for answer in answers]
-    assert [record.references_sha256 for record in records] == [hashes, hashes[::-1]]
-    assert not np.array_equal(pixels(answers[0].content), pixels(answers[1].content))
+    provenances = [provenance_of(response.content, tmp_path) for response in responses]
+    assert [provenance.references_sha256 for provenance in provenances] == [hashes, hashes[::-1]]
+    assert not np.array_equal(pixels(responses[0].content), pixels(responses[1].content))
 
 
-async def test_a_rewritten_prompt_is_that_of_every_image(serve_generator: Serve, tmp_path: Path) -> None:
-    """Of several images each is generated from the rewritten prompt, and says so in its headers and in its file."""
+async def test_every_image_uses_the_upsampled_prompt(serve_generator: Serve, tmp_path: Path) -> None:
+    """Each of several images is generated from the upsampled prompt, which is in its headers and its file."""
     model = ChatModel(lambda: httpx.Response(200, content=completion(BETTER)))
     body = SMALL | {"upsample_prompt": True, "num_images": 3}
     async with serve_generator(httpx.MockTransport(model), upsampler_url="http://chat/v1") as http:
         images = (await http.post("/generate", json=body, headers=JSON)).json()["images"]
     assert len(images) == 3
     assert len({image["x-revised-prompt"] for image in images}) == 1
-    assert {record_of(base64.b64decode(image["image"]), tmp_path).prompt for image in images} == {BETTER}
-    assert len(model.asked) == 1
+    assert {provenance_of(base64.b64decode(image["image"]), tmp_path).prompt for image in images} == {BETTER}
+    assert len(model.requests) == 1
 
 
 async def test_an_embedding_is_named_by_its_hash(serve_generator: Serve, tmp_path: Path) -> None:
-    """Where no prompt was given the file holds the SHA-256 of the embedding's float32 values instead."""
+    """Without a prompt the file has the SHA-256 of the embedding's float32 values."""
     embedding = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
     body = SMALL | {"prompt_embeds": as_text(dump_safetensors(embedding))}
     del body["prompt"]
     async with serve_generator() as http:
-        record = record_of((await http.post("/generate", json=body)).content, tmp_path)
-    assert record.prompt is None
-    assert record.prompt_embeds_sha256 == hashlib.sha256(embedding.float().numpy().tobytes()).hexdigest()
+        provenance = provenance_of((await http.post("/generate", json=body)).content, tmp_path)
+    assert provenance.prompt is None
+    assert provenance.prompt_embeds_sha256 == hashlib.sha256(embedding.float().numpy().tobytes()).hexdigest()
 
 
-async def test_a_preview_says_what_it_is(serve_generator: Serve) -> None:
-    """Previews are marked as AI generated, as images are."""
+async def test_previews_have_provenance(serve_generator: Serve) -> None:
+    """Previews are marked as AI-generated, like images."""
     body = SMALL | {"num_inference_steps": 8, "previews": 2}
     async with serve_generator() as http:
         streamed = await http.post("/generate", json=body, headers=STREAM)
@@ -100,8 +98,8 @@ async def test_a_preview_says_what_it_is(serve_generator: Serve) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])
-async def test_the_compression_is_used(serve_generator: Serve, image_format: str) -> None:
-    """A lower ``output_compression`` makes a smaller file; without it the quality is 95."""
+async def test_compression_changes_the_file_size(serve_generator: Serve, image_format: str) -> None:
+    """A lower ``output_compression`` gives a smaller file; the default quality is 95."""
     body = SMALL | {"output_format": image_format}
     async with serve_generator() as http:
         sizes = [

@@ -1,4 +1,4 @@
-"""Admission and the order of service, as clients see them."""
+"""Admission and the order of service over HTTP."""
 
 import asyncio
 import base64
@@ -34,16 +34,16 @@ pytestmark = pytest.mark.anyio
 
 
 class Device:
-    """The model, which a test lets go on; it notes the seeds in the order of service."""
+    """A model that waits for the test, and records the seeds in the order of service."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.may_go_on = threading.Event()
+        self.may_run = threading.Event()
         self.seeds: list[int] = []
         real = Flux2Model.generate
 
         def generate(model: Flux2Model, request: Any, *more: Any) -> Any:
             self.seeds.append(request.seed)
-            assert self.may_go_on.wait(60)
+            assert self.may_run.wait(60)
             return real(model, request, *more)
 
         patch.setattr(Flux2Model, "generate", generate)
@@ -51,7 +51,6 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """A device that waits for the test."""
     return Device(monkeypatch)
 
 
@@ -62,7 +61,6 @@ class Encoder(httpx.AsyncBaseTransport):
         self.may_embed = asyncio.Event()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """One request."""
         if request.url.path == "/info":
             return httpx.Response(404)
         if b"slow" in await request.aread():
@@ -72,18 +70,17 @@ class Encoder(httpx.AsyncBaseTransport):
 
 
 def small(seed: int, **more: Any) -> dict[str, Any]:
-    """A body whose image is generated alone in no time."""
+    """The body of an image that runs alone."""
     return SMALL | {"seed": seed} | more
 
 
 def queue_of(http: httpx.AsyncClient) -> Any:
-    """The generator's queue."""
     app: Any = http._transport.app  # type: ignore[attr-defined]
     return app.state.generator.engine.queue
 
 
 async def begin(http: httpx.AsyncClient, body: dict[str, Any]) -> "asyncio.Task[httpx.Response]":
-    """A stream that has been admitted."""
+    """Start a stream, and wait until it is admitted."""
     queue = queue_of(http)
     before = queue.num_in_flight
     task = asyncio.create_task(http.post("/generate", json=body, headers=STREAM))
@@ -94,7 +91,7 @@ async def begin(http: httpx.AsyncClient, body: dict[str, Any]) -> "asyncio.Task[
 
 
 async def until_positions(http: httpx.AsyncClient, expected: list[int]) -> None:
-    """Until those in the queue, in the order of admission, have these positions."""
+    """Wait until the generations in the queue, in the order of admission, have these positions."""
     queue = queue_of(http)
     async with asyncio.timeout(60):
         while [queue.position(each).position for each in queue.generations] != expected:  # noqa: ASYNC110
@@ -102,7 +99,7 @@ async def until_positions(http: httpx.AsyncClient, expected: list[int]) -> None:
 
 
 async def test_positions_are_the_order_of_service(serve_generator: Serve, device: Device, encoder_url: str) -> None:
-    """A slow prompt lets others pass, and everybody hears the position in which the device serves them."""
+    """A slow prompt is overtaken, and every stream reports the order in which the device serves."""
     encoder = Encoder()
     async with serve_generator(encoder) as http:
         tasks = [await begin(http, small(1))]
@@ -114,20 +111,22 @@ async def test_positions_are_the_order_of_service(serve_generator: Serve, device
         await until_positions(http, [0, 3, 1, 2])
         encoder.may_embed.set()
         await until_positions(http, [0, 1, 2, 3])
-        device.may_go_on.set()
+        device.may_run.set()
         streams = await asyncio.gather(*tasks)
     assert device.seeds == [1, 2, 3, 4]
-    heard = [[data["position"] for name, data in all_events(stream.text) if name == "queued"] for stream in streams]
-    assert heard[0] == [0]
-    assert heard[2][-3:] == [2, 1, 0]
-    assert all(positions[-1] == 0 for positions in heard)
+    all_positions = [
+        [data["position"] for name, data in all_events(stream.text) if name == "queued"] for stream in streams
+    ]
+    assert all_positions[0] == [0]
+    assert all_positions[2][-3:] == [2, 1, 0]
+    assert all(positions[-1] == 0 for positions in all_positions)
 
 
 @pytest.mark.parametrize("route", ["/generate", "/jobs", "/v1/images/generations"])
-async def test_a_full_queue_refuses_whatever_comes_before_the_work(
+async def test_a_full_queue_refuses_before_the_request_is_resolved(
     serve_generator: Serve, device: Device, monkeypatch: pytest.MonkeyPatch, route: str
 ) -> None:
-    """A stream or a job gets 429 however long its request takes to be resolved: the permit comes first."""
+    """A stream or a job gets 429 before its request is resolved, since the permit is acquired first."""
     resolved: list[bool] = []
     real = Resolver.resolve
 
@@ -141,25 +140,25 @@ async def test_a_full_queue_refuses_whatever_comes_before_the_work(
         running = [await begin(http, small(seed)) for seed in (1, 2)]
         resolved.clear()
         body = {"prompt": "a", "stream": True} if route.startswith("/v1") else SMALL
-        answers = await asyncio.gather(*(http.post(route, json=body, headers=STREAM) for _ in range(5)))
-        assert [answer.status_code for answer in answers] == [429] * 5
-        assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
+        responses = await asyncio.gather(*(http.post(route, json=body, headers=STREAM) for _ in range(5)))
+        assert [response.status_code for response in responses] == [429] * 5
+        assert all(int(response.headers["retry-after"]) >= 1 for response in responses)
         assert resolved == []
-        device.may_go_on.set()
+        device.may_run.set()
         await asyncio.gather(*running)
         assert (await metrics(http))["flux2_queue_depth"] == 0
 
 
-async def test_files_are_not_read_for_a_full_queue(serve_generator: Serve, device: Device) -> None:
-    """An edit is refused with 429 before a byte of its files is asked for."""
+async def test_a_full_queue_refuses_before_files_are_read(serve_generator: Serve, device: Device) -> None:
+    """An edit is refused with 429 before any byte of its files is read."""
     async with serve_generator(max_waiting=1) as http:
         running = [await begin(http, small(seed)) for seed in (1, 2)]
         app: Any = http._transport.app  # type: ignore[attr-defined]
-        asked: list[bool] = []
+        was_read: list[bool] = []
         sent: list[Any] = []
 
         async def receive() -> dict[str, Any]:
-            asked.append(True)
+            was_read.append(True)
             return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
 
         async def send(message: Any) -> None:
@@ -174,13 +173,13 @@ async def test_files_are_not_read_for_a_full_queue(serve_generator: Serve, devic
             "headers": headers,
         }
         await app(scope, receive, send)
-        device.may_go_on.set()
+        device.may_run.set()
         await asyncio.gather(*running)
     assert sent[0]["status"] == 429
-    assert asked == []
+    assert was_read == []
 
 
-async def test_references_are_not_decoded_for_a_full_queue(
+async def test_a_full_queue_refuses_before_references_are_decoded(
     serve_generator: Serve, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An edit in JSON is refused before its images are decoded."""
@@ -199,26 +198,26 @@ async def test_references_are_not_decoded_for_a_full_queue(
         running = [await begin(http, small(seed)) for seed in (1, 2)]
         assert (await http.post("/generate", json=body)).status_code == 429
         assert decoded == []
-        device.may_go_on.set()
+        device.may_run.set()
         await asyncio.gather(*running)
         assert (await http.post("/generate", json=body)).status_code == 200
         assert decoded
 
 
-async def test_equal_posts_at_the_last_place_are_one_job(serve_generator: Serve, device: Device) -> None:
-    """Two posts with one ``Idempotency-Key``, at the same time and for the last place, both get the same job."""
+async def test_equal_requests_for_the_last_slot_are_one_job(serve_generator: Serve, device: Device) -> None:
+    """Two simultaneous requests with one ``Idempotency-Key``, for the last slot, both get the same job."""
     async with serve_generator(max_waiting=1) as http:
         running = await begin(http, small(1))
         headers = {"Idempotency-Key": "k"}
-        answers = await asyncio.gather(*(http.post("/jobs", json=small(2), headers=headers) for _ in range(4)))
-        assert [answer.status_code for answer in answers] == [202] * 4
-        assert len({answer.json()["id"] for answer in answers}) == 1
-        device.may_go_on.set()
+        responses = await asyncio.gather(*(http.post("/jobs", json=small(2), headers=headers) for _ in range(4)))
+        assert [response.status_code for response in responses] == [202] * 4
+        assert len({response.json()["id"] for response in responses}) == 1
+        device.may_run.set()
         await running
 
 
 async def test_a_deadline_passes_while_the_prompt_is_embedded(serve_generator: Serve) -> None:
-    """A request whose prompt takes too long to embed is 504 at its deadline, and frees its place."""
+    """A request whose prompt takes too long to embed gets 504 at its deadline, and its slot is freed."""
     encoder = Encoder()
     async with serve_generator(encoder) as http:
         late = await http.post("/generate", json=small(1, prompt="slow", deadline_ms=100))
@@ -231,7 +230,7 @@ async def test_a_deadline_passes_while_the_prompt_is_embedded(serve_generator: S
 async def test_images_of_one_request_share_a_run(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch, *, compare: bool
 ) -> None:
-    """With batching four images are one run, with ``compare`` two, and each equals the one generated alone."""
+    """With batching four images share a run, and so do pairs with ``compare``; each equals the one generated alone."""
     batches: list[list[int]] = []
     real = Flux2Model.generate_batch
 
@@ -251,18 +250,18 @@ async def test_images_of_one_request_share_a_run(
         assert image["x-seed"] == single.headers["x-seed"]
 
 
-async def test_whoever_is_left_at_the_end_gets_an_answer(serve_generator: Serve, device: Device) -> None:
-    """When the service closes, what runs and what waits ends with 503 ``shutting_down``, streams with that event."""
+async def test_every_request_gets_a_response_at_shutdown(serve_generator: Serve, device: Device) -> None:
+    """At shutdown running and waiting requests end with 503 ``shutting_down``, and streams with that event."""
     async with serve_generator() as http:
         streams = [await begin(http, small(seed)) for seed in (1, 2)]
-        await until_positions(http, [0, 1])  # both were resolved: their answers are streams by now
+        await until_positions(http, [0, 1])  # both were resolved: their responses are streams by now
         plain = asyncio.create_task(http.post("/generate", json=small(3)))
         await asyncio.sleep(0)
         while queue_of(http).num_in_flight < 3:  # noqa: ASYNC110 - admission has no event
             await asyncio.sleep(0.001)
         app: Any = http._transport.app  # type: ignore[attr-defined]
         app.state.generator.engine.close()
-        device.may_go_on.set()
+        device.may_run.set()
         for stream in await asyncio.gather(*streams):
             name, data = events(stream.text)[-1]
             assert (name, data["code"]) == ("error", "shutting_down")

@@ -1,4 +1,4 @@
-"""Reference images and several pictures in one request."""
+"""Reference images, and several images in one request."""
 
 import base64
 import email
@@ -29,57 +29,53 @@ SMALL = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_ste
 MAX_PIXELS = 10_000_000
 
 
-def picture(width: int = 80, height: int = 64) -> Image.Image:
-    """A picture with something in it."""
+def sample_image(width: int = 80, height: int = 64) -> Image.Image:
+    """An image with distinct colors."""
     ramp = np.add.outer(np.arange(height), 2 * np.arange(width)) % 256
     return Image.fromarray(np.stack([ramp, ramp.T.reshape(height, width), 255 - ramp], axis=-1).astype(np.uint8))
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The picture as a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def as_text(data: bytes) -> str:
-    """A file as base64."""
     return base64.b64encode(data).decode()
 
 
 def pixels(data: bytes) -> np.ndarray:
-    """The picture in a file."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "data:application/octet-stream;base64,"])
-def test_pictures_are_known_by_their_first_bytes(kind: str, prefix: str) -> None:
-    """PNG, JPEG and WebP are read, whatever a data URI calls them."""
-    found = parse_reference(prefix + as_text(file_of(picture(), kind)), "images[0]", MAX_PIXELS)
-    assert (found.image.size, found.image.mode) == ((80, 64), "RGB")
+def test_formats_are_detected_by_their_first_bytes(kind: str, prefix: str) -> None:
+    """PNG, JPEG and WebP are read, whatever media type a data URI states."""
+    reference = parse_reference(prefix + as_text(file_of(sample_image(), kind)), "images[0]", MAX_PIXELS)
+    assert (reference.image.size, reference.image.mode) == ((80, 64), "RGB")
 
 
 @pytest.mark.parametrize(("mode", "options"), [("RGBA", {}), ("L", {}), ("P", {}), ("1", {}), ("LA", {})])
 def test_every_mode_becomes_rgb(mode: str, options: dict[str, Any]) -> None:
-    """Transparency, greys and palettes become plain colours."""
-    found = read_reference(file_of(picture().convert(mode), **options), "images[0]", MAX_PIXELS)
-    assert found.image.mode == "RGB"
+    """Transparency, grayscale and palettes are converted to RGB."""
+    reference = read_reference(file_of(sample_image().convert(mode), **options), "images[0]", MAX_PIXELS)
+    assert reference.image.mode == "RGB"
 
 
-def test_a_photograph_stands_upright() -> None:
-    """The camera's orientation is applied."""
+def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    found = read_reference(file_of(picture(), "JPEG", exif=exif), "images[0]", MAX_PIXELS)
-    assert found.image.size == (64, 80)
+    exif[0x0112] = 6  # rotated by 90 degrees
+    reference = read_reference(file_of(sample_image(), "JPEG", exif=exif), "images[0]", MAX_PIXELS)
+    assert reference.image.size == (64, 80)
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"GIF89a" + bytes(100), b"<svg/>", b"BM" + bytes(100), b"RIFF....WAVE", b"%PDF-1.7"]
 )
-def test_other_kinds_are_415(data: bytes) -> None:
-    """What is neither PNG, JPEG nor WebP by its first bytes is refused by kind."""
+def test_other_formats_are_415(data: bytes) -> None:
+    """A file whose first bytes are not those of PNG, JPEG or WebP is refused with 415."""
     with pytest.raises(UnsupportedImageType, match=r"images\[0\]: must be a PNG, JPEG or WebP file"):
         read_reference(data, "images[0]", MAX_PIXELS)
 
@@ -102,16 +98,16 @@ def test_urls_are_never_fetched(text: str) -> None:
         parse_reference(text, "images[3]", MAX_PIXELS)
 
 
-def test_a_damaged_file_is_refused_in_our_words() -> None:
-    """A file that ends early is refused; the library's own text, which may tell addresses, never comes out."""
-    whole = file_of(picture(), "PNG")
+def test_a_damaged_file_is_refused_without_the_librarys_message() -> None:
+    """A truncated file is refused, without the library's message, which may contain memory addresses."""
+    whole = file_of(sample_image(), "PNG")
     for length in range(8, len(whole) - 12, 37):
         with pytest.raises(InvalidRequest, match=r"^images\[0\]: the PNG file is damaged$"):
             read_reference(whole[:length], "images[0]", MAX_PIXELS)
 
 
 def test_a_bomb_is_refused_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small file of very many pixels is refused by its size, and none of them is decoded."""
+    """A small file with very many pixels is refused by its size, without decoding them."""
     bomb = file_of(Image.new("1", (9000, 9000)))
     decoded: list[object] = []
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded.append)
@@ -123,23 +119,23 @@ def test_a_bomb_is_refused_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("size", "prepared"), [((80, 64), (80, 64)), ((100, 70), (96, 64)), ((2048, 1024), (1440, 720))]
 )
-def test_the_tokens_are_known_beforehand(size: tuple[int, int], prepared: tuple[int, int]) -> None:
-    """The size that the pipeline will encode a reference image with is known without encoding it."""
-    found = read_reference(file_of(Image.new("RGB", size)), "images[0]", MAX_PIXELS)
-    assert found.prepared_size(16) == prepared
-    assert found.num_tokens(16) == prepared[0] * prepared[1] // 256
+def test_the_number_of_tokens_is_predicted(size: tuple[int, int], prepared: tuple[int, int]) -> None:
+    """The size at which the pipeline will encode a reference image is known without encoding it."""
+    reference = read_reference(file_of(Image.new("RGB", size)), "images[0]", MAX_PIXELS)
+    assert reference.prepared_size(16) == prepared
+    assert reference.num_tokens(16) == prepared[0] * prepared[1] // 256
 
 
-async def test_an_edit_is_what_the_pipeline_makes(serve_generator: Serve, demo: Flux2Model) -> None:
+async def test_an_edit_equals_the_pipelines(serve_generator: Serve, demo: Flux2Model) -> None:
     """Reference images over HTTP give the pixels of ``Flux2Pipeline`` with the same images, and its size."""
-    images = [picture(), picture(96, 96)]
+    images = [sample_image(), sample_image(96, 96)]
     embeds = torch.randn(1, 32, demo.info.embedding_width)
     text = as_text(dump_safetensors(embeds))
     body = {"prompt_embeds": text, "num_inference_steps": 3, "seed": 7, "cache": "none"}
     async with serve_generator() as http:
-        answer = await http.post("/generate", json=body | {"images": [as_text(file_of(image)) for image in images]})
+        response = await http.post("/generate", json=body | {"images": [as_text(file_of(image)) for image in images]})
         without = await http.post("/generate", json=body | {"width": 80, "height": 64})
-    assert answer.status_code == 200, answer.text
+    assert response.status_code == 200, response.text
     pipeline = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=demo.dtype)
     wanted = pipeline(
         prompt_embeds=embeds,
@@ -148,12 +144,12 @@ async def test_an_edit_is_what_the_pipeline_makes(serve_generator: Serve, demo: 
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(7),
     ).images[0]
-    assert np.array_equal(pixels(answer.content), np.asarray(wanted))
-    assert not np.array_equal(pixels(answer.content), pixels(without.content))
+    assert np.array_equal(pixels(response.content), np.asarray(wanted))
+    assert not np.array_equal(pixels(response.content), pixels(without.content))
 
 
 def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same reference image in a later request is not encoded again, and the picture stays the same."""
+    """The same reference image in a later request is not encoded again, and the image stays the same."""
     calls: list[int] = []
     vae = demo.components.vae
     encode = vae.encode
@@ -164,22 +160,22 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vae, "encode", counted)
     embeds = torch.zeros(1, 32, demo.info.embedding_width)
-    request = Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(picture(112, 64)),))
+    request = Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(sample_image(112, 64)),))
     first, second = demo.generate(request).latents, demo.generate(request).latents
     assert len(calls) == 1
     assert torch.equal(first, second)
 
 
-def test_references_of_other_shapes_are_other_references(demo: Flux2Model) -> None:
+def test_references_of_other_shapes_are_encoded_separately(demo: Flux2Model) -> None:
     """Two images of equal bytes and different shapes are encoded separately."""
     embeds = torch.zeros(1, 32, demo.info.embedding_width)
     wide, tall = Image.new("RGB", (128, 64)), Image.new("RGB", (64, 128))
     wanted = [Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(image),)) for image in (wide, tall)]
     first, second = (demo.generate(request).latents for request in wanted)
     assert not torch.equal(first, second)
-    other_order = local_model(WEIGHTS)
-    assert torch.equal(other_order.generate(wanted[1]).latents, second)
-    assert torch.equal(other_order.generate(wanted[0]).latents, first)
+    other_model = local_model(WEIGHTS)
+    assert torch.equal(other_model.generate(wanted[1]).latents, second)
+    assert torch.equal(other_model.generate(wanted[0]).latents, first)
 
 
 @pytest.mark.parametrize(
@@ -187,56 +183,56 @@ def test_references_of_other_shapes_are_other_references(demo: Flux2Model) -> No
     [
         ({"images": ["x"]}, 422, "images[0]"),
         ({"images": [as_text(b"GIF89a")]}, 415, "images[0]"),
-        ({"images": [as_text(file_of(picture(64, 65)))] * 9}, 422, "images"),
-        ({"images": [as_text(file_of(picture(64, 32)))]}, 422, "images[0]"),
+        ({"images": [as_text(file_of(sample_image(64, 65)))] * 9}, 422, "images"),
+        ({"images": [as_text(file_of(sample_image(64, 32)))]}, 422, "images[0]"),
         ({"images": [7]}, 422, "images"),
         ({"num_images": 5}, 422, "num_images"),
         ({"num_images": 0}, 422, "num_images"),
         ({"num_images": 2, "seed": 2**63 - 1}, 422, "seed"),
     ],
 )
-async def test_what_cannot_be_used_is_named(
+async def test_bad_references_name_the_field(
     serve_generator: Serve, change: dict[str, Any], status: int, param: str
 ) -> None:
-    """A reference image or a number of pictures that cannot be used is refused with the field's name."""
+    """An invalid reference image or number of images is refused with the field's name."""
     async with serve_generator() as http:
-        answer = await http.post("/generate", json=SMALL | change)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+        response = await http.post("/generate", json=SMALL | change)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
 
 
-async def test_too_many_tokens_are_refused_beforehand(serve_generator: Serve) -> None:
-    """What would not fit is refused with how much it is and how much fits."""
+async def test_too_many_tokens_are_refused(serve_generator: Serve) -> None:
+    """A request with too many tokens is refused with its number and the limit."""
     async with serve_generator(max_image_tokens=40) as http:
-        answer = await http.post("/generate", json=SMALL | {"images": [as_text(file_of(picture(128, 64)))]})
-    assert answer.status_code == 422
-    assert "48 image tokens (16 of the image itself) are more than 40" in answer.json()["detail"]
+        response = await http.post("/generate", json=SMALL | {"images": [as_text(file_of(sample_image(128, 64)))]})
+    assert response.status_code == 422
+    assert "48 image tokens (16 of the image itself) are more than 40" in response.json()["detail"]
 
 
-async def test_several_pictures_have_their_own_seeds(serve_generator: Serve) -> None:
-    """``num_images`` draws the seeds seed, seed + 1, ...; each picture equals its single result."""
+async def test_several_images_have_their_own_seeds(serve_generator: Serve) -> None:
+    """``num_images`` uses the seeds seed, seed + 1, ...; each image equals its single result."""
     async with serve_generator() as http:
-        parts = await http.post("/generate", json=SMALL | {"num_images": 3})
-        told = await http.post("/generate", json=SMALL | {"num_images": 3}, headers={"Accept": "application/json"})
+        multipart = await http.post("/generate", json=SMALL | {"num_images": 3})
+        as_json = await http.post("/generate", json=SMALL | {"num_images": 3}, headers={"Accept": "application/json"})
         alone = [await http.post("/generate", json=SMALL | {"seed": 7 + k}) for k in range(3)]
-    head = f"Content-Type: {parts.headers['content-type']}\r\n\r\n".encode()
-    message = email.message_from_bytes(head + parts.content, policy=email.policy.HTTP)
+    head = f"Content-Type: {multipart.headers['content-type']}\r\n\r\n".encode()
+    message = email.message_from_bytes(head + multipart.content, policy=email.policy.HTTP)
     assert isinstance(message, EmailMessage)
-    found = list(message.iter_parts())
-    assert [part["x-seed"] for part in found] == ["7", "8", "9"]
-    assert {part.get_content_type() for part in found} == {"image/png"}
-    images = told.json()["images"]
+    bodies = list(message.iter_parts())
+    assert [part["x-seed"] for part in bodies] == ["7", "8", "9"]
+    assert {part.get_content_type() for part in bodies} == {"image/png"}
+    images = as_json.json()["images"]
     assert [image["x-seed"] for image in images] == ["7", "8", "9"]
-    for part, image, single in zip(found, images, alone, strict=True):
+    for part, image, single in zip(bodies, images, alone, strict=True):
         file = part.get_payload(decode=True)
         assert isinstance(file, bytes)
         assert np.array_equal(pixels(file), pixels(single.content))
         assert np.array_equal(pixels(base64.b64decode(image["image"])), pixels(single.content))
 
 
-async def test_one_picture_as_json(serve_generator: Serve) -> None:
-    """With ``Accept: application/json`` a single picture is in JSON too."""
+async def test_one_image_as_json(serve_generator: Serve) -> None:
+    """With ``Accept: application/json`` a single image is returned as JSON, too."""
     async with serve_generator() as http:
-        answer = await http.post("/generate", json=SMALL, headers={"Accept": "application/json"})
-    (image,) = answer.json()["images"]
+        response = await http.post("/generate", json=SMALL, headers={"Accept": "application/json"})
+    (image,) = response.json()["images"]
     assert pixels(base64.b64decode(image["image"])).shape == (64, 64, 3)
     assert image["x-steps-computed"] == "4"

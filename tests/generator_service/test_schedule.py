@@ -1,4 +1,4 @@
-"""Schedules: the published lists, and how they are carried over."""
+"""Schedules: the published lists, and how they are resampled."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ from generator_service.lemica import PUBLISHED, Schedule, ScheduleMismatch, Sign
     ],
 )
 def test_the_published_lists_at_50_steps(name: str, steps: list[int]) -> None:
-    """At 50 steps a name is exactly the published list."""
+    """At 50 steps a name selects exactly the published list."""
     schedule = schedule_for(name, 50)
     assert list(schedule.computed_steps) == steps
     assert (schedule.source, schedule.name, schedule.num_computed) == ("published", name, len(steps))
@@ -31,8 +31,8 @@ def test_none_computes_everything(num_steps: int) -> None:
 
 
 @given(name=st.sampled_from(list(PUBLISHED)), num_steps=st.integers(1, 100))
-def test_names_are_carried_over_in_relative_position(name: str, num_steps: int) -> None:
-    """At any other count the list keeps its share of computed steps, starts at 0, ends at the end, and says so."""
+def test_published_lists_are_resampled(name: str, num_steps: int) -> None:
+    """For another number of steps the list keeps its share of computed steps and starts at 0, and its name says so."""
     schedule = schedule_for(name, num_steps)
     share = len(PUBLISHED[name]) / 50
     assert schedule.num_computed == max(1, round(share * num_steps))
@@ -47,35 +47,35 @@ def test_names_are_carried_over_in_relative_position(name: str, num_steps: int) 
 
 @given(st.data())
 def test_a_number_computes_exactly_so_many_steps(data: st.DataObject) -> None:
-    """Any number from 1 to the steps gives a valid schedule of that size."""
+    """Any number from 1 to the number of steps gives a valid schedule of that size."""
     num_steps = data.draw(st.integers(1, 100))
     number = data.draw(st.integers(1, num_steps))
     assert schedule_for(number, num_steps).num_computed == number
 
 
-def test_a_number_that_is_a_published_size_is_the_published_list() -> None:
-    """15 of 50 is ``fast``."""
+def test_a_number_of_a_published_list_selects_it() -> None:
+    """15 of 50 steps is ``fast``."""
     assert schedule_for(15, 50) == schedule_for("fast", 50)
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
 def test_a_list_keeps_its_shape_at_other_lengths(name: str) -> None:
-    """Computed steps lie where the published ones do, relative to the run: the k-th at the published k-th's place.
+    """Computed steps keep their relative position in the run: the k-th step is at the position of the published k-th.
 
-    Rounding moves a step by half a step of either run, and crowded steps push each other on by at most one.
+    Rounding moves a step by at most half a step of either run, and crowded steps push each other by at most one.
     """
     published = schedule_for(name, 50).computed_steps
     for num_steps in (20, 25, 28, 100):
         steps = schedule_for(name, num_steps).computed_steps
         for k, step in enumerate(steps):
-            place = k * (len(published) - 1) / max(1, len(steps) - 1)
-            low, high = published[int(place)], published[min(int(place) + 1, len(published) - 1)]
+            position = k * (len(published) - 1) / max(1, len(steps) - 1)
+            low, high = published[int(position)], published[min(int(position) + 1, len(published) - 1)]
             assert low / 49 - 1.5 / num_steps <= step / (num_steps - 1) <= high / 49 + 1.5 / num_steps, (num_steps, k)
 
 
 @pytest.mark.parametrize("cache", ["turbo", "", "None", 0, -1, 51])
-def test_what_is_no_schedule_is_refused(cache: str | int) -> None:
-    """An unknown name, or a number outside the run, is an error that says what would be right."""
+def test_unknown_schedules_are_refused(cache: str | int) -> None:
+    """An unknown name, or a number outside the run, is an error with the valid values."""
     with pytest.raises(ScheduleMismatch, match=r"choose one of|must be 1 to 50"):
         schedule_for(cache, 50)
 

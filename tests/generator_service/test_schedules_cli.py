@@ -15,7 +15,6 @@ from tests.memory_errors import KINDS
 
 
 def run(*arguments: object) -> Result:
-    """The command with these arguments."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -30,7 +29,7 @@ def graph(tmp_path: Path) -> Path:
 
 
 def test_calibrate_plan_show(graph: Path) -> None:
-    """A graph is measured and saved, planned for every budget, and the schedules saved, listed and drawn."""
+    """A graph is measured and saved, planned for every budget, and its schedules are saved and listed."""
     loaded = ErrorGraph.load(graph)
     assert loaded.signature is not None
     assert (loaded.signature.num_steps, loaded.signature.image_tokens, loaded.signature.predictor) == (6, 16, "linear")
@@ -46,7 +45,7 @@ def test_calibrate_plan_show(graph: Path) -> None:
 
 
 def test_one_schedule_can_be_planned_and_named(graph: Path) -> None:
-    """A budget, or a bound on the errors, gives one schedule; so it may have a name."""
+    """A budget, or a bound on the error, gives one schedule, which may have a name."""
     one = graph.parent / "one.json"
     assert run("schedules", "plan", graph, "--budget", 3, "--name", "night", "-o", one).exit_code == 0
     schedule = Schedule.load(one)
@@ -56,19 +55,19 @@ def test_one_schedule_can_be_planned_and_named(graph: Path) -> None:
 
 
 def test_plans_can_be_refined_on_whole_runs(graph: Path) -> None:
-    """``refine`` measures whole runs, never makes a plan worse, and saves what it measured."""
+    """``refine`` measures whole runs, never increases the error, and saves the measurements."""
     saved = graph.parent / "refined.json"
     options = ("--model", WEIGHTS, "--prompts", graph.parent / "prompts.txt", "--size", "64x64", "--seeds", 1)
     result = run("schedules", "refine", graph, *options, "--budget", 2, "--budget", 3, "-o", saved)
     assert result.exit_code == 0, result.output
-    found = load_schedules(saved)
-    assert [schedule.num_computed for schedule in found] == [2, 3]
-    assert all(0 < s.evidence["error"] <= s.evidence["planned_error"] for s in found)
-    assert all(s.evidence["samples"] == 2 for s in found)
+    schedules = load_schedules(saved)
+    assert [schedule.num_computed for schedule in schedules] == [2, 3]
+    assert all(0 < s.evidence["error"] <= s.evidence["planned_error"] for s in schedules)
+    assert all(s.evidence["samples"] == 2 for s in schedules)
 
 
-def test_a_graph_of_something_else_is_not_refined(graph: Path) -> None:
-    """The runs must be what the graph was made for."""
+def test_a_graph_of_another_signature_is_not_refined(graph: Path) -> None:
+    """The runs must match the graph's signature."""
     options = ("--model", WEIGHTS, "--prompts", graph.parent / "prompts.txt", "--size", "80x64", "--seeds", 1)
     result = run("schedules", "refine", graph, *options, "--budget", 2, "-o", graph.parent / "refined.json")
     assert result.exit_code == 1
@@ -76,8 +75,8 @@ def test_a_graph_of_something_else_is_not_refined(graph: Path) -> None:
     assert not (graph.parent / "refined.json").exists()
 
 
-def test_what_keeps_the_runs_is_checked(tmp_path: Path) -> None:
-    """``--keep`` is a device or a folder; anything else is one line."""
+def test_the_option_keep_is_validated(tmp_path: Path) -> None:
+    """``--keep`` is a device or a folder; anything else is an error in one line."""
     (tmp_path / "prompts.txt").write_text("a red square")
     options = ("--model", WEIGHTS, "--prompts", tmp_path / "prompts.txt", "--steps", 4, "--size", "64x64")
     result = run("calibrate", *options, "--keep", "nowhere", "-o", tmp_path / "graph.json")
@@ -90,7 +89,7 @@ def test_what_keeps_the_runs_is_checked(tmp_path: Path) -> None:
 def test_too_little_memory_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[object, str]
 ) -> None:
-    """Runs, or a batch beside them, that do not fit end the command with what to change."""
+    """If runs, or a batch, exceed the memory, the command ends with what to change."""
     (tmp_path / "prompts.txt").write_text("a red square")
     options = ("--model", WEIGHTS, "--prompts", tmp_path / "prompts.txt", "--steps", 4, "--size", "64x64", "--seeds", 1)
 
@@ -105,15 +104,15 @@ def test_too_little_memory_is_one_line(
 
 
 @pytest.mark.parametrize(("free", "kept_on"), [(100, "cuda:1"), (99, "cpu")])
-def test_runs_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch, free: int, kept_on: str) -> None:
-    """Runs stay on the GPU only if as much is free there for what is computed with them."""
+def test_runs_are_stored_where_they_fit(monkeypatch: pytest.MonkeyPatch, free: int, kept_on: str) -> None:
+    """Runs stay on the GPU only if as much memory is free there for the computation."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, 1000))
     assert str(choose_storage(50, torch.device("cuda", 1))) == kept_on
 
 
 def test_an_estimate_measures_nothing(tmp_path: Path) -> None:
-    """``--estimate`` says how many transformer steps it would take and for how long, and writes no file."""
+    """``--estimate`` prints the number of transformer steps and their duration, and writes no file."""
     (tmp_path / "prompts.txt").write_text("a red square")
     options = ("--model", WEIGHTS, "--prompts", tmp_path / "prompts.txt", "--steps", 6, "--size", "64x64")
     result = run("calibrate", *options, "--estimate", "-o", tmp_path / "graph.json")
@@ -123,7 +122,7 @@ def test_an_estimate_measures_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("schedules", "plan", "absent.json"), "absent.json is not an error graph"),
         (("schedules", "show", "absent.json"), "absent.json is not a file of schedules"),
@@ -131,16 +130,16 @@ def test_an_estimate_measures_nothing(tmp_path: Path) -> None:
         (("calibrate", "--prompts", "absent.txt", "--predictor", "magic"), "--predictor must be one of"),
     ],
 )
-def test_mistakes_are_one_line(arguments: tuple[str, ...], told: str) -> None:
-    """What cannot be read is said in a line, with a status that is not 0."""
+def test_mistakes_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    """An invalid file or option is an error in one line, with a nonzero status."""
     result = run(*arguments)
     assert result.exit_code != 0
-    assert told in result.output
+    assert message in result.output
     assert "Traceback" not in result.output
 
 
 def test_an_impossible_budget_names_the_range(graph: Path) -> None:
-    """The error says which budgets the graph has."""
+    """The error names the budgets that the graph supports."""
     result = run("schedules", "plan", graph, "--budget", 1)
     assert result.exit_code == 1
     assert "2 to 6 computed steps, not 1" in result.output

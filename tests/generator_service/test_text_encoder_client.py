@@ -1,4 +1,4 @@
-"""What the generator makes of the text encoder's answers, good and bad."""
+"""The client of the text encoder: how it handles good and bad responses."""
 
 import asyncio
 import gzip
@@ -32,20 +32,19 @@ Reply = Callable[[], httpx.Response | Exception]
 
 @pytest.fixture(autouse=True)
 def no_waiting() -> Iterator[None]:
-    """Retries follow at once, as many as the client wants."""
+    """Retry without waiting, as often as the client allows."""
     with stamina.set_testing(True, attempts=100, cap=True):
         yield
 
 
 class Encoder:
-    """Gives the next reply to each request, the last one for ever, and keeps the requests."""
+    """Returns the next reply for each request, repeats the last one, and records the requests."""
 
     def __init__(self, *replies: Reply) -> None:
         self.replies = list(replies)
         self.requests: list[httpx.Request] = []
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
-        """One request."""
         self.requests.append(request)
         reply = (self.replies.pop(0) if len(self.replies) > 1 else self.replies[0])()
         if isinstance(reply, Exception):
@@ -62,7 +61,7 @@ async def client(
     cache: int = 0,
     timeout_s: float = 5,
 ) -> AsyncIterator[RetryingEncoder]:
-    """A client of ``encoder``, for embeddings of the shape of ``EMBEDDING``."""
+    """A client of ``encoder`` for embeddings with the shape of ``EMBEDDING``."""
     async with TextEncoderClient(
         url,
         (4, 6),
@@ -74,17 +73,16 @@ async def client(
 
 
 def body(content: bytes, media_type: str = TORCH_MEDIA_TYPE) -> Reply:
-    """A reply that looks like an embedding."""
+    """A reply in the form of an embedding."""
     return lambda: httpx.Response(200, content=content, headers={"content-type": media_type})
 
 
 def status(code: int) -> Reply:
-    """A reply with nothing but a status, and a secret."""
+    """A reply with a status and a secret body."""
     return lambda: httpx.Response(code, headers={"location": "http://elsewhere/secret"}, text="secret")
 
 
 def refused() -> Exception:
-    """Nobody listens."""
     return httpx.ConnectError("secret")
 
 
@@ -93,7 +91,7 @@ good = body(dump_torch(EMBEDDING))
 
 @pytest.mark.parametrize("url", ["http://encoder", "http://encoder/", "http://encoder/predict", "http://encoder/x/"])
 async def test_the_embedding_arrives(url: str) -> None:
-    """The prompt is sent as the public protocol has it, with or without /predict in the setting."""
+    """The prompt is sent in the public protocol, with or without /predict in the setting."""
     encoder = Encoder(good)
     async with client(encoder, url=url) as sut:
         tensor, was_cached = await sut.embed("a „house“")
@@ -106,22 +104,22 @@ async def test_the_embedding_arrives(url: str) -> None:
 
 
 async def test_safetensors_are_preferred() -> None:
-    """Both formats are asked for, neither compressed; the answer's media type decides how it is read."""
+    """Both formats are accepted, uncompressed; the media type of the response decides how it is read."""
     encoder = Encoder(body(dump_safetensors(EMBEDDING), SAFETENSORS_MEDIA_TYPE))
     async with client(encoder) as sut:
         assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
-    asked = encoder.requests[0].headers
-    assert asked["accept"] == "application/vnd.safetensors, application/octet-stream;q=0.9"
-    assert asked["accept-encoding"] == "identity"
+    request_headers = encoder.requests[0].headers
+    assert request_headers["accept"] == "application/vnd.safetensors, application/octet-stream;q=0.9"
+    assert request_headers["accept-encoding"] == "identity"
 
 
 def problem(code: str) -> Reply:
-    """A 503 of our own service."""
+    """A 503 of this project's encoder."""
     return lambda: httpx.Response(503, json={"code": code, "detail": "secret", "status": 503})
 
 
-async def test_too_little_memory_in_the_encoder_is_not_tried_again() -> None:
-    """It reaches the client as ``oom``, is asked for once, and does not count as a failure of the encoder."""
+async def test_out_of_memory_in_the_encoder_is_not_retried() -> None:
+    """It reaches the client as ``oom`` after one request, and does not count as a failure of the encoder."""
     encoder = Encoder(problem("oom"))
     async with client(encoder) as sut:
         for _ in range(2 * FAILURES_TO_OPEN):
@@ -134,8 +132,8 @@ async def test_too_little_memory_in_the_encoder_is_not_tried_again() -> None:
 @pytest.mark.parametrize(
     "reply", [problem("starting"), problem("busy"), status(503), lambda: httpx.Response(503, json=1)]
 )
-async def test_any_other_503_is_tried_again(reply: Reply) -> None:
-    """Whatever its body says, the encoder may be back in a moment."""
+async def test_any_other_503_is_retried(reply: Reply) -> None:
+    """Whatever its body, a 503 may be temporary."""
     encoder = Encoder(reply)
     async with client(encoder) as sut:
         with pytest.raises(EncoderUnavailable):
@@ -144,25 +142,25 @@ async def test_any_other_503_is_tried_again(reply: Reply) -> None:
 
 
 async def test_the_token_is_sent() -> None:
-    """As a bearer token, when there is one."""
+    """A configured token is sent as a bearer token."""
     encoder = Encoder(good)
     async with client(encoder, token="t") as sut:
         await sut.embed("a")
     assert encoder.requests[0].headers["authorization"] == "Bearer t"
 
 
-async def test_a_repeated_prompt_is_not_asked_again() -> None:
-    """An embedding is kept, within its bytes."""
+async def test_a_repeated_prompt_is_cached() -> None:
+    """Embeddings are cached within the limit of bytes."""
     encoder = Encoder(good)
     async with client(encoder, cache=EMBEDDING.nbytes) as sut:
-        found = [await sut.embed(prompt) for prompt in ("a", "a", "b", "a")]
-    assert [was_cached for _, was_cached in found] == [False, True, False, False]
-    assert all(torch.equal(tensor, EMBEDDING) for tensor, _ in found)
+        results = [await sut.embed(prompt) for prompt in ("a", "a", "b", "a")]
+    assert [was_cached for _, was_cached in results] == [False, True, False, False]
+    assert all(torch.equal(tensor, EMBEDDING) for tensor, _ in results)
     assert len(encoder.requests) == 3
 
 
 async def test_similar_prompts_are_different_prompts() -> None:
-    """An embedding is kept for exactly its prompt: case, spaces and accents make another one."""
+    """The cache key is the exact prompt: case, spaces and accents matter."""
     prompts = ["a Red circle", "a red circle", " a red circle", "a  red circle", "a réd circle", "a re\u0301d circle"]
     encoder = Encoder(*(body(dump_torch(EMBEDDING + k)) for k in range(len(prompts))))
     async with client(encoder, cache=2**20) as sut:
@@ -172,8 +170,8 @@ async def test_similar_prompts_are_different_prompts() -> None:
     assert all(was_cached and torch.equal(tensor, EMBEDDING + k) for k, (tensor, was_cached) in enumerate(again))
 
 
-async def test_a_failure_is_not_kept() -> None:
-    """The prompt that failed is asked again when it comes again."""
+async def test_failures_are_not_cached() -> None:
+    """A prompt that failed is requested again when it is repeated."""
     encoder = Encoder(status(422), good)
     async with client(encoder, cache=2**20) as sut:
         with pytest.raises(InvalidRequest):
@@ -182,8 +180,8 @@ async def test_a_failure_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("failure", [refused, *map(status, (429, 502, 503, 504))])
-async def test_what_may_pass_is_tried_again(failure: Reply) -> None:
-    """A refused connection and an overloaded encoder are tried again, until it answers."""
+async def test_temporary_failures_are_retried(failure: Reply) -> None:
+    """A refused connection and an overloaded encoder are retried until the encoder responds."""
     encoder = Encoder(*[failure] * (NUM_ATTEMPTS - 1), good)
     async with client(encoder) as sut:
         assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
@@ -191,8 +189,8 @@ async def test_what_may_pass_is_tried_again(failure: Reply) -> None:
 
 
 @pytest.mark.parametrize("failure", [refused, status(503)])
-async def test_what_does_not_pass_is_503(failure: Reply) -> None:
-    """After the last attempt the client is told to come back."""
+async def test_lasting_failures_are_503(failure: Reply) -> None:
+    """After the last attempt the error has a time to retry after."""
     encoder = Encoder(failure)
     async with client(encoder) as sut:
         with pytest.raises(EncoderUnavailable) as caught:
@@ -202,7 +200,7 @@ async def test_what_does_not_pass_is_503(failure: Reply) -> None:
 
 
 async def test_the_attempts_take_about_a_second() -> None:
-    """Between its attempts the client waits less than 2 s in all, and longer from one to the next."""
+    """The waits between attempts grow and take less than 2 s in total."""
     waits: list[float] = []
     encoder = Encoder(refused)
     stamina.instrumentation.set_on_retry_hooks([lambda details: waits.append(details.wait_for)])
@@ -228,11 +226,11 @@ async def test_the_attempts_take_about_a_second() -> None:
         dump_torch(EMBEDDING * float("nan")),
         dump_torch(EMBEDDING.double()),
         dump_torch(EMBEDDING)[:-10],
-        dump_safetensors(EMBEDDING),  # said to be torch's
+        dump_safetensors(EMBEDDING),  # with torch's media type
     ],
 )
-async def test_what_is_no_embedding_is_502(content: bytes) -> None:
-    """A wrong answer is asked for exactly once more, then refused."""
+async def test_bad_embeddings_are_502(content: bytes) -> None:
+    """A bad response is requested exactly once more, then refused."""
     encoder = Encoder(body(content))
     async with client(encoder) as sut:
         with pytest.raises(BadEncoderResponse) as caught:
@@ -240,15 +238,15 @@ async def test_what_is_no_embedding_is_502(content: bytes) -> None:
     assert (caught.value.status, len(encoder.requests)) == (502, 2)
 
 
-async def test_one_wrong_answer_is_forgiven() -> None:
-    """If the second answer is right, nothing happened."""
+async def test_one_bad_response_is_retried() -> None:
+    """If the second response is valid, the request succeeds."""
     async with client(Encoder(body(b"no tensor"), good)) as sut:
         assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
 
 
 @pytest.mark.parametrize("code", [302, 401, 404, 500])
 async def test_other_statuses_are_502(code: int) -> None:
-    """Any other status is the encoder's fault, and a redirect is not followed."""
+    """Any other status is an error of the encoder, and redirects are not followed."""
     encoder = Encoder(status(code))
     async with client(encoder) as sut:
         with pytest.raises(BadEncoderResponse, match=str(code)):
@@ -257,8 +255,8 @@ async def test_other_statuses_are_502(code: int) -> None:
 
 
 @pytest.mark.parametrize("code", [413, 422])
-async def test_a_prompt_that_the_encoder_refuses(code: int) -> None:
-    """It is the client's prompt, and it is not tried again."""
+async def test_a_refused_prompt_is_not_retried(code: int) -> None:
+    """The client's prompt is the reason, and it is not retried."""
     encoder = Encoder(status(code))
     async with client(encoder) as sut:
         with pytest.raises(InvalidRequest) as caught:
@@ -266,8 +264,8 @@ async def test_a_prompt_that_the_encoder_refuses(code: int) -> None:
     assert (caught.value.param, len(encoder.requests)) == ("prompt", 1)
 
 
-async def test_a_long_answer_is_given_up() -> None:
-    """A body is read no further than an embedding can be long, and asked for once more."""
+async def test_a_long_response_is_refused() -> None:
+    """A body is read only up to the length of an embedding, and requested once more."""
     num_chunks = 0
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -284,8 +282,8 @@ async def test_a_long_answer_is_given_up() -> None:
     assert num_chunks <= 2 * 5  # 4 KiB of header and 96 bytes of embedding, each time
 
 
-async def test_a_compressed_answer_is_not_unpacked() -> None:
-    """A few bytes could unpack to gigabytes: what is compressed is refused unread."""
+async def test_a_compressed_response_is_refused() -> None:
+    """A few bytes could unpack to gigabytes, so a compressed body is refused unread."""
     num_chunks = 0
 
     async def bomb() -> AsyncIterator[bytes]:
@@ -301,33 +299,33 @@ async def test_a_compressed_answer_is_not_unpacked() -> None:
 
 
 async def hang(_request: httpx.Request) -> httpx.Response:
-    """Never answers."""
+    """Never respond."""
     await asyncio.Event().wait()
     raise AssertionError
 
 
-async def drip(_request: httpx.Request) -> httpx.Response:
-    """Answers, a byte now and then."""
+async def slow_body(_request: httpx.Request) -> httpx.Response:
+    """Respond with a byte at a time."""
 
-    async def drops() -> AsyncIterator[bytes]:
+    async def body_chunks() -> AsyncIterator[bytes]:
         while True:
             await asyncio.sleep(0.05)
             yield b"x"
 
-    return httpx.Response(200, content=drops())
+    return httpx.Response(200, content=body_chunks())
 
 
 async def fail_slowly(_request: httpx.Request) -> httpx.Response:
-    """Takes a while to be away."""
+    """Refuse the connection after a while."""
     await asyncio.sleep(0.2)
     raise httpx.ConnectError("refused")
 
 
-@pytest.mark.parametrize("encoder", [hang, drip, fail_slowly])
-async def test_there_is_one_limit_of_time(
+@pytest.mark.parametrize("encoder", [hang, slow_body, fail_slowly])
+async def test_there_is_one_time_limit(
     encoder: Callable[[httpx.Request], Coroutine[None, None, httpx.Response]],
 ) -> None:
-    """The limit holds for all attempts together, whatever the encoder does meanwhile."""
+    """The limit applies to all attempts together, whatever the encoder does."""
     async with client(encoder, timeout_s=0.3) as sut:
         with pytest.raises(EncoderTimeout, match=r"0\.3 s") as caught:
             await sut.embed("a")
@@ -351,9 +349,7 @@ async def test_there_is_one_limit_of_time(
         (httpx.PoolTimeout, EncoderTimeout),
     ],
 )
-async def test_every_failure_of_the_network_has_a_name(
-    failure: type[httpx.TransportError], error: type[Flux2Error]
-) -> None:
+async def test_network_failures_are_own_errors(failure: type[httpx.TransportError], error: type[Flux2Error]) -> None:
     """No exception of the HTTP library reaches the caller, from either request."""
     async with client(Encoder(lambda: failure("secret"))) as sut:
         for ask in (partial(sut.embed, "a"), sut.info):
@@ -364,8 +360,8 @@ async def test_every_failure_of_the_network_has_a_name(
 @pytest.mark.parametrize(
     "reply", [refused, body(b"secret"), body(b"secret" * 1000), *map(status, (302, 401, 413, 422, 429, 500, 503))]
 )
-async def test_nothing_of_an_answer_is_repeated(reply: Reply) -> None:
-    """What clients are told of a failure holds no word of the encoder's."""
+async def test_errors_do_not_quote_the_response(reply: Reply) -> None:
+    """Errors for clients contain nothing from the encoder's response."""
     async with client(Encoder(reply)) as sut:
         for ask in (partial(sut.embed, "a"), sut.info):
             with pytest.raises(Flux2Error) as caught:
@@ -373,8 +369,8 @@ async def test_nothing_of_an_answer_is_repeated(reply: Reply) -> None:
             assert "secret" not in str(caught.value)
 
 
-async def test_the_encoder_says_what_it_is() -> None:
-    """``/info`` is asked beside ``/predict``."""
+async def test_info_of_the_encoder() -> None:
+    """``/info`` is requested from beside ``/predict``."""
     encoder = Encoder(lambda: httpx.Response(200, text=INFO.model_dump_json()))
     async with client(encoder, url="http://encoder/predict") as sut:
         assert await sut.info() == INFO
@@ -382,31 +378,31 @@ async def test_the_encoder_says_what_it_is() -> None:
     assert INFO.embedding_shape == (4, 6)
 
 
-@pytest.mark.parametrize("answer", [httpx.Response(200, text=INFO.model_dump_json()), httpx.Response(404)])
-async def test_a_probe_brings_the_encoder_back(answer: httpx.Response) -> None:
-    """While the encoder is away prompts are refused without asking it; once it answers ``/info`` it is asked again."""
+@pytest.mark.parametrize("response", [httpx.Response(200, text=INFO.model_dump_json()), httpx.Response(404)])
+async def test_a_probe_closes_the_circuit_breaker(response: httpx.Response) -> None:
+    """While the encoder is unavailable prompts fail fast; once it answers ``/info`` requests are sent again."""
     encoder = Encoder(refused)
     async with client(encoder) as sut:
         for _ in range(FAILURES_TO_OPEN + 1):
             with pytest.raises(EncoderUnavailable):
                 await sut.embed("a")
         assert len(encoder.requests) == FAILURES_TO_OPEN * NUM_ATTEMPTS
-        encoder.replies = [lambda: answer]
+        encoder.replies = [lambda: response]
         await sut.info()
         encoder.replies = [good]
         assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
 
 
 @pytest.mark.parametrize("code", [404, 405])
-async def test_an_encoder_that_says_nothing_of_itself(code: int) -> None:
-    """The public encoder has no ``/info``; that is no error."""
+async def test_an_encoder_without_info(code: int) -> None:
+    """The public encoder has no ``/info``, which is not an error."""
     async with client(Encoder(status(code))) as sut:
         assert await sut.info() is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "no JSON", " " * 70_000 + INFO.model_dump_json()])
-async def test_nonsense_for_info_is_502(text: str) -> None:
-    """What is no ``/info`` is refused, and so is one without end."""
+async def test_a_malformed_info_is_502(text: str) -> None:
+    """A malformed or unbounded ``/info`` is refused."""
     async with client(Encoder(lambda: httpx.Response(200, text=text))) as sut:
         with pytest.raises(BadEncoderResponse):
             await sut.info()

@@ -1,1 +1,1 @@
-"""One-line changes of the product, each of which the tests must notice; ``make mutants`` applies them one at a time."""
+"""One-line changes of the product, each of which the tests must detect; ``make mutants`` applies them one at a time."""

@@ -1,7 +1,7 @@
-"""Applies each mutant to a copy of the tree and runs its tests, which have to fail: ``python -m tests.mutants [WORD]``.
+"""Applies each mutant to a copy of the tree and runs its tests, which must fail: ``python -m tests.mutants [WORD]``.
 
-A mutant survives if its tests pass: then no test would notice that mistake. Only the mutants whose name or file holds a
-WORD are tried, if words are given. The checkout is never changed.
+A mutant survives if its tests pass, since no test would detect that mistake. With WORDs only the mutants whose name or
+file contains one of them are tried. The checkout is never changed.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from tests.mutants.catalog import Mutant, StaleMutant, load_mutants
 ROOT = Path(__file__).parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:randomly", "-p", "no:cacheprovider", "--tb=line")
 TIMEOUT_S = 600
-"""For one mutant, on a machine that does much else. A mutant that makes its tests hang needs one that fails."""
+"""The limit for one mutant on a busy machine. A mutant that makes its tests hang needs one that fails."""
 TESTS_FAILED = 1
-"""pytest's exit status. Others mean that tests could not be collected, for instance because of a syntax error."""
+"""Exit statuses of pytest. Others mean that tests could not be collected, for instance because of a syntax error."""
 
 
 class Verdict(StrEnum):
-    """What the tests made of a mutant."""
+    """The result of a mutant's tests."""
 
     KILLED = "killed"
     SURVIVED = "SURVIVED"
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def is_noticed(self) -> bool:
-        """Whether the tests noticed the change."""
+        """Whether the tests detected the change."""
         return self.verdict is Verdict.KILLED
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def copy_tree(target: Path) -> Path:
-    """What git tracks or would track of the working tree, at ``target``."""
+    """Copy the files of the working tree that git does not ignore to ``target``."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -69,7 +69,7 @@ def copy_tree(target: Path) -> Path:
 
 
 def run_tests(tree: Path, tests: Sequence[str], timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
-    """Run pytest in ``tree`` until the first failure. No bytecode is written: it could outlive its mutant."""
+    """Run pytest in ``tree`` until the first failure. No bytecode is written, since it could outlive its mutant."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     environment = os.environ | threads | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
@@ -91,7 +91,7 @@ def try_mutant(mutant: Mutant, tree: Path) -> Outcome:
 
 
 def verdict_of(done: subprocess.CompletedProcess[str]) -> Verdict:
-    """What a run of pytest means. A process that crashes after a test has failed has noticed the mutant, too."""
+    """The meaning of pytest's exit status. A process that crashes after a failed test has detected the mutant, too."""
     if done.returncode == 0:
         return Verdict.SURVIVED
     has_failed = done.returncode == TESTS_FAILED or re.search(r"^FAILED ", done.stdout, re.MULTILINE)
@@ -99,13 +99,13 @@ def verdict_of(done: subprocess.CompletedProcess[str]) -> Verdict:
 
 
 def first_failure(output: str) -> str:
-    """The test that pytest's summary names first, or its last line."""
+    """The first test in pytest's summary, or its last line."""
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
     return failed[1] if failed else (output.strip().splitlines() or ["no output"])[-1]
 
 
 def try_all(mutants: Sequence[Mutant], trees: Sequence[Path]) -> list[Outcome]:
-    """The outcome of each mutant, as many at a time as there are trees; each is printed when it is known."""
+    """The outcome of each mutant, with as many at a time as there are trees; each is printed when it ends."""
     free: queue.SimpleQueue[Path] = queue.SimpleQueue()
     for tree in trees:
         free.put(tree)
@@ -121,13 +121,13 @@ def try_all(mutants: Sequence[Mutant], trees: Sequence[Path]) -> list[Outcome]:
         return list(workers.map(try_one, mutants))
 
 
-def chosen(words: Sequence[str]) -> list[Mutant]:
-    """The mutants whose name or file holds one of ``words``; all of them without words."""
+def selected(words: Sequence[str]) -> list[Mutant]:
+    """The mutants whose name or file contains one of ``words``; without words all of them."""
     return [m for m in load_mutants() if not words or any(word in f"{m.name} {m.file}" for word in words)]
 
 
 def stale(mutants: Sequence[Mutant]) -> list[str]:
-    """What is wrong with mutants whose line is not in the tree, or more than once."""
+    """The problems of mutants whose line is missing, or occurs more than once."""
     problems = []
     for mutant in mutants:
         try:
@@ -138,12 +138,12 @@ def stale(mutants: Sequence[Mutant]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try the mutants; the status is 0 if the tests noticed every one."""
+    """Try the mutants; the status is 0 if the tests detected every one."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="try one-line changes of the product")
     parser.add_argument("words", nargs="*", help="only the mutants whose name or file holds one of them")
     parser.add_argument("--jobs", type=int, default=2, help="how many to try at a time")
     options = parser.parse_args(arguments)
-    mutants = chosen(options.words)
+    mutants = selected(options.words)
     if problems := stale(mutants):
         print("these mutants have to follow the code that they change:", *problems, sep="\n")
         return 1

@@ -8,7 +8,7 @@ FILE = Path(__file__).with_name("mutants.toml")
 
 
 class StaleMutant(Exception):
-    """The line that a mutant changes is not in its file, or is there more than once."""
+    """The line that a mutant changes is missing from its file, or occurs more than once."""
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,17 @@ class Mutant:
     """A one-line change, and the tests that fail with it."""
 
     name: str
-    """What is wrong with the change, in a sentence."""
+    """The mistake in a sentence."""
     file: str
     """Relative to the root of the tree."""
     line: str
-    """As it is, without its indentation."""
+    """The original line without its indentation."""
     becomes: str
-    """As it is with the change."""
+    """The changed line."""
     tests: tuple[str, ...]
     """Files or node ids of pytest."""
     after: str = ""
-    """The line before it, where the line itself is there more than once."""
+    """The preceding line, if the line occurs more than once."""
 
     def apply(self, root: Path) -> str:
         """Change the file below ``root``.
@@ -57,14 +57,14 @@ class Mutant:
             StaleMutant: it is not found exactly once.
         """
         lines = ["", *(line.strip() for line in text.splitlines())]
-        found = [
+        matches = [
             number
             for number in range(1, len(lines))
             if lines[number] == self.line and self.after in ("", lines[number - 1])
         ]
-        if len(found) != 1:
-            raise StaleMutant(f"{self.file}: found {len(found)} times, not once: {self.line}")
-        return found[0] - 1
+        if len(matches) != 1:
+            raise StaleMutant(f"{self.file}: found {len(matches)} times, not once: {self.line}")
+        return matches[0] - 1
 
 
 def load_mutants(file: Path = FILE) -> list[Mutant]:

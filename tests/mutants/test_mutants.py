@@ -48,10 +48,10 @@ def toy(line: str, becomes: str, after: str = "") -> Mutant:
         (toy("return -2 * number", "return -3 * number"), Verdict.SURVIVED, "1 passed"),
         (toy("return 2 * number", "return (2 * number"), Verdict.BROKEN, "test_toy.py"),
     ],
-    ids=["noticed", "unnoticed", "no Python"],
+    ids=["detected", "undetected", "not Python"],
 )
-def test_a_mutant_is_noticed_if_a_test_fails(tree: Path, mutant: Mutant, verdict: Verdict, detail: str) -> None:
-    """Only a failing test notices a mutant, not tests that cannot even be collected; the tree is restored."""
+def test_a_mutant_is_detected_if_a_test_fails(tree: Path, mutant: Mutant, verdict: Verdict, detail: str) -> None:
+    """Only a failing test detects a mutant, not tests that cannot be collected; the tree is restored."""
     outcome = try_mutant(mutant, tree)
     assert (outcome.verdict, outcome.is_noticed) == (verdict, verdict is Verdict.KILLED)
     assert detail in outcome.detail
@@ -62,22 +62,22 @@ def test_a_mutant_is_noticed_if_a_test_fails(tree: Path, mutant: Mutant, verdict
     ("line", "after", "number"),
     [("return -number", "if number < 0:", 10), ("return -number", "return -number", 11), ("number = -number", "", 3)],
 )
-def test_a_line_is_found_by_itself_or_by_the_line_before(line: str, after: str, number: int) -> None:
-    """Where a line is there more than once the line before it decides; indentation does not count."""
+def test_a_line_is_located_by_itself_or_by_the_line_before(line: str, after: str, number: int) -> None:
+    """If a line occurs more than once, the line before it decides; indentation is ignored."""
     assert toy(line, "pass", after).find(SOURCE) == number
 
 
 @pytest.mark.parametrize(
     ("line", "after"), [("return -number", ""), ("return 4 * number", ""), ("number = -number", "x")]
 )
-def test_a_line_that_is_not_found_once_is_stale(tree: Path, line: str, after: str) -> None:
-    """A mutant whose line is not in its file, or more than once, is an error, and the file stays as it is."""
+def test_a_line_that_does_not_occur_once_is_stale(tree: Path, line: str, after: str) -> None:
+    """A mutant whose line is missing, or occurs more than once, is an error, and the file stays unchanged."""
     with pytest.raises(StaleMutant, match=r"toy\.py: found [02] times, not once"):
         toy(line, "pass", after).apply(tree)
     assert (tree / "toy.py").read_text(encoding="utf-8") == SOURCE
 
 
-def test_every_mutant_is_another_mistake() -> None:
+def test_the_mutants_are_valid_and_distinct() -> None:
     """Names are unique, each entry changes its line, and the files of its tests exist; there are at least 40."""
     mutants = load_mutants()
     assert len({mutant.name for mutant in mutants}) == len(mutants) >= 40
