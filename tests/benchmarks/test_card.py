@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import card
-from benchmarks.card import PowerMeter, drawn, machine_card, show
+from benchmarks import system_info as info
+from benchmarks.system_info import PowerMeter, power_usage, show, system_info
 
 
 def test_a_card_says_where_and_with_what(capsys: pytest.CaptureFixture[str]) -> None:
     """A card has machine, versions, commit and date, goes into JSON, and can be shown."""
-    made = machine_card()
+    made = system_info()
     assert json.loads(json.dumps(made)) == made
     assert {"machine", "versions", "commit", "date"} == made.keys()
     assert {"python", "torch", "diffusers"} <= made["versions"].keys()
@@ -25,9 +25,9 @@ def test_a_card_says_where_and_with_what(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_outside_a_git_tree_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A bare copy of the tree has no commit, and the card says so."""
-    monkeypatch.setattr(card, "ROOT", tmp_path)
+    monkeypatch.setattr(info, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert card.commit() == {"commit": "unknown"}
+    assert info.commit() == {"commit": "unknown"}
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
@@ -35,21 +35,21 @@ def test_without_a_sensor_nothing_is_told(monkeypatch: pytest.MonkeyPatch, *, ha
     """Where there is no GPU, or no NVML to read it with, the meter gives None."""
     sensor = FakeNvml(num_samples=1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(card, "nvml", lambda: None if has_gpu else sensor)
+    monkeypatch.setattr(info, "nvml", lambda: None if has_gpu else sensor)
     with PowerMeter() as meter:
         pass
-    assert meter.drawn is None
+    assert meter.usage is None
     assert sensor.left == 1000
 
 
 def test_energy_is_the_area_under_the_power() -> None:
     """100 W, then a rise to 300 W: energy by trapezoids, the mean power is energy over time."""
-    found = drawn([(0.0, 100.0, 1000.0), (1.0, 100.0, 1000.0), (3.0, 300.0, 1600.0)])
+    found = power_usage([(0.0, 100.0, 1000.0), (1.0, 100.0, 1000.0), (3.0, 300.0, 1600.0)])
     assert found is not None
     assert found.energy_j == 100 + 400
     assert found.mean_w == pytest.approx(500 / 3)
     assert found.mean_sm_mhz == 1200
-    assert drawn([(0.0, 100.0, 1000.0)]) is None
+    assert power_usage([(0.0, 100.0, 1000.0)]) is None
 
 
 class FakeNvml:
@@ -88,14 +88,14 @@ def test_the_meter_samples_while_the_block_lasts(
     """Energy is power over the block's time; a sensor that fails ends the sampling, and nothing else."""
     sensor = FakeNvml(num_samples)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(card, "nvml", lambda: sensor)
-    monkeypatch.setattr(card, "device_handle", lambda _pynvml: None)
+    monkeypatch.setattr(info, "nvml", lambda: sensor)
+    monkeypatch.setattr(info, "device_handle", lambda _pynvml: None)
     began = time.perf_counter()
     with PowerMeter() as meter:
         assert sensor.is_sampled.wait(60)
     seconds = time.perf_counter() - began
-    assert (meter.drawn is not None) == is_told
-    if meter.drawn is not None:
-        assert meter.drawn.mean_w == pytest.approx(200)
-        assert 0 < meter.drawn.energy_j <= 200 * seconds
-        assert meter.drawn.mean_sm_mhz == 1500
+    assert (meter.usage is not None) == is_told
+    if meter.usage is not None:
+        assert meter.usage.mean_w == pytest.approx(200)
+        assert 0 < meter.usage.energy_j <= 200 * seconds
+        assert meter.usage.mean_sm_mhz == 1500
