@@ -1,1 +1,1 @@
-"""Measurements against peers: each prints a card and, last, one JSON line. Not imported by the product."""
+"""Benchmarks. Each prints system information and, as the last line, JSON. The services do not import this package."""

@@ -1,8 +1,8 @@
-"""How well approximate calibration stands in for the exact one: ``python -m benchmarks.approximate GRAPH --prompts F``.
+"""Compares approximate to exact calibration: ``python -m benchmarks.approximate GRAPH --prompts FILE``.
 
-For an exact error graph of the demo model it makes the approximate one of the same runs, compares the ranks of their
-edges, and measures whole runs with the schedules that each of them plans, as planned and refined. Prints a card and,
-last, one JSON line.
+Measures an approximate error graph of the same runs as a given exact graph of the demo model, and compares the ranks of
+their edges. Then measures whole runs with the schedules planned from both graphs, before and after refinement. Prints a
+table and, as the last line, JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from generator_service.settings import GeneratorSettings
 
 @dataclass(frozen=True)
 class Row:
-    """The mean error of whole runs with what both graphs plan for one budget."""
+    """Mean errors of whole runs with the schedules that both graphs plan for one budget."""
 
     budget: int
     exact: float
@@ -32,11 +32,10 @@ class Row:
     exact_refined: float
     approximate_refined: float
     same_steps: int
-    """Computed steps that both plans have."""
+    """Number of computed steps that both plans have in common."""
 
 
 def main() -> None:
-    """Compare, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.approximate", description=__doc__)
     parser.add_argument("graph", type=Path, help="an exact graph of the demo model")
     parser.add_argument("--prompts", type=Path, required=True, help="the prompts that it was calibrated with")

@@ -1,4 +1,4 @@
-"""Other caches for diffusers pipelines, as installed, behind one face: what a user could pick instead of LeMiCa."""
+"""Adapters for other caches of diffusers pipelines, which users could choose instead of LeMiCa."""
 
 import contextlib
 import copy
@@ -18,28 +18,27 @@ from diffusers import (
 )
 
 Count = Callable[[], int]
-"""How many steps of the last run were computed."""
+"""Returns the number of computed steps of the last run."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A cache with one knob: the higher, the fewer steps are computed."""
+    """A cache with one parameter; a higher value computes fewer steps."""
 
     name: str
     install: Callable[[Flux2Pipeline, float], Count]
-    knobs: tuple[float, ...]
+    values: tuple[float, ...]
 
 
-def fresh(pipeline: Flux2Pipeline) -> Flux2Pipeline:
-    """The same pipeline around a copy of its transformer, so that no hook of a cache stays behind."""
-    parts = {**pipeline.components, "transformer": copy.deepcopy(pipeline.transformer)}
-    made = Flux2Pipeline(**parts)
-    made.set_progress_bar_config(disable=True)
-    return made
+def copy_pipeline(pipeline: Flux2Pipeline) -> Flux2Pipeline:
+    """Copy a pipeline with its transformer, so that hooks of a cache do not affect the original."""
+    copied = Flux2Pipeline(**{**pipeline.components, "transformer": copy.deepcopy(pipeline.transformer)})
+    copied.set_progress_bar_config(disable=True)
+    return copied
 
 
-def counted(module: torch.nn.Module) -> Count:
-    """Counts how often ``module`` runs between two calls."""
+def count_calls(module: torch.nn.Module) -> Count:
+    """Return a function that returns how often ``module`` ran since its last call."""
     runs = [0]
     module.register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
 
@@ -51,19 +50,19 @@ def counted(module: torch.nn.Module) -> Count:
 
 
 def mag_ratios(pipeline: Flux2Pipeline, call: Callable[[Flux2Pipeline], object], num_steps: int) -> list[float]:
-    """MagCache's own calibration, which it prints."""
-    probe = fresh(pipeline)
+    """Calibrate MagCache, and parse the ratios that it prints."""
+    probe = copy_pipeline(pipeline)
     probe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=num_steps))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         call(probe)
-    found = re.search(r"\[([\d., e-]+)\]\s*$", printed.getvalue().strip())
-    assert found is not None, "MagCache printed no ratios"
-    return [float(number) for number in found[1].split(",")]
+    match = re.search(r"\[([\d., e-]+)\]\s*$", printed.getvalue().strip())
+    assert match is not None, "MagCache printed no ratios"
+    return [float(number) for number in match[1].split(",")]
 
 
 def mag_cache(ratios: list[float], num_steps: int) -> Peer:
-    """Diffusers' MagCache with the model's own ratios."""
+    """Diffusers' MagCache with calibrated ratios."""
 
     def install(pipeline: Flux2Pipeline, threshold: float) -> Count:
         inner = pipeline.transformer.single_transformer_blocks[-1].attn
@@ -72,7 +71,7 @@ def mag_cache(ratios: list[float], num_steps: int) -> Peer:
             mag_ratios=torch.tensor(ratios),
         )  # fmt: skip
         pipeline.transformer.enable_cache(config)
-        return counted(inner)
+        return count_calls(inner)
 
     return Peer(
         "MagCache (diffusers)", install, (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -80,19 +79,19 @@ def mag_cache(ratios: list[float], num_steps: int) -> Peer:
 
 
 def taylor_seer(num_steps: int) -> Peer:
-    """Diffusers' TaylorSeer. ``Flux2Pipeline`` enters no cache context, without which it raises: we enter one."""
+    """Diffusers' TaylorSeer, within a cache context, which it requires and ``Flux2Pipeline`` does not enter."""
 
     def install(pipeline: Flux2Pipeline, interval: float) -> Count:
         config = TaylorSeerCacheConfig(cache_interval=round(interval), taylor_factors_dtype=torch.float32)
         pipeline.transformer.enable_cache(config)
         enter_context(pipeline.transformer)
-        return counted(pipeline.transformer.single_transformer_blocks[-1].attn.to_out)
+        return count_calls(pipeline.transformer.single_transformer_blocks[-1].attn.to_out)
 
     return Peer("TaylorSeer (diffusers, in a context)", install, tuple(range(1, num_steps // 4)))
 
 
 def enter_context(transformer: Any) -> None:
-    """Run the transformer within a cache context, as diffusers' newer caches want it."""
+    """Run the transformer within a cache context, as newer caches of diffusers require."""
     inner = transformer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -102,20 +101,20 @@ def enter_context(transformer: Any) -> None:
     transformer.forward = forward
 
 
-def refusals(pipeline: Flux2Pipeline, call: Callable[[Flux2Pipeline], torch.Tensor]) -> dict[str, str]:
-    """Diffusers' caches that do nothing for FLUX.2 as a user would enable them, and what each says or does instead."""
-    found: dict[str, str] = {}
-    reference = call(fresh(pipeline))
+def unsupported_caches(pipeline: Flux2Pipeline, call: Callable[[Flux2Pipeline], torch.Tensor]) -> dict[str, str]:
+    """Return the caches of diffusers that do not work with FLUX.2, with their error or behavior."""
+    reasons: dict[str, str] = {}
+    reference = call(copy_pipeline(pipeline))
     for config in (FirstBlockCacheConfig(threshold=0.5), TaylorSeerCacheConfig(), SeaCacheConfig(threshold=5.0)):
         name = type(config).__name__.removesuffix("Config")
-        probe = fresh(pipeline)
+        probe = copy_pipeline(pipeline)
         try:
             probe.transformer.enable_cache(config)
             if torch.equal(call(probe), reference):
-                found[name] = "computes every step"
+                reasons[name] = "computes every step"
         except (ValueError, TypeError) as error:
-            found[name] = str(error).partition(".")[0]
-    return found
+            reasons[name] = str(error).partition(".")[0]
+    return reasons
 
 
 def db_cache(*, has_taylor_seer: bool, warmup_steps: int = 4) -> Peer:
@@ -131,8 +130,8 @@ def db_cache(*, has_taylor_seer: bool, warmup_steps: int = 4) -> Peer:
 
 
 def step_masks(num_steps: int, *, has_taylor_seer: bool) -> Peer:
-    """cache-dit's step masks, which it describes as LeMiCa's: four fixed policies. The knob is the policy's number."""
-    import cache_dit  # noqa: PLC0415 - an extra
+    """cache-dit's step masks, based on LeMiCa according to its documentation. The parameter is the policy's index."""
+    import cache_dit  # noqa: PLC0415 - an optional dependency
 
     policies = ("slow", "medium", "fast", "ultra")
 
@@ -153,9 +152,9 @@ def step_masks(num_steps: int, *, has_taylor_seer: bool) -> Peer:
 
 
 def fixed_mask(computed: Collection[int], num_steps: int, *, has_taylor_seer: bool) -> Peer:
-    """cache-dit at steps of our choice, for speed at equal computed steps. It has no knob."""
+    """cache-dit with given computed steps, to compare speed at equal computed steps. Has no parameter."""
 
-    def install(pipeline: Flux2Pipeline, _knob: float) -> Count:
+    def install(pipeline: Flux2Pipeline, _value: float) -> Count:
         return enable_cache_dit(
             pipeline,
             has_taylor_seer,
@@ -170,10 +169,10 @@ def fixed_mask(computed: Collection[int], num_steps: int, *, has_taylor_seer: bo
 
 
 def eager_mag_cache(num_computed: int, num_steps: int) -> Peer:
-    """Diffusers' MagCache, made to skip as often as its limit allows, whatever the model: for speed alone."""
+    """Diffusers' MagCache that skips as many steps as its limit allows, to compare speed only."""
     first = max(1, num_steps // 10)  # steps that are always computed
 
-    def install(pipeline: Flux2Pipeline, _knob: float) -> Count:
+    def install(pipeline: Flux2Pipeline, _value: float) -> Count:
         config = MagCacheConfig(
             threshold=1e9,
             max_skip_steps=max(1, round((num_steps - first) / max(1, num_computed - first)) - 1),
@@ -182,7 +181,7 @@ def eager_mag_cache(num_computed: int, num_steps: int) -> Peer:
             mag_ratios=torch.ones(num_steps),
         )
         pipeline.transformer.enable_cache(config)
-        return counted(pipeline.transformer.single_transformer_blocks[-1].attn)
+        return count_calls(pipeline.transformer.single_transformer_blocks[-1].attn)
 
     return Peer("MagCache (diffusers)", install, (0.0,))
 
@@ -191,12 +190,12 @@ def even_taylor_seer(num_computed: int, num_steps: int) -> Peer:
     """Diffusers' TaylorSeer with the interval that computes about ``num_computed`` steps."""
     first = TaylorSeerCacheConfig().disable_cache_before_step
     interval = round((num_steps - first) / max(1, num_computed - first))
-    return replace(taylor_seer(num_steps), knobs=(float(max(1, interval)),))
+    return replace(taylor_seer(num_steps), values=(float(max(1, interval)),))
 
 
 def enable_cache_dit(pipeline: Flux2Pipeline, has_taylor_seer: bool, **config: Any) -> Count:
-    """Switch cache-dit on: the first block is always computed, as its authors advise."""
-    import cache_dit  # noqa: PLC0415 - an extra
+    """Enable cache-dit. The first block is always computed, as its authors recommend."""
+    import cache_dit  # noqa: PLC0415 - an optional dependency
 
     inner = pipeline.transformer.single_transformer_blocks[-1].attn
     options: dict[str, Any] = {}
@@ -204,4 +203,4 @@ def enable_cache_dit(pipeline: Flux2Pipeline, has_taylor_seer: bool, **config: A
         options["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
     settings = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, **config)
     cache_dit.enable_cache(pipeline, cache_config=settings, **options)
-    return counted(inner)
+    return count_calls(inner)

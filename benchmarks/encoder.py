@@ -1,11 +1,11 @@
-"""How long prompts take in the text encoder: ``python -m benchmarks.encoder``.
+"""Times the text encoder: ``python -m benchmarks.encoder``.
 
-On a GPU FLUX.2 [dev]'s text encoder at full size with random weights, on which times do not depend; on a CPU the demo
-model, only to see that it runs. From token ids to embeddings in host memory, without the tokenizer, for prompts that
-fill their 512 tokens and for prompts of 100, of which the profile ``fast`` computes 128. The profiles come in the order
-``exact``, ``fast``, then int8 weights if torchao is there; what does not fit into the time is listed. ``difference`` is
-the largest of any token's hidden state from the library's, relative to its norm: the service calls it rounding up to
-the limits in ``text_encoder_service.fast_layers``. Prints a card and, last, one JSON line.
+On a GPU it uses FLUX.2 [dev]'s text encoder at full size with random weights, which do not affect the times; on a CPU
+the demo model, only as a smoke test. Measures from token ids to embeddings in host memory, without the tokenizer, for
+prompts of 512 tokens and of 100, for which the profile ``fast`` computes 128. The order is ``exact``, ``fast``, then
+int8 weights if torchao is installed; measurements that exceed the budget are listed. ``difference`` is the largest
+relative error of a token's hidden states compared to transformers; ``text_encoder_service.fast_layers`` has its limits.
+Prints system information and, as the last line, JSON.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.architectures import FULL
-from benchmarks.card import machine_card, show
 from benchmarks.language_model import EncoderSource, Model
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Stopwatch, Summary
+from benchmarks.system_info import show, system_info
 from demo_model.services import WEIGHTS
 from flux2_shared.model.compilation import CompilationFailed, CompilerBackend, describe_failure, num_compilations
 from text_encoder_service.encoder import run_library, to_pinned
@@ -36,36 +36,36 @@ from text_encoder_service.settings import Weights
 from text_encoder_service.shapes import NUM_LENGTHS, ShapeBuckets
 
 BATCHES = (1, 8, 2, 4)
-"""What is worth most first."""
+"""In the order of importance."""
 WARM_UP = 3
 
 
 @dataclass
 class Report:
-    """What was measured."""
+    """Results of the benchmark."""
 
     weights: str = ""
-    """Where they come from."""
+    """Source of the weights."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     compile_s: dict[str, float] = field(default_factory=dict)
-    """By weights and batch; for two lengths."""
+    """Compile time for two lengths, by weights and batch size."""
     difference: dict[str, float] = field(default_factory=dict)
-    """Of the fast layers from the exact ones with the same weights, by what was done to them."""
+    """Difference of the fast layers from the exact ones with equal weights, by optimization."""
     left_out: list[str] = field(default_factory=list)
     compilations_after_warm_up: int = 0
 
 
 class Run:
-    """Measures one model with one kind of weights.
+    """Measures a model with one kind of weights.
 
     Args:
-        model: which is changed in place.
-        weights: as they are already.
-        until: ``time.perf_counter()`` when it should be over.
-        watch: makes how often to repeat.
-        report: where results go.
-        on_found: called whenever there are more.
-        backend: as ``torch.compile``'s.
+        model: the model, which is modified in place.
+        weights: the kind of its weights.
+        until: end of the budget, as ``time.perf_counter()``.
+        watch: creates the stopwatch of a measurement.
+        report: receives the results.
+        on_update: called after each result.
+        backend: passed to ``torch.compile``.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Run:
         until: float,
         watch: Callable[[], Stopwatch],
         report: Report,
-        on_found: Callable[[], None],
+        on_update: Callable[[], None],
         backend: CompilerBackend = "inductor",
     ) -> None:
         self._model = model
@@ -83,7 +83,7 @@ class Run:
         self._until = until
         self._watch = watch
         self._report = report
-        self._on_found = on_found
+        self._on_found = on_update
         self._backend = backend
         layers = model.prompt_format.hidden_layers
         self._exact: Forward = partial(run_library, model.language_model, layers)
@@ -91,7 +91,7 @@ class Run:
             self._padding = self._exact(model.tokens(1, model.lengths[1]))[:, :1]
 
     def exact(self) -> None:
-        """The library's forward pass, to which the length of prompts is all one."""
+        """Measure transformers' forward pass, whose time does not depend on the length of prompts."""
         last_s = 0.0
         for batch in BATCHES:
             began = time.perf_counter()
@@ -100,13 +100,13 @@ class Run:
                 last_s = time.perf_counter() - began
 
     def fast(self, last_s: float) -> float:
-        """Trimmed and compiled, for each size of batch by itself.
+        """Measure trimmed and compiled layers for each batch size.
 
         Args:
-            last_s: how long one took with other weights. Each is taken to last as long as the one before.
+            last_s: time of a batch size with other weights; each is expected to take as long as the previous one.
 
         Returns:
-            How long the last one took.
+            The time of the last batch size.
         """
         for batch in BATCHES:
             began = time.perf_counter()
@@ -119,12 +119,12 @@ class Run:
             for num_tokens in self._model.lengths:
                 self._measure("fast", layers, batch, num_tokens)
             self._report.compilations_after_warm_up += num_compilations() - before
-            layers.restore()  # the exact way shares them
+            layers.restore()  # the exact layers share them
             last_s = time.perf_counter() - began
         return last_s
 
     def _fits(self, profile: str, batch: int, expected_s: float) -> bool:
-        """Whether there is time for it; if not, that is told."""
+        """Return whether the budget is sufficient, else record the omission."""
         if time.perf_counter() + expected_s < self._until:
             return True
         self._report.left_out.append(f"{profile}, {self._weights} weights, batch {batch}: no time was left")
@@ -157,16 +157,16 @@ class Run:
             to_pinned(forward(tokens).flatten(2))
         if is_gpu:
             torch.cuda.reset_peak_memory_stats()
-        spread = Summary.of(list(seconds(lambda: to_pinned(forward(tokens).flatten(2)), self._watch())))
+        summary = Summary.of(list(seconds(lambda: to_pinned(forward(tokens).flatten(2)), self._watch())))
         row = {"profile": profile, "weights": self._weights, "batch": batch, "prompt_tokens": num_tokens}
-        row |= {"seconds": asdict(spread), "prompts_per_s": batch / spread.median}
+        row |= {"seconds": asdict(summary), "prompts_per_s": batch / summary.median}
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_gpu else {}
         self._report.rows.append(row)
         self._on_found()
 
 
 def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:
-    """How long ``work`` takes, again and again. It waits for the device itself."""
+    """Yield the times of ``work``, which must synchronize with the device itself."""
     for _ in watch.rounds():
         began = time.perf_counter()
         work()
@@ -174,9 +174,9 @@ def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:
 
 
 def measure(
-    source: EncoderSource, args: argparse.Namespace, on_found: Callable[[Report], None] = lambda _report: None
+    source: EncoderSource, args: argparse.Namespace, on_update: Callable[[Report], None] = lambda _report: None
 ) -> Report:
-    """Both profiles, with each kind of weights; ``on_found`` is called whenever there is more."""
+    """Measure both profiles with each kind of weights; ``on_update`` is called after each result."""
     report = Report(source.name)
     until, last_s = time.perf_counter() + args.budget_s, 0.0
     for weights in args.weights:
@@ -185,19 +185,19 @@ def measure(
             continue
         model = source.load(weights)
         watch = partial(Stopwatch, args.seconds, args.repeats)
-        run = Run(model, weights, until, watch, report, partial(on_found, report), args.backend)
+        run = Run(model, weights, until, watch, report, partial(on_update, report), args.backend)
         with torch.inference_mode():
             run.exact()
             last_s = run.fast(last_s)
         del run, model
-        torch.compiler.reset()  # compiled code holds weights
+        torch.compiler.reset()  # compiled code references the weights
         gc.collect()
         torch.cuda.empty_cache()
     return report
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """For people."""
+    """Format the rows as a table."""
     table = Table("profile", "weights", "batch", "tokens", "ms", "prompts/s", "peak GB")
     for row in rows:
         ms = {key: f"{1000 * row['seconds'][key]:.1f}" for key in ("median", "min", "max")}
@@ -209,31 +209,30 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encoder", description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="the demo model, few repeats: only to see that it runs")
-    parser.add_argument("--model", type=Path, help="a checkpoint's folder, instead of random weights")
+    parser.add_argument("--smoke", action="store_true", help="smoke test: the demo model with few repeats")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint, instead of random weights")
     add_so_far_option(parser)
     kinds = ["full", "int8"] if find_spec("torchao") else ["full"]
     parser.add_argument("--weights", nargs="+", default=kinds, choices=["full", "int8", "int4"])
-    parser.add_argument("--budget-s", type=float, default=50.0, help="for all; what does not fit is listed")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure, at most")
-    parser.add_argument("--repeats", type=int, default=30, help="of each figure, at most")
+    parser.add_argument("--budget-s", type=float, default=50.0, help="for all measurements; omitted ones are listed")
+    parser.add_argument("--seconds", type=float, default=1.0, help="maximum for each figure")
+    parser.add_argument("--repeats", type=int, default=30, help="maximum for each figure")
     args = parser.parse_args()
     is_gpu = EncoderSource(FULL).settings().torch_device().type == "cuda"
-    args.backend = "inductor" if is_gpu else "eager"  # there, graphs are only to be seen to be captured
+    args.backend = "inductor" if is_gpu else "eager"  # on a CPU, only test that graphs are captured
     if args.smoke:
         args.repeats = 2
     path = args.model or (None if is_gpu and not args.smoke else WEIGHTS)
-    card = machine_card()
-    show(card)
-    result = Result({"benchmark": "encoder", "card": card}, args.so_far)
+    system = system_info()
+    show(system)
+    result = Result({"benchmark": "encoder", "card": system}, args.so_far)
     source = EncoderSource(path.resolve(), has_weights=True) if path else EncoderSource(FULL)
-    report = measure(source, args, lambda report: result.keep(asdict(report)))
+    report = measure(source, args, lambda report: result.save(asdict(report)))
     Console(width=110, file=sys.stdout).print(table_of(report.rows))
     for line in report.left_out:
         print(f"left out: {line}")
-    result.tell(asdict(report))
+    result.finish(asdict(report))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A thousand generators that nobody has: requests, text encoders and generators as a queueing simulation.
+"""Queueing simulation of requests, text encoders and up to thousands of generators.
 
-Requests come at random (Poisson). A prompt waits for an encoder, which takes what waits, up to a batch; then the
-request waits for a generator, first come first served. Everything is drawn from one seed, so a run repeats.
+Requests are a Poisson process. A prompt waits for an encoder, which takes all waiting prompts up to a batch; then the
+request waits for a generator, first come first served. Runs are deterministic for a seed.
 """
 
 import heapq
@@ -13,41 +13,41 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Times:
-    """What things take, in seconds."""
+    """Service times, in seconds."""
 
-    pictures_s: tuple[float, ...]
-    """Of each kind of picture."""
+    images_s: tuple[float, ...]
+    """Time of each kind of image."""
     shares: tuple[float, ...]
-    """How many of all are of each kind."""
+    """Share of each kind."""
     batch_s: float
-    """A batch's own time in the encoder."""
+    """Fixed time of a batch in the encoder."""
     prompt_s: float
-    """And what each prompt adds."""
+    """Additional time per prompt."""
 
     @property
-    def mean_picture_s(self) -> float:
-        """Of all pictures."""
-        return float(np.dot(self.pictures_s, self.shares))
+    def mean_image_s(self) -> float:
+        """Mean time of all images."""
+        return float(np.dot(self.images_s, self.shares))
 
     def prompts_per_s(self, max_batch: int) -> float:
-        """What one encoder can do."""
+        """Return the throughput of one encoder."""
         return max_batch / (self.batch_s + max_batch * self.prompt_s)
 
 
 def arrivals(rate: float, count: int, rng: np.random.Generator) -> np.ndarray:
-    """When ``count`` requests come, ``rate`` of them a second."""
+    """Sample the arrival times of ``count`` requests, ``rate`` per second."""
     return np.cumsum(rng.exponential(1 / rate, count))
 
 
-def encoded(came: Sequence[float], num_encoders: int, max_batch: int, times: Times) -> np.ndarray:
-    """When each prompt's embedding is there."""
+def embedding_times(arrived: Sequence[float], num_encoders: int, max_batch: int, times: Times) -> np.ndarray:
+    """Return the time at which each prompt is embedded."""
     free = [0.0] * num_encoders
-    done = np.empty(len(came))
+    done = np.empty(len(arrived))
     first = 0
-    while first < len(came):
-        start = max(heapq.heappop(free), came[first])
+    while first < len(arrived):
+        start = max(heapq.heappop(free), arrived[first])
         last = first
-        while last < len(came) and last - first < max_batch and came[last] <= start:
+        while last < len(arrived) and last - first < max_batch and arrived[last] <= start:
             last += 1
         end = start + times.batch_s + (last - first) * times.prompt_s
         done[first:last] = end
@@ -56,8 +56,8 @@ def encoded(came: Sequence[float], num_encoders: int, max_batch: int, times: Tim
     return done
 
 
-def drawn_waits(ready: np.ndarray, num_generators: int, durations: np.ndarray) -> np.ndarray:
-    """How long each request waits for a generator."""
+def generator_waits(ready: np.ndarray, num_generators: int, durations: np.ndarray) -> np.ndarray:
+    """Return the time that each request waits for a generator."""
     free = [0.0] * num_generators
     waits = np.empty(len(ready))
     for index in np.argsort(ready, kind="stable"):
@@ -68,16 +68,16 @@ def drawn_waits(ready: np.ndarray, num_generators: int, durations: np.ndarray) -
 
 
 def waits(
-    num_generators: int, num_encoders: int, utilisation: float, times: Times, *, max_batch: int = 8, seed: int = 0
+    num_generators: int, num_encoders: int, utilization: float, times: Times, *, max_batch: int = 8, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each request, the seconds until its embedding is there, and those it then waits for a generator.
+    """Simulate requests; return the time until each is embedded, and the time it then waits for a generator.
 
-    The first half, while the fleet fills, is left out.
+    The first half of the requests is omitted, because the fleet is not in a steady state.
     """
     rng = np.random.default_rng(seed)
     count = 60 * num_generators + 20_000
-    came = arrivals(utilisation * num_generators / times.mean_picture_s, count, rng)
-    durations = rng.choice(np.array(times.pictures_s), size=count, p=np.array(times.shares))
-    ready = encoded(came.tolist(), num_encoders, max_batch, times)
-    queued = drawn_waits(ready, num_generators, durations)
-    return (ready - came)[count // 2 :], queued[count // 2 :]
+    arrived = arrivals(utilization * num_generators / times.mean_image_s, count, rng)
+    durations = rng.choice(np.array(times.images_s), size=count, p=np.array(times.shares))
+    ready = embedding_times(arrived.tolist(), num_encoders, max_batch, times)
+    queued = generator_waits(ready, num_generators, durations)
+    return (ready - arrived)[count // 2 :], queued[count // 2 :]

@@ -1,14 +1,14 @@
-"""Everything that is to be measured on a GPU, in one command: ``python -m benchmarks.gpu --out FOLDER``.
+"""Runs all GPU benchmarks: ``python -m benchmarks.gpu --out FOLDER``.
 
-Each part is a process of its own with a time limit; what one leaves of it is for those after it. One that fails, or is
-stopped, is told, and the others go on. What each found goes to ``FOLDER/NAME.json``, with the reason under ``partial``
-if it did not end well; what they print goes to ``FOLDER/log.txt``. On a machine without a GPU the same parts run at a
-tiny size, only to see that they run. ``python -m benchmarks.entry`` makes tables of the files once they lie under
+Each benchmark is a process with a time limit; unused time is available to the following ones. If one fails or is
+stopped, the others continue. Results are written to ``FOLDER/NAME.json``, with the reason under ``partial`` if the
+benchmark did not succeed; output is written to ``FOLDER/log.txt``. Without a GPU, the same benchmarks run at a tiny
+size as a smoke test. ``python -m benchmarks.report`` creates the documentation from the files under
 ``benchmarks/results/``.
 
-A bare copy of the tree is enough: neither git nor an installed ``flux2-services`` is needed, nor a network. What it
-imports beside torch, transformers and the usual packages of science is in ``NEEDED``; what a machine lacks of it can
-travel as wheels, 14 MB. Where there is a network (here for Python 3.12 on x86-64)::
+A copy of the source tree is sufficient: neither git, an installed ``flux2-services``, nor a network is needed. Apart
+from torch, transformers and common scientific packages, it needs the packages in ``NEEDED``. Missing ones can be
+copied as wheels (14 MB). On a machine with a network, for Python 3.12 on x86-64::
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
@@ -56,21 +56,21 @@ NEEDED = (
     "sse_starlette",
     "stamina",
 )
-"""Without these nothing runs: the models are loaded by the services' own functions, which import what they need."""
+"""Required modules, because the models are loaded by the services' own functions."""
 WANTED = ("cache_dit", "pynvml", "torchao")
-"""Without these some ways, the energy, or a profile are left out."""
+"""Optional modules. Without them some methods, the power measurement, or a profile are omitted."""
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A benchmark, and its options."""
+    """A benchmark and its options."""
 
     name: str
     on_gpu: tuple[str, ...]
     smoke: tuple[str, ...]
     limit_s: float
-    """After which it is stopped, on a GPU, unless earlier parts left it more."""
+    """Time limit on a GPU, extended by unused time of earlier benchmarks."""
 
 
 PARTS = (
@@ -83,20 +83,20 @@ PARTS = (
 
 
 def missing(names: tuple[str, ...]) -> list[str]:
-    """Those of the modules that are not there."""
+    """Return the modules that are not installed."""
     return [name for name in names if find_spec(name) is None]
 
 
 def run_part(part: Part, options: tuple[str, ...], limit_s: float, out: Path) -> dict[str, Any]:
-    """One part; its seconds, and why it ended early if it did.
+    """Run a benchmark; return its seconds and, if it failed, the reason.
 
-    What it found until then is its result, and what it printed is added to the log, whatever happens.
+    Its results until then are kept, and its output is appended to the log.
     """
     began = time.perf_counter()
     file = out.resolve() / f"{part.name}.json"
     file.unlink(missing_ok=True)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(  # noqa: S603 - our own modules
+    process = subprocess.Popen(  # noqa: S603 - modules of this package
         [sys.executable, "-m", f"benchmarks.{part.name}", *options, "--so-far", str(file)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
@@ -124,14 +124,14 @@ def run_part(part: Part, options: tuple[str, ...], limit_s: float, out: Path) ->
 
 
 def write_line(file: Path, more: dict[str, Any]) -> None:
-    """Have what a part found, and ``more``, in one line; nothing if it found nothing."""
+    """Add ``more`` to the results in ``file``, if it exists, and write them as one line."""
     if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(found | more) + "\n", encoding="utf-8")
+        results = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(results | more) + "\n", encoding="utf-8")
 
 
 def run_all(names: list[str], limit_s: float, out: Path, *, is_smoke: bool) -> list[dict[str, Any]]:
-    """The parts of these names, one after the other, until the time is over."""
+    """Run the named benchmarks one after the other, within the time limit."""
     until = time.perf_counter() + limit_s
     entries = []
     parts = [part for part in PARTS if part.name in names]
@@ -148,36 +148,36 @@ def run_all(names: list[str], limit_s: float, out: Path, *, is_smoke: bool) -> l
 
 
 def main() -> None:
-    """Run every part; the exit status says whether all of them did."""
+    """Run the benchmarks; the exit status is 0 if all succeeded."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the results")
-    parser.add_argument("--only", nargs="+", default=[part.name for part in PARTS], help="names of parts")
-    parser.add_argument("--smoke", action="store_true", help="the tiny size, also on a GPU")
-    parser.add_argument("--limit-s", type=float, default=570.0, help="for all")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--only", nargs="+", default=[part.name for part in PARTS], help="names of benchmarks")
+    parser.add_argument("--smoke", action="store_true", help="run at a tiny size, even on a GPU")
+    parser.add_argument("--limit-s", type=float, default=570.0, help="time limit in total")
     args = parser.parse_args()
-    lacking = missing(NEEDED)
-    if lacking:
-        sys.exit(f"benchmarks.gpu: not installed: {', '.join(lacking)}; its docstring says how to bring them")
+    required = missing(NEEDED)
+    if required:
+        sys.exit(f"benchmarks.gpu: not installed: {', '.join(required)}; see the module's docstring")
     for name in missing(WANTED):
-        print(f"{name} is not installed: what needs it is left out")
-    from benchmarks.card import machine_card, show  # noqa: PLC0415 - needs what was looked for
+        print(f"{name} is not installed; measurements that need it are omitted")
+    from benchmarks.system_info import show, system_info  # noqa: PLC0415 - imports modules that are checked above
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "log.txt").unlink(missing_ok=True)
-    card = machine_card()
-    show(card)
-    entries = run_all(args.only, args.limit_s, args.out, is_smoke=args.smoke or "gpu" not in card["machine"])
+    system = system_info()
+    show(system)
+    entries = run_all(args.only, args.limit_s, args.out, is_smoke=args.smoke or "gpu" not in system["machine"])
     for entry in entries:
         print(f"{entry['part']}: {entry.get('failed', 'done')}, {entry['seconds']} s")
-    print(json.dumps({"benchmark": "gpu", "card": card, "parts": entries}))
+    print(json.dumps({"benchmark": "gpu", "card": system, "parts": entries}))
     sys.exit(any("failed" in entry for entry in entries))
 
 
 def tables(printed: str) -> str:
-    """The tables that a part printed, without the JSON and what libraries said."""
-    starts = ("┌", "└", "┏", "┡", "│", "┃", "left out", "waits", "asked for", " ")
+    """Select the tables from the output of a benchmark, without JSON and messages of libraries."""
+    starts = ("┌", "└", "┏", "┡", "│", "┃", "left out", "waits", "requested", " ")
     return "\n".join(line for line in printed.splitlines() if line.startswith(starts) and len(line) < 200)
 
 

@@ -1,6 +1,6 @@
-"""FLUX.2's language model for measurements, loaded by the text encoder's own ``load_encoder``.
+"""Loads FLUX.2's language model for benchmarks with the text encoder's ``load_encoder``.
 
-At full size its weights are random, made on the device itself; a checkpoint's are read as the service reads them.
+Weights are random, generated on the device, or those of a checkpoint, loaded like in the service.
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from text_encoder_service.fast_layers import Tokens
 from text_encoder_service.settings import TextEncoderSettings, Weights
 
 SHARE = 100 / 512
-"""Of its row, that a short prompt fills."""
+"""Share of the row that a short prompt fills."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A language model and how prompts become its embeddings."""
+    """A language model and its prompt format."""
 
     name: str
     language_model: Any
     prompt_format: PromptFormat
 
     def tokens(self, num_prompts: int, num_tokens: int) -> Tokens:
-        """Random prompts of ``num_tokens``, padded."""
+        """Generate random prompts of ``num_tokens``, with padding."""
         length, vocabulary = self.prompt_format.max_sequence_length, self.language_model.config.vocab_size
         mask = (torch.arange(length) >= length - num_tokens).long().expand(num_prompts, -1)
         ids = torch.randint(vocabulary, mask.shape, generator=torch.Generator().manual_seed(0))
@@ -39,56 +39,56 @@ class Model:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of the long and of the short prompts."""
+        """Number of tokens of long and of short prompts."""
         length = self.prompt_format.max_sequence_length
         return length, int(length * SHARE)
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """Loads the same language model again and again, as the service does."""
+    """Loads new instances of a language model, like the service does."""
 
     path: Path
-    """A model's folder."""
+    """Folder of the model."""
     has_weights: bool = False
-    """Whether the folder has weights; else they are random."""
+    """Whether the folder has weights; otherwise they are random."""
     device: str = "auto"
-    """As ``TEXT_ENCODER_DEVICE``."""
+    """Device, as ``TEXT_ENCODER_DEVICE``."""
 
     @property
     def name(self) -> str:
-        """Where the weights come from."""
+        """Describes the source of the weights."""
         if not self.has_weights:
             return f"random weights, {self.path.name} size"
         return "the demo model" if self.path == WEIGHTS else self.path.name
 
     def settings(self, weights: Weights = "full") -> TextEncoderSettings:
-        """Those of a service with this model, which is left as it is loaded."""
+        """Return settings for this model with the profile ``exact``."""
         return TextEncoderSettings(
             model=str(self.path), revision="local", device=self.device, weights=weights, performance="exact"
         )
 
     def load(self, weights: Weights) -> Model:
-        """A fresh one, whose layers' weights are stored in ``weights``."""
+        """Load a new instance with the given kind of weights."""
         settings = self.settings(weights)
-        made_up = partial(random_language_model, device=settings.torch_device())
-        encoder, _ = load_encoder(settings, read=load_language_model if self.has_weights else made_up)
+        random_weights = partial(random_language_model, device=settings.torch_device())
+        encoder, _ = load_encoder(settings, read=load_language_model if self.has_weights else random_weights)
         return Model(self.name, encoder.language_model, encoder.prompt_format)
 
 
 def random_language_model(folder: Path, num_layers: int, dtype: torch.dtype, *, device: torch.device) -> MistralModel:
-    """The first layers of the architecture in ``folder``, without its final norm, made on ``device`` itself."""
+    """Create the first layers of the architecture in ``folder`` on ``device``, without the final norm."""
     config = AutoConfig.from_pretrained(folder).text_config
     config.num_hidden_layers = num_layers
     made: Any = MistralModel
     with device:
-        model = made._from_config(config, dtype=dtype)  # noqa: SLF001 - as from_pretrained does
+        model = made._from_config(config, dtype=dtype)  # noqa: SLF001 - like from_pretrained
     model.norm = torch.nn.Identity()
     return cast("MistralModel", model)
 
 
 def empty_model(path: Path) -> Model:
-    """The architecture in a model's folder on the meta device, in bfloat16."""
+    """Create the architecture of a model's folder on the meta device, in bfloat16."""
     prompt_format = read_prompt_format(ModelFolder(path.name, "local", path))
     num_layers = max(prompt_format.hidden_layers)
     layers = random_language_model(path / "text_encoder", num_layers, torch.bfloat16, device=torch.device("meta"))

@@ -1,10 +1,10 @@
-"""How long a picture takes, from a request to the bytes of its PNG file: ``python -m benchmarks.latency``.
+"""Times images from the request to the PNG file: ``python -m benchmarks.latency``.
 
-FLUX.2 [dev]'s transformer and VAE at full size with random weights, or a checkpoint (``--model``), through the engine
-of the service, with an embedding that is ready. For every profile and shape it measures what a computed and a reused
-step cost, as the difference of runs of different length; then whole pictures in every mode, as many as fit into the
-time (``--budget-s``). Whole pictures that did not fit are listed with what they would take by the cost of their steps,
-and called estimated; shapes that did not fit are listed, too. Prints a card and, last, one JSON line.
+Runs FLUX.2 [dev]'s transformer and VAE at full size with random weights, or a checkpoint (``--model``), through the
+service's engine with a ready embedding. For each profile and shape, it measures a computed and a reused step as the
+difference between runs of different lengths, then whole images in each mode within the budget (``--budget-s``). Omitted
+measurements are listed; omitted images with an estimate from their steps. Prints system information and, as the last
+line, JSON.
 """
 
 import argparse
@@ -14,70 +14,70 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.card import machine_card, show
-from benchmarks.drawing import Shape, opened_bench
+from benchmarks.engine_bench import Shape, open_bench
 from benchmarks.latency_tables import show_latency
 from benchmarks.profile_run import ProfileRun, Report
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.synthetic import Source, add_source_options, source_of
+from benchmarks.system_info import show, system_info
 
 MODES = ("none", "medium", "fast", "ultra", "slow")
-"""50, 20, 15, 10 and 26 computed steps of 50."""
+"""Their schedules compute 50, 20, 15, 10 and 26 of 50 steps."""
 SHAPES = (Shape(1024), Shape(512), Shape(1024, 1), Shape(2048), Shape(1024, 4))
-"""What is worth most first."""
+"""In the order of importance."""
 SMOKE_SHAPES = (Shape(128), Shape(64, 1))
 
 
 def measure(
-    source: Source, args: argparse.Namespace, on_found: Callable[[Report], None] = lambda _report: None
+    source: Source, args: argparse.Namespace, on_update: Callable[[Report], None] = lambda _report: None
 ) -> Report:
-    """All profiles, each with its share of the time that is left; ``on_found`` is called whenever there is more."""
+    """Measure all profiles, which share the budget equally; ``on_update`` is called after each result."""
     report = Report()
     until = time.perf_counter() + args.budget_s
     for number, profile in enumerate(args.profiles):
         share_s = (until - time.perf_counter()) / (len(args.profiles) - number)
-        with source.model(profile) as model, opened_bench(model, source.embedding()) as bench:
+        with source.model(profile) as model, open_bench(model, source.embedding()) as bench:
             config = model.components.transformer.config
             run = ProfileRun(bench, config, args, report, time.perf_counter() + share_s)
-            for _ in run.measured(profile, shapes_of(args)):
-                report.performance[profile] = str(model.performance)  # compiling may have failed
-                on_found(report)
+            for _ in run.measure(profile, shapes_of(args)):
+                report.performance[profile] = str(model.performance)  # compilation may have failed
+                on_update(report)
     return report
 
 
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
-    """The shapes that were asked for; the default ones if none were."""
+    """Return the shapes of the command line, or the default ones."""
     if args.sides or args.references:
         return [Shape(side, count) for side in args.sides or [1024] for count in args.references or [0]]
     return list(SMOKE_SHAPES if args.smoke or not torch.cuda.is_available() else SHAPES)
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     add_source_options(parser)
     add_so_far_option(parser)
-    parser.add_argument("--sides", type=int, nargs="+", help="of square pictures, in pixels")
+    parser.add_argument("--sides", type=int, nargs="+", help="of square images, in pixels")
     parser.add_argument("--references", type=int, nargs="+", help="numbers of reference images")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), help="names of schedules, or numbers of steps")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(MODES), help="names of schedules, or numbers of computed steps"
+    )
     parser.add_argument("--profiles", nargs="+", default=["exact", "fast", "fastest"])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=5, help="at most")
-    parser.add_argument("--budget-s", type=float, default=200.0, help="for all; what does not fit is listed")
+    parser.add_argument("--repeats", type=int, default=5, help="maximum")
+    parser.add_argument("--budget-s", type=float, default=200.0, help="for all measurements; omitted ones are listed")
     return parser
 
 
 def main() -> None:
-    """Measure, and print."""
     args = arguments().parse_args()
     source = source_of(args)
-    card = machine_card()
-    show(card)
-    about = {"benchmark": "latency", "card": card, "weights": source.name, "dtype": str(source.torch_dtype)}
+    system = system_info()
+    show(system)
+    about = {"benchmark": "latency", "card": system, "weights": source.name, "dtype": str(source.torch_dtype)}
     result = Result(about, args.so_far)
-    report = asdict(measure(source, args, lambda report: result.keep(asdict(report))))
+    report = asdict(measure(source, args, lambda report: result.save(asdict(report))))
     show_latency(report)
-    result.tell(report)
+    result.finish(report)
 
 
 if __name__ == "__main__":

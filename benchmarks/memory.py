@@ -1,11 +1,10 @@
-"""How much GPU memory FLUX.2 [dev] needs under each profile, counted without a GPU: ``python -m benchmarks.memory``.
+"""Computes the GPU memory of FLUX.2 [dev] under each profile, without a GPU: ``python -m benchmarks.memory``.
 
-The service's own code generates images at full size on the meta device (``benchmarks.meta_model``), and the bytes of
-all tensors that are alive at once are counted: weights, activations, cached features and decoding. For the text
-encoder likewise. Added to them are what the cache of reference images may hold, and an allowance for what cannot be
-counted: the CUDA context, workspaces of the libraries and the allocator's rounding. A convolution is assumed to copy
-its input and its output once. Compiled code is assumed to hold no more than uncompiled code. LoRA adapters come on
-top. Prints a card, tables and, last, one JSON line; its figures are bytes.
+Runs the services' code at full size on the meta device (``benchmarks.meta_model``) and counts the bytes of all live
+tensors: weights, activations, cached features and decoding. Adds the size of the cache of reference images, and an
+allowance for memory that is not counted: the CUDA context, workspaces of libraries and rounding by the allocator.
+Assumes that a convolution copies its input and output once, and that compiled code uses no more memory than eager code.
+LoRA adapters are not included. Prints system information, tables and, as the last line, JSON with figures in bytes.
 """
 
 import argparse
@@ -20,13 +19,13 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.architectures import FULL
-from benchmarks.card import machine_card, show
-from benchmarks.drawing import GUIDANCE, LARGEST_REFERENCE, Shape
+from benchmarks.engine_bench import GUIDANCE, LARGEST_REFERENCE, Shape
 from benchmarks.language_model import Model, empty_model
 from benchmarks.memory_tables import memory_section
 from benchmarks.meta_model import META, meta_model, num_bytes, on_meta, tensors_of
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.synthetic import Source, empty_components
+from benchmarks.system_info import show, system_info
 from generator_service.lemica import Fitted, Schedule, Signature
 from generator_service.pipelines.components import Components
 from generator_service.pipelines.flux2 import REFERENCE_CACHE_BYTES
@@ -35,22 +34,22 @@ from generator_service.pipelines.params import Params, Reference
 from text_encoder_service.encoder import run_library, to_pinned
 
 ALLOWANCE_BYTES = 2 * 10**9
-"""For each service, not measured: its CUDA context, workspaces of cuBLAS and cuDNN, and the allocator's rounding."""
+"""Per service, not measured: CUDA context, workspaces of cuBLAS and cuDNN, and rounding by the allocator."""
 RESIDENT_PROFILES = ("exact", "fast", "fastest")
-"""Those that keep all weights on the GPU."""
+"""Profiles that keep all weights on the GPU."""
 ENCODER_BATCHES = (1, 2, 8)
 """The last is the default of ``TEXT_ENCODER_MAX_BATCH``."""
 SCHEDULE = Schedule("counted", 5, (0, 1, 2, 3), "benchmark", Signature("any", 5), Fitted({4: (1.0, 0.0, 0.0)}))
-"""With the predictor that keeps most; the last step is reused, so that what follows it is decoding alone."""
+"""Has the predictor with the most cached features. The last step is reused, so that only decoding follows it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is generated in one run."""
+    """The images of one run."""
 
     shape: Shape
     num_images: int = 1
-    """Images that share the run."""
+    """Number of images that share the run."""
 
     def __str__(self) -> str:
         return f"{self.num_images} of {self.shape}" if self.num_images > 1 else str(self.shape)
@@ -67,27 +66,27 @@ CASES = (
 
 @dataclass(frozen=True)
 class Peaks:
-    """The most bytes that are alive beside the weights in each phase of a run."""
+    """Peak bytes in each phase of a run, without the weights."""
 
     references: int
-    """Before the first step: while reference images are encoded."""
+    """Before the first step, while reference images are encoded."""
     step: int
-    """In a computed step with one cached feature, which is what plain reuse keeps."""
+    """In a computed step with one cached feature, as for plain reuse."""
     predicted_step: int
-    """In a computed step with three cached features, which is what the largest predictor keeps."""
+    """In a computed step with three cached features, as for the largest predictor."""
     decode: int
     """After the last step, with three cached features."""
 
 
 def workspace(operation: Any, args: tuple[Any, ...], result: Any) -> int:
-    """A convolution may copy its input and its output into another layout."""
+    """Return the temporary bytes of an operation: a convolution may copy its input and output to another layout."""
     if operation is torch.ops.aten.convolution.default:
         return int(args[0].nbytes + result.nbytes)
     return 0
 
 
-def counted(path: Path, profile: str, case: Case) -> Peaks:
-    """The peaks of one run of the service's model, a fresh one: it keeps reference images that it has encoded."""
+def count_peaks(path: Path, profile: str, case: Case) -> Peaks:
+    """Count the peaks of one run of a new model, because a model caches latents of reference images."""
     model = meta_model(path, profile)
     memory, weights = tracked(model.components.transformer, model.components.vae)
     peaks: list[int] = []
@@ -100,7 +99,7 @@ def counted(path: Path, profile: str, case: Case) -> Peaks:
 
 
 def tracked(*modules: nn.Module) -> tuple[PeakMemory, int]:
-    """A count in which the weights of ``modules`` are already alive, and their bytes."""
+    """Return a counter that includes the weights of ``modules``, and their bytes."""
     memory = PeakMemory(META, workspace)
     for module in modules:
         memory.add(tensors_of(module))
@@ -108,7 +107,7 @@ def tracked(*modules: nn.Module) -> tuple[PeakMemory, int]:
 
 
 def request(case: Case, path: Path, dtype: torch.dtype) -> Params:
-    """What the service's model of a folder's architecture is given for each image of a case."""
+    """Return the parameters of each image of a case."""
     side, reference_side = case.shape.side, min(case.shape.side, LARGEST_REFERENCE)
     return Params(
         prompt_embeds=Source(path).embedding().to(dtype),
@@ -122,17 +121,17 @@ def request(case: Case, path: Path, dtype: torch.dtype) -> Params:
 
 
 def generator_rows(profile: str, peaks: dict[str, Peaks], weights_bytes: int) -> list[dict[str, Any]]:
-    """What a profile needs in each case."""
+    """Return the memory of a profile in each case."""
     rows = []
     for image, peak in peaks.items():
-        most = max(asdict(peak).values())
-        total = weights_bytes + most + REFERENCE_CACHE_BYTES + ALLOWANCE_BYTES
+        largest = max(asdict(peak).values())
+        total = weights_bytes + largest + REFERENCE_CACHE_BYTES + ALLOWANCE_BYTES
         rows.append({"profile": profile, "image": image, **asdict(peak), "total": total})
     return rows
 
 
 def count_generator(path: Path) -> dict[str, Any]:
-    """Weights and rows of all profiles."""
+    """Count the weights and the peaks of all profiles."""
     exact = empty_components(path, torch.bfloat16)
     resident = num_bytes(exact.transformer, exact.vae)
     weights: dict[str, dict[str, int]] = {}
@@ -142,7 +141,7 @@ def count_generator(path: Path) -> dict[str, Any]:
         parts = meta_model(path, profile).components
         running = num_bytes(parts.transformer, parts.vae)
         weights[profile] = {"running": running, "loading": resident, "host": 0}
-        peaks[profile] = {str(case): counted(path, profile, case) for case in CASES}
+        peaks[profile] = {str(case): count_peaks(path, profile, case) for case in CASES}
         rows += generator_rows(profile, peaks[profile], running)
         print(f"{profile}: counted", flush=True)
     weights["offload"] = offloaded(exact)
@@ -163,7 +162,7 @@ def offloaded(parts: Components) -> dict[str, int]:
 
 
 def count_encoder(model: Model) -> dict[str, Any]:
-    """The text encoder's weights, and what batches of full length take."""
+    """Count the text encoder's weights, and its peaks for batches of full length."""
     batches = []
     for num_prompts in ENCODER_BATCHES:
         memory, weights_bytes = tracked(model.language_model)
@@ -177,7 +176,7 @@ def count_encoder(model: Model) -> dict[str, Any]:
 
 
 def count_math_decode(path: Path, side: int) -> int:
-    """What decoding would take if no kernel but PyTorch's fallback had the decoder's attention."""
+    """Count the peak of decoding if the decoder's attention used PyTorch's fallback kernel."""
     vae = empty_components(path, torch.bfloat16).vae
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     latents = torch.empty(1, vae.config.latent_channels, side // scale, side // scale, dtype=vae.dtype, device=META)
@@ -188,13 +187,12 @@ def count_math_decode(path: Path, side: int) -> int:
 
 
 def main() -> None:
-    """Count, and print."""
     argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__).parse_args()
-    card = machine_card()
-    show(card)
+    system = system_info()
+    show(system)
     report = {
         "benchmark": "memory",
-        "card": card,
+        "card": system,
         "allowance": ALLOWANCE_BYTES,
         "reference_cache": REFERENCE_CACHE_BYTES,
         "generator": count_generator(FULL),

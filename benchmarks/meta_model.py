@@ -1,9 +1,9 @@
-"""The service's own model on the meta device, where tensors have sizes but neither values nor memory.
+"""Runs the service's model on the meta device, where tensors have sizes but neither values nor memory.
 
-``Flux2Model`` runs there as it is, from a request to an image, at full size on any machine; ``benchmarks.memory``
-counts what its tensors would take. Three things differ from a GPU. A value that the code reads is zero. Attention is
-one kernel that never holds the matrix of all pairs of tokens, where PyTorch has none for meta tensors. And 8-bit
-layers are stored and computed as torchao's compiled ones are, since torchao cannot compile for this device.
+``Flux2Model`` runs there unchanged, from parameters to an image, at full size on any machine; ``benchmarks.memory``
+counts the bytes of its tensors. There are three differences from a GPU: values that the code reads are zero; attention
+is a fused kernel without the matrix of all pairs of tokens, which PyTorch lacks for meta tensors; 8-bit layers are
+implemented like torchao's compiled ones, because torchao cannot compile for this device.
 """
 
 from collections.abc import Iterator
@@ -27,18 +27,17 @@ aten = torch.ops.aten
 META = torch.device("meta")
 CPU = torch.device("cpu")
 APPLIED = frozenset({"fused_qkv", "vae"})
-"""Optimizations that Flux2Model applies on this device; the others do not change which tensors are alive."""
+"""Optimizations that Flux2Model applies on this device; the others do not affect the memory."""
 
 
 class ReadAsZero(TorchDispatchMode):
-    """Within it a value that is read from a meta tensor is zero, where PyTorch would raise."""
+    """Makes values that are read from meta tensors zero, instead of raising."""
 
     def __torch_dispatch__(
         self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Every operation."""
         kwargs = kwargs or {}
-        if func is aten._local_scalar_dense.default and args[0].is_meta:  # noqa: SLF001 - of Tensor.item()
+        if func is aten._local_scalar_dense.default and args[0].is_meta:  # noqa: SLF001 - called by Tensor.item()
             return torch.zeros((), dtype=args[0].dtype).item()
         if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device") == CPU:  # noqa: SLF001 - Tensor.cpu()
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
@@ -46,15 +45,14 @@ class ReadAsZero(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Within it attention over meta tensors takes what PyTorch's memory-efficient kernel takes: its result.
+    """Makes attention over meta tensors use the memory of PyTorch's memory-efficient kernel: only its result.
 
-    FlashAttention and cuDNN's kernel keep a number for each row beside it. A mask is neglected: it has no heads.
+    FlashAttention and cuDNN's kernel also keep a number per row. Masks are neglected, because they have no heads.
     """
 
     def __torch_function__(
         self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Every function of PyTorch."""
         kwargs = kwargs or {}
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
@@ -64,9 +62,9 @@ class FusedAttention(TorchFunctionMode):
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer as ``quantize_blocks`` leaves it: 8-bit weights with a scale for each row.
+    """A linear layer as created by ``quantize_blocks``: 8-bit weights with a scale per row.
 
-    Its input is rounded to 8 bits with a scale for each token by one kernel, as compiled code does it.
+    One kernel rounds the input to 8 bits with a scale per token, as in compiled code.
     """
 
     weight: torch.Tensor
@@ -79,10 +77,10 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", layer.weight.new_empty(layer.out_features, 1, dtype=torch.float32))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` to ``[..., out]``."""
+        """Map ``[..., in]`` to ``[..., out]``."""
         rows = hidden.flatten(0, -2).to(torch.float8_e4m3fn)
         scales = hidden.new_empty(len(rows), 1, dtype=torch.float32)
-        product = torch._scaled_mm(  # noqa: SLF001 - what torchao calls
+        product = torch._scaled_mm(  # noqa: SLF001 - the function that torchao calls
             rows, self.weight.t(), scale_a=scales, scale_b=self.scale.t(), out_dtype=hidden.dtype
         )
         output: torch.Tensor = product.unflatten(0, hidden.shape[:-1])
@@ -90,28 +88,28 @@ class Fp8Linear(nn.Module):
 
 
 class MetaModel(Flux2Model):
-    """The service's model; only the places of square images' tokens, which are values, are known without reading."""
+    """The service's model for square images, whose token positions are computed without reading values."""
 
     def pipeline(self, transformer: Any, scheduler: Any) -> Any:
         pipeline = super().pipeline(transformer, scheduler)
-        pipeline._unpack_latents_with_ids = unpack_square  # noqa: SLF001 - on this object alone
+        pipeline._unpack_latents_with_ids = unpack_square  # noqa: SLF001 - only on this object
         return pipeline
 
 
 def unpack_square(tokens: torch.Tensor, _ids: torch.Tensor) -> torch.Tensor:
-    """``[B, tokens, C]`` to ``[B, C, side, side]``, in new memory as diffusers does it."""
+    """Map ``[B, tokens, C]`` to ``[B, C, side, side]`` in new memory, like diffusers."""
     side = int(tokens.shape[1] ** 0.5)
     squares: torch.Tensor = tokens.transpose(1, 2).unflatten(2, (side, side)).contiguous()
     return squares
 
 
 def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) -> MetaModel:
-    """The service's model of a folder's architecture. Run it ``on_meta``.
+    """Create the model of a folder's architecture. Run it within ``on_meta``.
 
     Args:
-        path: the folder, whose weights are not read.
-        profile: one that keeps all weights on the GPU.
-        dtype: of the weights.
+        path: the folder, whose weights are not loaded.
+        profile: a profile that keeps all weights on the GPU.
+        dtype: dtype of the weights.
     """
     folder = ModelFolder(path.name, "local", path)
     performance = Performance(profile, PROFILES[profile] & APPLIED)
@@ -125,7 +123,7 @@ def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) ->
 def read_no_weights(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
 ) -> Components:
-    """The parts on the meta device; a ``ComponentsReader``."""
+    """Create components on the meta device; a ``ComponentsReader``."""
     del device, transformer_device
     return empty_components(folder.path, dtype)
 
@@ -141,10 +139,10 @@ def store_in_fp8(transformer: Any) -> None:
 
 @contextmanager
 def on_meta(*, is_attention_fused: bool = True) -> Iterator[None]:
-    """Within the block models on the meta device run.
+    """Allow models on the meta device to run within the block.
 
     Args:
-        is_attention_fused: False: attention holds the matrix of all pairs of tokens, as PyTorch's fallback does.
+        is_attention_fused: if False, attention allocates the matrix of all pairs of tokens, like PyTorch's fallback.
     """
     with ExitStack() as stack:
         stack.enter_context(ReadAsZero())
@@ -154,11 +152,11 @@ def on_meta(*, is_attention_fused: bool = True) -> Iterator[None]:
 
 
 def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
-    """All parameters and buffers."""
+    """Yield all parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()
 
 
 def num_bytes(*modules: nn.Module) -> int:
-    """What the parameters and buffers of modules take."""
+    """Return the total size of parameters and buffers."""
     return sum(tensor.nbytes for module in modules for tensor in tensors_of(module))

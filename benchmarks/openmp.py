@@ -1,4 +1,4 @@
-"""OpenMP's settings by name, for benchmarks that start both services under several of them."""
+"""Named OpenMP settings for benchmarks that start both services."""
 
 import argparse
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ SETTINGS: Mapping[str, OpenMP] = {
     "passive": {module: {"OMP_WAIT_POLICY": "passive"} for module in MODULES},
 }
 HELP = (
-    "OpenMP's: serve (as `make serve`), defaults (the library's own), passive,"
-    " or variables of the generator alone, such as GOMP_SPINCOUNT=1000,OMP_NUM_THREADS=2"
+    "OpenMP settings: serve (as `make serve`), defaults (of the library), passive,"
+    " or variables for the generator only, such as GOMP_SPINCOUNT=1000,OMP_NUM_THREADS=2"
 )
 
 
 def openmp_settings(text: str) -> OpenMP:
-    """The settings that an option of the command line names.
+    """Parse OpenMP settings of the command line.
 
     Raises:
-        ArgumentTypeError: it is neither a name nor a list of variables.
+        ArgumentTypeError: ``text`` is neither a name nor a list of variables.
     """
     if text in SETTINGS:
         return SETTINGS[text]
@@ -34,7 +34,7 @@ def openmp_settings(text: str) -> OpenMP:
 
 
 def resolved(openmp: OpenMP) -> dict[str, dict[str, Any]]:
-    """Number of threads, wait policy and spin count of each service, with this process's environment applied."""
+    """Return threads, wait policy and spin count of each service, including this process's environment."""
     environments = {module: openmp_environment(openmp.get(module, {})) for module in MODULES}
     return {
         module: {

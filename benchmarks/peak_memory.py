@@ -1,8 +1,7 @@
-"""How much memory tensors take on a device at most, counted operation by operation.
+"""Counts the peak memory of tensors on a device, operation by operation.
 
-Also on the ``meta`` device, whose tensors have a size and no memory: so a model that fits no machine can be counted by
-running its own code. What is seen is what operations return; what a kernel takes and gives back inside of itself is
-not, but for a function that says it.
+This includes the ``meta`` device, whose tensors have sizes but no memory, so models can be counted that do not fit on
+the machine. Only results of operations are counted. Temporary memory of kernels must be declared by a function.
 """
 
 import weakref
@@ -14,20 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Workspace = Callable[[Any, tuple[Any, ...], Any], int]
-"""An operation, its arguments and its result to the bytes that it takes meanwhile, beside its result."""
+"""Returns the temporary bytes of an operation, given the operation, its arguments and its result."""
 
 
 def no_workspace(_operation: Any, _args: tuple[Any, ...], _result: Any) -> int:
-    """None is known of."""
+    """Assume no temporary memory."""
     return 0
 
 
 class PeakMemory(TorchDispatchMode):
-    """Within it the storages of one device are counted, each from the operation that returns it until it is freed.
+    """Counts the storages of a device, each from the operation that returns it until it is freed.
 
     Args:
-        device: the one whose tensors are counted.
-        workspace: what operations take beside what they return.
+        device: device whose tensors are counted.
+        workspace: returns the temporary bytes of operations.
     """
 
     def __init__(self, device: torch.device, workspace: Workspace = no_workspace) -> None:
@@ -36,23 +35,23 @@ class PeakMemory(TorchDispatchMode):
         self._workspace = workspace
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.num_bytes = 0
-        """Alive now."""
+        """Bytes that are allocated now."""
         self._peak = 0
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count tensors that were there before."""
+        """Count existing tensors."""
         for tensor in tensors:
             self._count(tensor)
 
     def take_peak(self) -> int:
-        """The most bytes that were alive since this was last asked."""
+        """Return the peak since the last call."""
         peak, self._peak = self._peak, self.num_bytes
         return peak
 
     def _count(self, tensor: torch.Tensor) -> None:
         if tensor.device.type != self._device.type:
             return
-        storage = tensor.untyped_storage()  # the same object for as long as the memory is held
+        storage = tensor.untyped_storage()  # the same object while the memory is allocated
         key, num_bytes = id(storage), storage.nbytes()
         if key not in self._storages:
             self._storages[key] = weakref.ref(storage, lambda _: self._freed(key, num_bytes))
@@ -66,7 +65,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and count what it returns."""
+        """Run an operation and count its results."""
         result = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
         self._peak = max(self._peak, self.num_bytes + self._workspace(func, args, result))

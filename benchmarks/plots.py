@@ -1,4 +1,4 @@
-"""The pictures of a quality run: quality against computed steps, a graph's errors, which steps are computed."""
+"""Plots of benchmark results, error graphs and schedules."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +12,20 @@ from matplotlib.figure import Figure
 from generator_service.lemica import ErrorGraph, Schedule
 
 if TYPE_CHECKING:
-    from benchmarks.quality import Outcome
+    from benchmarks.evaluator import Outcome
 
 DPI = 110
 COLORS = colormaps["tab20"]
 
 
 def plot_quality(outcomes: Sequence["Outcome"], file: Path) -> None:
-    """Mean PSNR of every way against the steps it computed; the band of ours is its worst tenth."""
+    """Plot the mean PSNR of each method against its computed steps, with a band down to our worst tenth."""
     figure = Figure(figsize=(9.5, 5), layout="constrained")
     axes = figure.subplots()
     best = {o.name: o.psnr for o in sorted(outcomes, key=lambda o: o.psnr) if o.name != "no cache"}
-    for number, name in enumerate(sorted(best, key=lambda name: -best[name])):  # the legend is in the lines' order
+    for number, name in enumerate(
+        sorted(best, key=lambda name: -best[name])
+    ):  # so that the legend has the order of the lines
         of_one = sorted((o for o in outcomes if o.name == name), key=lambda o: o.computed)
         ours = name.startswith("ours")
         axes.plot(
@@ -46,7 +48,7 @@ def plot_quality(outcomes: Sequence["Outcome"], file: Path) -> None:
 
 
 def plot_errors(graph: ErrorGraph, file: Path) -> None:
-    """The error of every edge: from a step to the right, how far it skips upwards."""
+    """Plot the error of each edge, by its first step (x) and its length (y)."""
     longest = max(j - i for i, j in graph.errors)
     shown = np.full((longest - 1, graph.num_steps), np.nan)
     for (i, j), error in graph.errors.items():
@@ -64,7 +66,7 @@ def plot_errors(graph: ErrorGraph, file: Path) -> None:
 
 
 def plot_schedules(schedules: Sequence[Schedule], file: Path) -> None:
-    """One row for each schedule: dark steps are computed."""
+    """Plot schedules as rows, with computed steps dark."""
     rows = np.array([[s.is_computed(step) for step in range(s.num_steps)] for s in schedules], dtype=float)
     figure = Figure(figsize=(8, 0.4 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -79,7 +81,7 @@ def plot_schedules(schedules: Sequence[Schedule], file: Path) -> None:
 
 
 def plot_scaling(report: dict[str, Any], folder: Path) -> None:
-    """The figures of ``benchmarks.scale``: measured throughput, and simulated waiting by fleet and by encoders."""
+    """Plot the results of ``benchmarks.scale``: measured throughput and simulated waiting times."""
     folder.mkdir(parents=True, exist_ok=True)
     if "throughput" in report:
         plot_throughput(report["throughput"], folder / "throughput.png")
@@ -87,7 +89,7 @@ def plot_scaling(report: dict[str, Any], folder: Path) -> None:
 
 
 def plot_throughput(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Pictures a second against the number of generators, beside what the steps alone would allow."""
+    """Plot images per second against the number of generators, with the ideal throughput."""
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()
     counts = [row["generators"] for row in rows]
@@ -95,22 +97,22 @@ def plot_throughput(rows: Sequence[dict[str, Any]], file: Path) -> None:
     axes.plot(counts, [row["pictures_per_s"] for row in rows], marker="o", linewidth=2.5, label="measured")
     axes.set_xticks(counts)
     axes.set_xlabel("simulated generators")
-    axes.set_ylabel("pictures per second")
+    axes.set_ylabel("images per second")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=DPI)
 
 
 def plot_waiting(simulation: dict[str, Any], file: Path) -> None:
-    """Left: the line before the generators by how busy they are. Right: what more encoders change."""
+    """Plot the waiting time for generators by utilization (left), and the effect of more encoders (right)."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    line, encoders = figure.subplots(1, 2)
+    waits, encoders = figure.subplots(1, 2)
     for count, rows in simulation["line_by_fleet"].items():
-        line.plot([100 * row[0] for row in rows], [max(row[1], 1e-3) for row in rows], marker="o", label=count)
-    line.set_yscale("log")
-    line.set_xlabel("generators busy, %")
-    line.set_ylabel("mean wait for one, s")
-    line.legend(title="generators", fontsize=8)
+        waits.plot([100 * row[0] for row in rows], [max(row[1], 1e-3) for row in rows], marker="o", label=count)
+    waits.set_yscale("log")
+    waits.set_xlabel("generators busy, %")
+    waits.set_ylabel("mean wait for one, s")
+    waits.legend(title="generators", fontsize=8)
     numbers = [row[0] for row in simulation["encoders_at_95_percent"]]
     for column, label in ((1, "median"), (2, "99th percentile")):
         seconds = [row[column] for row in simulation["encoders_at_95_percent"]]
@@ -119,23 +121,25 @@ def plot_waiting(simulation: dict[str, Any], file: Path) -> None:
     encoders.set_xlabel(f"text encoders for {simulation['generators']} generators")
     encoders.set_ylabel("s until embedded")
     encoders.legend(fontsize=8)
-    for axes in (line, encoders):
+    for axes in (waits, encoders):
         axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=DPI)
 
 
-def plot_latency(pictures: Sequence[dict[str, Any]], file: Path) -> None:
-    """Seconds against computed steps: each profile at its first shape, and the floor under it."""
+def plot_latency(images: Sequence[dict[str, Any]], file: Path) -> None:
+    """Plot seconds against computed steps for each profile at the first shape, with the roofline."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    first = pictures[0]["shape"]
-    for number, profile in enumerate(sorted({row["profile"] for row in pictures})):
-        of_one = [row for row in pictures if row["profile"] == profile and row["shape"] == first]
+    first = images[0]["shape"]
+    for number, profile in enumerate(sorted({row["profile"] for row in images})):
+        of_one = [row for row in images if row["profile"] == profile and row["shape"] == first]
         rows = sorted(of_one, key=lambda row: row["num_computed"])
         counts, color = [row["num_computed"] for row in rows], COLORS(2 * number)
         axes.plot(counts, [row["seconds"]["median"] for row in rows], marker="o", color=color, label=profile)
         if rows and rows[0]["floor_s"] is not None:
-            axes.plot(counts, [row["floor_s"] for row in rows], linestyle=":", color=color, label=f"{profile}, floor")
+            axes.plot(
+                counts, [row["floor_s"] for row in rows], linestyle=":", color=color, label=f"{profile}, roofline"
+            )
     axes.set_xlabel("computed steps")
     axes.set_ylabel(f"s, end to end, {first}")
     axes.set_ylim(bottom=0)

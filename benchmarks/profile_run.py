@@ -1,4 +1,4 @@
-"""What one profile of the generator takes: its steps, and whole pictures as long as there is time."""
+"""Measures one profile of the generator: steps, and whole images within a budget."""
 
 import argparse
 import statistics
@@ -9,51 +9,51 @@ from typing import Any
 
 import torch
 
-from benchmarks.card import Draw, PowerMeter
-from benchmarks.drawing import Bench, Shape, Timing
+from benchmarks.engine_bench import EngineBench, Shape, Timing
 from benchmarks.roofline import step_work
 from benchmarks.stopwatch import Stopwatch, Summary
-from benchmarks.synthetic import NotWhole, check_whole
+from benchmarks.synthetic import IncompleteOptimizations, check_optimizations
+from benchmarks.system_info import PowerMeter, PowerUsage
 from flux2_shared.errors import Flux2Error
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.settings import ProfileName
 
 CELL_S = 8.0
-"""A picture is drawn again until this much time has gone."""
+"""A measurement is repeated for this time, in seconds."""
 NUM_LONG_STEPS = 4
-"""By how many computed steps the longer run is longer."""
+"""Number of additional computed steps in the longer run."""
 NUM_REUSED_STEPS = 49
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What steps of one shape cost under one profile."""
+    """Times of steps of one shape under one profile. The field names are those of the JSON report."""
 
     profile: str
     shape: str
     num_image_tokens: int
-    """Those of reference images included."""
+    """Includes tokens of reference images."""
     prepare_s: float
-    """What compiling and the first runs took."""
+    """Time of compilation and the first runs."""
     computed_s: Summary
     reused_s: Summary
     fixed_s: float
-    """What is neither a step nor decoding: noise, references, between threads, the PNG file."""
+    """Remaining time: noise, reference images, switching threads, PNG file."""
     decode_s: Summary
     floor_s: float | None
-    """Of a computed step, on one H200."""
+    """Roofline of a computed step on one H200."""
     peak_memory_gb: float | None
 
     def estimate_s(self, schedule: Schedule) -> float:
-        """What a whole picture would take."""
+        """Estimate the time of a whole image."""
         num_reused = schedule.num_steps - schedule.num_computed
         steps_s = schedule.num_computed * self.computed_s.median + num_reused * self.reused_s.median
         return steps_s + self.fixed_s + self.decode_s.median
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What whole pictures of one shape took in one mode."""
+class ImageTiming:
+    """Times of whole images of one shape in one mode. The field names are those of the JSON report."""
 
     profile: str
     shape: str
@@ -62,35 +62,35 @@ class Picture:
     num_steps: int
     seconds: Summary
     floor_s: float | None
-    """Of its computed steps."""
+    """Roofline of its computed steps."""
     decode_s: float
-    drawn: Draw | None
-    """What the GPU drew, in all the runs together."""
+    drawn: PowerUsage | None
+    """Power usage of all runs together."""
 
 
 @dataclass
 class Report:
-    """Everything that was measured, and what was not."""
+    """All measurements, and the omitted ones."""
 
     performance: dict[str, str] = field(default_factory=dict)
-    """By profile: what was really done."""
+    """Applied optimizations by profile."""
     steps: list[Steps] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[ImageTiming] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
 
 
 class ProfileRun:
-    """Measures one profile: all its shapes, one after the other.
+    """Measures all shapes of one profile.
 
     Args:
-        bench: around a model of its own.
-        config: the transformer's.
-        args: of the command line.
-        report: where results go.
-        until: when to stop, of ``time.perf_counter``.
+        bench: runs the model.
+        config: configuration of the transformer.
+        args: options of the command line.
+        report: receives the results.
+        until: end of the budget, as ``time.perf_counter()``.
     """
 
-    def __init__(self, bench: Bench, config: Any, args: argparse.Namespace, report: Report, until: float) -> None:
+    def __init__(self, bench: EngineBench, config: Any, args: argparse.Namespace, report: Report, until: float) -> None:
         self._bench = bench
         self._config = config
         self._args = args
@@ -99,15 +99,15 @@ class ProfileRun:
         self._profile = ""
         self._is_gpu = bench.engine.model.device.type == "cuda"
 
-    def measured(self, profile: ProfileName, shapes: Sequence[Shape]) -> Iterator[None]:
-        """The first shape's steps and pictures, then the steps of all others, then their pictures.
+    def measure(self, profile: ProfileName, shapes: Sequence[Shape]) -> Iterator[None]:
+        """Measure steps and images of the first shape, then the steps of all others, then their images.
 
         Args:
-            profile: the model's, or what it should be.
-            shapes: of the pictures.
+            profile: the requested profile.
+            shapes: shapes of the images.
 
         Yields:
-            Whenever something was measured or left out.
+            After each measurement or omission.
         """
         self._profile = profile
         costs: dict[Shape, Steps] = {}
@@ -118,24 +118,24 @@ class ProfileRun:
                 continue
             costs[shape] = cost
             if shape == shapes[0]:
-                yield from self._pictures(shape, cost)
+                yield from self._images(shape, cost)
         for shape in list(costs)[1:]:
-            yield from self._pictures(shape, costs[shape])
+            yield from self._images(shape, costs[shape])
 
     def _steps_in_time(self, shape: Shape) -> Steps | None:
-        """What steps cost, unless there is no time or no way to measure it."""
+        """Measure steps; return None if they exceed the budget or fail."""
         expected_s = self._expected_s(shape)
         if time.perf_counter() + expected_s > self._until:
-            self._leave_out(shape, f"no time: it would have taken some {expected_s:.0f} s")
+            self._leave_out(shape, f"no time: it would have taken about {expected_s:.0f} s")
             return None
         try:
             return self._steps(shape)
-        except (Flux2Error, NotWhole) as error:  # of memory, or of compiling
+        except (Flux2Error, IncompleteOptimizations) as error:  # out of memory, or compilation failed
             self._leave_out(shape, str(error))
             return None
 
     def _expected_s(self, shape: Shape) -> float:
-        """How long measuring a shape's steps would take, by those measured last, maybe with another profile."""
+        """Estimate the time of measuring a shape's steps from the last measurement, maybe of another profile."""
         if not self._report.steps:
             return 0.0
         last = self._report.steps[-1]
@@ -145,17 +145,18 @@ class ProfileRun:
     def _steps(self, shape: Shape) -> Steps:
         if self._is_gpu:
             torch.cuda.reset_peak_memory_stats()
-        check_whole(self._bench.engine.model)
+        check_optimizations(self._bench.engine.model)
         prepare_s = self._bench.warm_up(shape)
-        check_whole(self._bench.engine.model)
+        check_optimizations(self._bench.engine.model)
         short = schedule_for("none", 1)
         long = schedule_for("none", 1 + NUM_LONG_STEPS)
         reused = schedule_for(1, 1 + NUM_REUSED_STEPS)
         watch = Stopwatch(CELL_S, self._args.repeats)
         runs = [
-            [self._bench.draw(shape, schedule, seed) for schedule in (short, long, reused)] for seed in watch.rounds()
+            [self._bench.generate(shape, schedule, seed) for schedule in (short, long, reused)]
+            for seed in watch.rounds()
         ]
-        found = Steps(
+        steps = Steps(
             self._profile,
             str(shape),
             self._num_tokens(shape),
@@ -163,50 +164,50 @@ class ProfileRun:
             Summary.of([(b.denoise_s - a.denoise_s) / NUM_LONG_STEPS for a, b, _ in runs]),
             Summary.of([(c.denoise_s - a.denoise_s) / NUM_REUSED_STEPS for a, _, c in runs]),
             self._fixed_s([(a, b) for a, b, _ in runs]),
-            Summary.of([taken.decode_s for run in runs for taken in run]),
+            Summary.of([timing.decode_s for run in runs for timing in run]),
             self._roofline_s(shape),
             torch.cuda.max_memory_allocated() / 1e9 if self._is_gpu else None,
         )
-        print(found, flush=True)
-        self._report.steps.append(found)
-        return found
+        print(steps, flush=True)
+        self._report.steps.append(steps)
+        return steps
 
     def _fixed_s(self, runs: Sequence[tuple[Timing, Timing]]) -> float:
-        """Of a run of one step and one that is longer: what neither a step nor decoding takes."""
+        """Compute the time outside of steps and decoding from pairs of a run of one step and a longer one."""
         return statistics.median(
             max(0.0, a.total_s - a.decode_s - (b.denoise_s - a.denoise_s) / NUM_LONG_STEPS) for a, b in runs
         )
 
-    def _pictures(self, shape: Shape, cost: Steps) -> Iterator[None]:
+    def _images(self, shape: Shape, cost: Steps) -> Iterator[None]:
         for mode in self._args.modes:
             schedule = schedule_for(int(mode) if mode.isdigit() else mode, self._args.steps)
             estimate_s = cost.estimate_s(schedule)
             if time.perf_counter() + estimate_s > self._until:
                 self._leave_out(shape, "no time", mode=mode, estimated_from_steps_s=estimate_s)
             else:
-                self._report.pictures.append(self._picture(shape, mode, schedule))
+                self._report.pictures.append(self._image(shape, mode, schedule))
                 print(self._report.pictures[-1], flush=True)
             yield
 
-    def _picture(self, shape: Shape, mode: str, schedule: Schedule) -> Picture:
+    def _image(self, shape: Shape, mode: str, schedule: Schedule) -> ImageTiming:
         watch = Stopwatch(CELL_S, self._args.repeats)
         with PowerMeter() as meter:
-            runs = [self._bench.draw(shape, schedule, 100 + seed) for seed in watch.rounds()]
-        floor_s = self._roofline_s(shape)
-        return Picture(
+            runs = [self._bench.generate(shape, schedule, 100 + seed) for seed in watch.rounds()]
+        roofline_s = self._roofline_s(shape)
+        return ImageTiming(
             self._profile,
             str(shape),
             mode,
             schedule.num_computed,
             schedule.num_steps,
-            Summary.of([taken.total_s for taken in runs]),
-            None if floor_s is None else floor_s * schedule.num_computed,
-            statistics.median(taken.decode_s for taken in runs),
-            meter.drawn,
+            Summary.of([timing.total_s for timing in runs]),
+            None if roofline_s is None else roofline_s * schedule.num_computed,
+            statistics.median(timing.decode_s for timing in runs),
+            meter.usage,
         )
 
     def _roofline_s(self, shape: Shape) -> float | None:
-        """Of one step; a CPU has another."""
+        """Return the roofline of a step; None on a CPU."""
         if not self._is_gpu:
             return None
         return step_work(self._config, self._num_tokens(shape)).roofline_s(self._profile)

@@ -1,4 +1,4 @@
-"""What a benchmark tells: a JSON line at its end and, where it is wanted, a file with what it has so far."""
+"""Output of a benchmark: JSON as the last line, and optionally a file with intermediate results."""
 
 import argparse
 import json
@@ -10,28 +10,28 @@ from generator_service.lemica.files import write_json
 
 
 class Result:
-    """The findings of one run.
+    """The output of one run.
 
     Args:
-        about: what they are of: the benchmark's name, its card, what was measured.
-        so_far: a file that holds, whenever the run is stopped, what it had found.
+        about: name of the benchmark, system information and parameters.
+        so_far: file for intermediate results, which remain if the run is stopped.
     """
 
     def __init__(self, about: Mapping[str, Any], so_far: Path | None = None) -> None:
         self._about = about
         self._so_far = so_far
 
-    def keep(self, found: Mapping[str, Any]) -> None:
-        """All that was found until now."""
+    def save(self, report: Mapping[str, Any]) -> None:
+        """Write the current report to the file of intermediate results."""
         if self._so_far is not None:
-            write_json(self._so_far, {**self._about, **found})
+            write_json(self._so_far, {**self._about, **report})
 
-    def tell(self, found: Mapping[str, Any]) -> None:
-        """All that was found, as the last line."""
-        self.keep(found)
-        print(json.dumps({**self._about, **found}))
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Save and print the final report."""
+        self.save(report)
+        print(json.dumps({**self._about, **report}))
 
 
 def add_so_far_option(parser: argparse.ArgumentParser) -> None:
-    """The option ``--so-far``."""
-    parser.add_argument("--so-far", type=Path, help="a file that always holds what was measured until then")
+    """Add the option ``--so-far``."""
+    parser.add_argument("--so-far", type=Path, help="file for intermediate results")

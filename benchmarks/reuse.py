@@ -1,9 +1,9 @@
-"""What a reused step costs beside a computed one, and what must never change: ``python -m benchmarks.reuse``.
+"""Compares the time of reused and computed steps: ``python -m benchmarks.reuse``.
 
-By default the demo model at 512x512. Steps are timed one by one, from the beginning of a step to that of the next, so
-with the scheduler's part, over many runs of the schedule ``--mode``; the device is waited for at each. Beside that:
+By default it runs the demo model at 512x512. Each step is timed from its start to the start of the next one, including
+the scheduler, over several runs of the schedule ``--mode``, with a synchronization before each step. Also checks
 whether the profile ``exact`` equals diffusers' pipeline bit for bit, and how many graphs the profile ``fast`` compiles
-once it is warm. Prints a card and, last, one JSON line.
+after the warm-up. Prints system information and, as the last line, JSON.
 """
 
 import argparse
@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.card import machine_card, show
-from benchmarks.drawing import GUIDANCE
+from benchmarks.engine_bench import GUIDANCE
 from benchmarks.result import Result, add_so_far_option
 from benchmarks.stopwatch import Summary
-from benchmarks.synthetic import Source, add_source_options, check_whole, pipeline_of, source_of
+from benchmarks.synthetic import Source, add_source_options, check_optimizations, pipeline_of, source_of
+from benchmarks.system_info import show, system_info
 from demo_model.services import WEIGHTS
 from flux2_shared.model.compilation import num_compilations
 from generator_service.lemica import Schedule, schedule_for
@@ -27,11 +27,11 @@ from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params
 
 AFTER_WARM_UP = (("none", 4), (2, 4), ("medium", 9), ("fast", 12))
-"""Modes and lengths of the runs that must compile nothing."""
+"""Modes and numbers of steps of runs that must not compile anything."""
 
 
 def step_seconds(model: Flux2Model, request: Params) -> dict[bool, list[float]]:
-    """The seconds of each step of one run but the first and the last, by whether it was computed."""
+    """Return the seconds of each step except the first and the last, by whether it was computed."""
     began: list[float] = []
 
     def on_step(_step: int, _is_computed: bool) -> None:
@@ -40,14 +40,14 @@ def step_seconds(model: Flux2Model, request: Params) -> dict[bool, list[float]]:
         began.append(time.perf_counter())
 
     model.generate(request, on_step)
-    taken: dict[bool, list[float]] = {True: [], False: []}
+    seconds: dict[bool, list[float]] = {True: [], False: []}
     for step in range(1, request.schedule.num_steps - 1):
-        taken[request.schedule.is_computed(step)].append(began[step + 1] - began[step])
-    return taken
+        seconds[request.schedule.is_computed(step)].append(began[step + 1] - began[step])
+    return seconds
 
 
 def measure_reuse(source: Source, side: int, schedule: Schedule, num_runs: int) -> dict[str, Any]:
-    """Both kinds of step under ``exact``, after a run that does not count."""
+    """Measure both kinds of steps under ``exact``, after a warm-up run."""
     with source.model("exact") as model:
         embedding = source.embedding()
         request = Params(embedding, side, side, GUIDANCE, 0, schedule)
@@ -65,12 +65,11 @@ def measure_reuse(source: Source, side: int, schedule: Schedule, num_runs: int) 
 
 
 def few_steps() -> Schedule:
-    """A short run without a cache."""
     return schedule_for("none", 4)
 
 
 def equals_diffusers(model: Flux2Model, request: Params) -> bool:
-    """Whether the model's final latents are, bit for bit, those of the library's pipeline."""
+    """Return whether the model's final latents equal those of diffusers' pipeline bit for bit."""
     expected = pipeline_of(model.components)(
         prompt_embeds=request.embeddings.to(model.device),
         width=request.width,
@@ -84,17 +83,17 @@ def equals_diffusers(model: Flux2Model, request: Params) -> bool:
 
 
 def compilations_after_warm_up(source: Source, side: int) -> int:
-    """Graphs that ``fast`` compiles while it draws, once it was prepared for a shape and for any other.
+    """Count the graphs that ``fast`` compiles after a static and a dynamic warm-up.
 
     Raises:
-        NotWhole: it could not be compiled.
+        IncompleteOptimizations: the compilation failed.
     """
     with source.model("fast") as model:
         embedding = source.embedding()
         once = Params(embedding, side, side, GUIDANCE, 0, schedule_for("none", 1))
         model.warm_up([once])
         model.warm_up([once], "dynamic")
-        check_whole(model)
+        check_optimizations(model)
         before = num_compilations()
         for mode, num_steps in AFTER_WARM_UP:
             for width in (side, side // 2):
@@ -104,7 +103,7 @@ def compilations_after_warm_up(source: Source, side: int) -> int:
 
 
 def table_of(report: dict[str, Any]) -> Table:
-    """For people."""
+    """Format the report as a table."""
     table = Table("figure", "value")
     for kind in ("computed", "reused"):
         value = report[f"{kind}_s"]
@@ -117,26 +116,25 @@ def table_of(report: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reuse", description=__doc__)
     add_source_options(parser)
     add_so_far_option(parser)
     parser.set_defaults(model=WEIGHTS)
-    parser.add_argument("--side", type=int, help="of the picture; 512, or 64 with --smoke")
+    parser.add_argument("--side", type=int, help="of the image; default: 512, or 64 with --smoke")
     parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=50, help="of each run")
+    parser.add_argument("--steps", type=int, default=50, help="number of steps")
     parser.add_argument("--mode", default="ultra", help="a published schedule")
     args = parser.parse_args()
     source = source_of(args)
     side = args.side or (64 if args.smoke else 512)
-    card = machine_card()
-    show(card)
-    result = Result({"benchmark": "reuse", "card": card, "weights": source.name, "side": side}, args.so_far)
+    system = system_info()
+    show(system)
+    result = Result({"benchmark": "reuse", "card": system, "weights": source.name, "side": side}, args.so_far)
     report = measure_reuse(source, side, schedule_for(args.mode, args.steps), 2 if args.smoke else args.runs)
-    result.keep(report)
+    result.save(report)
     report["compilations_after_warm_up"] = compilations_after_warm_up(source, side)
     Console(width=110, file=sys.stdout).print(table_of(report))
-    result.tell(report)
+    result.finish(report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What FLUX.2's transformer must compute, counted from its configuration, and the least time that takes on a GPU.
+"""Counts the operations of FLUX.2's transformer from its configuration, and computes the roofline on a GPU.
 
-Nothing is measured here. The counts are of the matrix products alone, two operations for a product and its sum, batch
-1, nothing left out and nothing hoisted out of the loop.
+Only matrix products are counted, as two operations per multiply-add, for a batch of one, without hoisting anything out
+of the denoising loop.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ FLUX2_DEV: Mapping[str, Any] = MappingProxyType(
         "guidance_embeds": True,
     }
 )
-"""The transformer's configuration, as far as it is counted."""
+"""The parts of the transformer's configuration that determine the count."""
 NUM_TEXT_TOKENS = 512
 BF16_FLOP_PER_S = 790e12
-"""What a large bf16 matrix product reached on one H200, on random data."""
+"""Measured for a large bf16 matrix product on one H200, on random data."""
 FP8_SPEEDUP = 2.0
-"""Of fp8 over bf16 matrix products, at best."""
+"""Largest speedup of fp8 over bf16 matrix products."""
 FP8_PROFILES = frozenset({"fastest"})
-"""The profiles whose block linears are fp8; their attention stays bf16."""
+"""Profiles whose blocks have linear layers in fp8; attention remains in bf16."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of one step of the whole transformer."""
+    """Floating-point operations of one computed step."""
 
     linear: float
     """In the linear layers of the blocks."""
@@ -45,18 +45,18 @@ class Work:
     """In the layers before and after the blocks."""
 
     def roofline_s(self, profile: str) -> float:
-        """The least seconds on one H200, under a profile of the generator."""
+        """Return the minimum time on one H200 under a profile, in seconds."""
         speedup = FP8_SPEEDUP if profile in FP8_PROFILES else 1.0
         return (self.linear / speedup + self.attention + self.rest) / BF16_FLOP_PER_S
 
 
 def step_work(config: Mapping[str, Any], num_image_tokens: int, num_text_tokens: int = NUM_TEXT_TOKENS) -> Work:
-    """The work of one computed step.
+    """Count the operations of one computed step.
 
     Args:
-        config: of a ``Flux2Transformer2DModel``.
-        num_image_tokens: of the picture and its reference images.
-        num_text_tokens: of the prompt, padding included.
+        config: configuration of a ``Flux2Transformer2DModel``.
+        num_image_tokens: tokens of the image and its reference images.
+        num_text_tokens: tokens of the prompt, including padding.
     """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     num_tokens = num_image_tokens + num_text_tokens

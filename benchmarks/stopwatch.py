@@ -1,4 +1,4 @@
-"""Repeating a measurement for a while, and what many of them say."""
+"""Repeats measurements and summarizes them."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Summary:
-    """The median of some measurements, with the smallest and the largest."""
+    """Median, minimum, maximum and count of measurements."""
 
     median: float
     min: float
@@ -17,21 +17,21 @@ class Summary:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Summary":
-        """Of at least one."""
+        """Summarize at least one measurement."""
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
 class Stopwatch:
-    """Says how often to measure: until a time has gone or a number is reached, at least once."""
+    """Repeats for a time or a number of rounds, whichever ends first, but at least once."""
 
-    def __init__(self, seconds: float, most: int) -> None:
+    def __init__(self, seconds: float, max_rounds: int) -> None:
         self._seconds = seconds
-        self._most = most
+        self._max_rounds = max_rounds
 
     def rounds(self) -> Iterator[int]:
-        """Numbers of rounds, from 0."""
+        """Yield the index of each round, from 0."""
         began = time.perf_counter()
-        for number in range(self._most):
+        for number in range(self._max_rounds):
             if number > 0 and time.perf_counter() - began >= self._seconds:
                 return
             yield number

@@ -1,9 +1,8 @@
-"""FLUX.2's architecture with random weights, made where they are used, or the weights of a checkpoint.
+"""Loads models for benchmarks, with random weights or those of a checkpoint.
 
-Both are loaded by the service's own ``load_model``; only where the weights come from differs. Times do not depend on
-the values, so a full-size model with random weights measures FLUX.2 [dev]'s speed truly. It says nothing of its
-pictures, nor of how much fp8 or a cache changes them. The weights are scaled so that activations stay finite: each
-layer keeps the variance of what it is given, and 56 blocks add to the residual stream what a block adds.
+Both are loaded by the service's ``load_model``. Times do not depend on the values, so a full-size model with random
+weights has the speed of FLUX.2 [dev]. It says nothing about image quality, or the effect of fp8 or a cache on it. The
+weights are scaled so that activations remain finite: each layer preserves the variance of its input.
 """
 
 import argparse
@@ -33,49 +32,49 @@ SEED = 20260101
 
 @dataclass(frozen=True)
 class Source:
-    """Loads the same model again and again, as the service does; none of what was done to the last one stays."""
+    """Loads new instances of a model, like the service does."""
 
     path: Path
-    """A model's folder."""
+    """Folder of the model."""
     has_weights: bool = False
-    """Whether the folder has weights; else they are random."""
+    """Whether the folder has weights; otherwise they are random."""
     device: str = "auto"
-    """As ``GENERATOR_DEVICE``."""
+    """Device, as ``GENERATOR_DEVICE``."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """As ``GENERATOR_DTYPE``."""
+    """Dtype, as ``GENERATOR_DTYPE``."""
 
     @property
     def name(self) -> str:
-        """Where the weights come from."""
+        """Describes the source of the weights."""
         if not self.has_weights:
             return f"random weights, {self.path.name} size"
         return "the demo model" if self.path == WEIGHTS else self.path.name
 
     def settings(self, profile: ProfileName = "exact") -> GeneratorSettings:
-        """Those of a service with this model."""
+        """Return settings for this model."""
         return GeneratorSettings(
             model=str(self.path), revision="local", device=self.device, dtype=self.dtype, performance=profile
         )
 
     @property
     def torch_device(self) -> torch.device:
-        """Where the model is loaded."""
+        """Device of the model."""
         return self.settings().torch_device()
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """What it is loaded in."""
+        """Dtype of the model."""
         return self.settings().torch_dtype()
 
     @property
     def default_side(self) -> int:
-        """Of a picture whose size nobody says."""
+        """Default width and height of an image."""
         return int(read_config(self.path, "vae")["sample_size"])
 
     @contextmanager
     def model(self, profile: ProfileName) -> Iterator[Flux2Model]:
-        """A fresh model; its weights are freed after the block: a GPU has room for one model at full size."""
-        backend = "inductor" if self.torch_device.type == "cuda" else "eager"  # there, it is only to be seen to run
+        """Load a model, and free its weights after the block, because a GPU holds only one model at full size."""
+        backend = "inductor" if self.torch_device.type == "cuda" else "eager"  # on a CPU, only test that it runs
         model, _ = load_model(self.settings(profile), read=self._read, backend=backend)
         try:
             yield model
@@ -84,17 +83,17 @@ class Source:
 
     @contextmanager
     def components(self) -> Iterator[Components]:
-        """Fresh parts alone, for other code than the service's; likewise freed after the block."""
+        """Load only the components, and free their weights after the block."""
         settings = self.settings()
         folder = find_model(settings.model, settings.revision, SUBFOLDERS[Service.GENERATOR])
-        parts = self._read(folder, settings.torch_device(), settings.torch_dtype())
+        components = self._read(folder, settings.torch_device(), settings.torch_dtype())
         try:
-            yield parts
+            yield components
         finally:
-            discard(parts)
+            discard(components)
 
     def embedding(self, seed: int = 0) -> torch.Tensor:
-        """A ready embedding ``[1, L, D]`` on the CPU, of random numbers."""
+        """Generate a random embedding ``[1, L, D]`` on the CPU."""
         num_tokens = read_prompt_format(ModelFolder(self.name, "local", self.path)).max_sequence_length
         width = int(read_config(self.path, "transformer")["joint_attention_dim"])
         noise = torch.Generator("cpu").manual_seed(seed)
@@ -102,81 +101,85 @@ class Source:
 
     @property
     def _read(self) -> ComponentsReader:
-        return load_components if self.has_weights else random_parts
+        return load_components if self.has_weights else random_components
 
 
-class NotWhole(Exception):
-    """A model is not what its profile says, so its speed is not the profile's."""
+class IncompleteOptimizations(Exception):
+    """Optimizations of the profile could not be applied, so the speed is not that of the profile."""
 
 
-def check_whole(model: Flux2Model) -> None:
-    """Check that everything was done to a model that its profile says; compiling can still fail when it is prepared.
+def check_optimizations(model: Flux2Model) -> None:
+    """Check that all optimizations of the profile were applied. Compilation may fail later, in the warm-up.
 
     Raises:
-        NotWhole: something could not be done.
+        IncompleteOptimizations: an optimization was omitted.
     """
     if model.performance.left_out:
-        raise NotWhole(str(model.performance))
+        raise IncompleteOptimizations(str(model.performance))
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """The options that ``source_of`` reads."""
-    parser.add_argument("--smoke", action="store_true", help="the tiny size and few repeats: only to see that it runs")
-    parser.add_argument("--model", type=Path, help="a checkpoint's folder, instead of random weights")
+    """Add the options that ``source_of`` reads."""
+    parser.add_argument("--smoke", action="store_true", help="smoke test at a tiny size with few repeats")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint, instead of random weights")
 
 
 def source_of(args: argparse.Namespace) -> Source:
-    """What the options ask for: full size on a GPU, tiny on a CPU, where full size would take hours."""
+    """Return the source for the options: full size on a GPU, tiny on a CPU, where full size would take hours."""
     if args.model is not None:
         return Source(args.model.resolve(), has_weights=True)
     is_small = args.smoke or Source(TINY).torch_device.type == "cpu"
     return Source(TINY if is_small else FULL)
 
 
-def pipeline_of(parts: Components) -> Flux2Pipeline:
-    """The library's own pipeline around ``parts``, without a text encoder."""
-    made = Flux2Pipeline(
-        scheduler=parts.scheduler, vae=parts.vae, text_encoder=None, tokenizer=None, transformer=parts.transformer
+def pipeline_of(components: Components) -> Flux2Pipeline:
+    """Create diffusers' pipeline, without a text encoder."""
+    pipeline = Flux2Pipeline(
+        scheduler=components.scheduler,
+        vae=components.vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=components.transformer,
     )
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def random_parts(
+def random_components(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, transformer_device: torch.device | None = None
 ) -> Components:
-    """The architecture in ``folder`` with random weights, made on ``device`` itself; a ``ComponentsReader``.
+    """Create the architecture in ``folder`` with random weights on ``device``; a ``ComponentsReader``.
 
-    Full size takes seconds on a GPU, and never goes through host memory.
+    This takes seconds at full size on a GPU, and needs no host memory.
     """
-    parts = empty_components(folder.path, dtype)
-    for module, place in ((parts.transformer, transformer_device or device), (parts.vae, device)):
+    components = empty_components(folder.path, dtype)
+    for module, place in ((components.transformer, transformer_device or device), (components.vae, device)):
         module.to_empty(device=place)
         fill(module, torch.Generator(place).manual_seed(SEED))
-    return parts
+    return components
 
 
 def empty_components(path: Path, dtype: torch.dtype) -> Components:
-    """The architecture in a folder, on the meta device: with the sizes of all weights, and no memory for them."""
+    """Create the architecture in a folder on the meta device, without memory for the weights."""
     with torch.device("meta"):
         transformer = Flux2Transformer2DModel.from_config(read_config(path, "transformer"))
         vae = AutoencoderKLFlux2.from_config(read_config(path, "vae"))
     for module in (transformer, vae):
-        nn.Module.to(module, dtype)  # diffusers' own would warn of layers that must stay float32: there are none
+        nn.Module.to(module, dtype)  # the method of diffusers warns about layers that must stay float32; there are none
         module.eval().requires_grad_(requires_grad=False)
     return Components(transformer, vae, FlowMatchEulerDiscreteScheduler.from_pretrained(path, subfolder="scheduler"))
 
 
 def read_config(path: Path, part: str) -> dict[str, Any]:
-    """The configuration of a part of the model in a folder."""
+    """Read the configuration of a component."""
     config: dict[str, Any] = json.loads((path / part / "config.json").read_text(encoding="utf-8"))
     return config
 
 
-def discard(parts: Components) -> None:
+def discard(components: Components) -> None:
     """Free the weights, even if a cache or compiled code still holds the modules."""
-    for part in (parts.transformer, parts.vae):
-        for module in part.modules():
+    for component in (components.transformer, components.vae):
+        for module in component.modules():
             for name in [name for name, _ in module.named_parameters(recurse=False)]:
                 delattr(module, name)
     torch.compiler.reset()
@@ -187,20 +190,20 @@ def discard(parts: Components) -> None:
 
 @torch.no_grad()
 def fill(module: nn.Module, noise: torch.Generator) -> None:
-    """Draw every weight of a module that was made empty.
+    """Initialize all weights of an empty module.
 
     Raises:
-        ValueError: it has a buffer whose value is not known.
+        ValueError: the module has an unknown buffer.
     """
     for name, parameter in module.named_parameters():
-        if parameter.ndim > 1:  # a linear layer's or a convolution's
+        if parameter.ndim > 1:  # weight of a linear layer or a convolution
             fan_in = parameter[0].numel()
             parameter.normal_(0.0, fan_in**-0.5, generator=noise)
-        else:  # a norm's scale, or a bias
+        else:  # scale of a norm, or a bias
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    known = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+    values = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
     for name, buffer in module.named_buffers():
         last = name.rpartition(".")[2]
-        if last not in known:
-            raise ValueError(f"{name} is a buffer that nobody fills")
-        buffer.fill_(known[last])
+        if last not in values:
+            raise ValueError(f"{name} is an unknown buffer")
+        buffer.fill_(values[last])

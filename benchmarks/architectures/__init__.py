@@ -1,8 +1,8 @@
-"""Model folders without weights, for models whose weights are random: laid out as FLUX.2 [dev]'s is."""
+"""Model folders without weights, in the layout of FLUX.2 [dev], for models with random weights."""
 
 from pathlib import Path
 
 FULL = Path(__file__).parent / "full"
-"""FLUX.2 [dev]'s configuration. The tokenizer is the demo model's: benchmarks of the encoder begin with token ids."""
+"""Configuration of FLUX.2 [dev]. The tokenizer is that of the demo model, because benchmarks start from token ids."""
 TINY = Path(__file__).parent / "tiny"
-"""The generator's part of one that a CPU runs in no time."""
+"""Configuration of a tiny transformer and VAE for CPUs."""

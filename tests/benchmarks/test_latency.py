@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.architectures import TINY
-from benchmarks.drawing import Shape, noise_reference, opened_bench
+from benchmarks.engine_bench import Shape, noise_reference, open_bench
 from benchmarks.latency import arguments, measure
 from benchmarks.profile_run import Report, Steps
 from benchmarks.stopwatch import Summary
@@ -33,14 +33,14 @@ def test_tokens_of_a_shape(shape: Shape, num_tokens: int, name: str) -> None:
     assert len(sizes) == 3, "each is new to the model's cache"
 
 
-def test_the_time_of_an_image_includes_the_file() -> None:
-    """The time covers everything up to the file, including denoising and decoding."""
-    with SOURCE.model("exact") as model, opened_bench(model, SOURCE.embedding()) as bench:
+def test_a_picture_ends_as_a_png_file() -> None:
+    """The time is of the whole way to the file, and holds denoising and decoding."""
+    with SOURCE.model("exact") as model, open_bench(model, SOURCE.embedding()) as bench:
         bench.warm_up(Shape(64, 1))
-        timing = bench.draw(Shape(64, 1), schedule_for(2, 4), seed=1)
-    assert timing.denoise_s > 0
-    assert timing.decode_s > 0
-    assert timing.rest_s >= 0
+        taken = bench.generate(Shape(64, 1), schedule_for(2, 4), seed=1)
+    assert taken.denoise_s > 0
+    assert taken.decode_s > 0
+    assert taken.rest_s >= 0
 
 
 def test_shapes_that_do_not_fit_are_reported() -> None:
@@ -62,7 +62,7 @@ def test_shapes_are_skipped_by_measurements_of_earlier_profiles() -> None:
     report = measure(SOURCE, arguments().parse_args([*command, "--steps", "2"]), slow_down)
     assert [row.profile for row in report.steps] == ["exact"]
     assert report.left_out[-1]["profile"] == "fast"
-    assert "it would have taken some 1000 s" in report.left_out[-1]["reason"]
+    assert "it would have taken about 1000 s" in report.left_out[-1]["reason"]
 
 
 def test_results_are_reported_immediately() -> None:

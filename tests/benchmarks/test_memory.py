@@ -11,19 +11,19 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.architectures import FULL, TINY
-from benchmarks.drawing import Shape
+from benchmarks.engine_bench import Shape
 from benchmarks.language_model import empty_model
 from benchmarks.memory import (
     CASES,
     SCHEDULE,
     Case,
     Peaks,
-    counted,
+    count_peaks,
     offloaded,
     request,
     workspace,
 )
-from benchmarks.memory_tables import CARDS, GIB, fitting, needs, verdicts
+from benchmarks.memory_tables import GIB, GPUS, fitting, needs, verdicts
 from benchmarks.meta_model import META, Fp8Linear, meta_model, num_bytes, on_meta
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.report import RESULTS
@@ -167,7 +167,7 @@ def test_the_committed_count_is_current(committed: Any, profile_name: str, case:
     (row,) = (
         row for row in committed["generator"]["rows"] if (row["profile"], row["image"]) == (profile_name, str(case))
     )
-    peaks = counted(few_blocks, profile_name, case)
+    peaks = count_peaks(few_blocks, profile_name, case)
     assert peaks == Peaks(*(row[phase] for phase in ("references", "step", "predicted_step", "decode")))
 
 
@@ -189,9 +189,9 @@ def test_the_default_limits_fit_80_gb(committed: Any) -> None:
     largest = max((case for case in CASES if case.num_images == 1), key=num_tokens)
     assert num_tokens(largest) == GeneratorSettings().max_image_tokens
     for name in PROFILES:
-        assert list(verdicts(needs(committed, name)))[list(CARDS).index("80 GB")] == "all"
+        assert list(verdicts(needs(committed, name)))[list(GPUS).index("80 GB")] == "all"
     assert committed["encoder"]["batches"][-1]["batch"] == TextEncoderSettings().max_batch
-    assert committed["encoder"]["batches"][-1]["total"] <= CARDS["80 GB"] * GIB
+    assert committed["encoder"]["batches"][-1]["total"] <= GPUS["80 GB"] * GIB
 
 
 def num_tokens(case: Case) -> int:
@@ -240,5 +240,5 @@ def test_a_gpu_holds_everything_or_one_component_or_nothing() -> None:
     """For a GPU that cannot hold everything, the largest component that it holds is named."""
     needed = {"small": 20 * GIB, "large": 40 * GIB, "huge": 80 * GIB}
     assert list(verdicts(needed)) == ["small", "small", "small", "large", "large", "all", "all"]
-    assert list(verdicts({"huge": 200 * GIB})) == ["no"] * len(CARDS)
+    assert list(verdicts({"huge": 200 * GIB})) == ["no"] * len(GPUS)
     assert fitting(needed, "48 GB") == ["small", "large"]

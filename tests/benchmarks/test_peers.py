@@ -54,9 +54,9 @@ def test_a_stopwatch_measures_at_least_once() -> None:
 def computed_by(peer: Peer, num_steps: int) -> int:
     """The number of steps that a cache computes on the tiny model, in its second image."""
     source = Source(TINY, device="cpu")
-    with source.components() as components:
-        pipeline = pipeline_of(components)
-        count = peer.install(pipeline, peer.knobs[0])
+    with source.components() as parts:
+        pipeline = pipeline_of(parts)
+        count = peer.install(pipeline, peer.values[0])
         for _ in range(2):
             pipeline(
                 prompt_embeds=source.embedding(), width=64, height=64, num_inference_steps=num_steps,
@@ -79,11 +79,11 @@ def test_cache_dit_computes_the_steps_of_its_mask() -> None:
     assert computed_by(fixed_mask({0, 1, 4, 7}, 10, has_taylor_seer=False), 10) == 4
 
 
-def run_comparison(budget_s: float, on_result: Callable[[Comparison], None] = lambda _comparison: None) -> Comparison:
-    """A comparison of 6 steps with the tiny model."""
+def run_comparison(budget_s: float, on_update: Callable[[Comparison], None] = lambda _comparison: None) -> Comparison:
+    """A comparison of 6 steps on the tiny model."""
     source = Source(TINY, device="cpu")
     args = argparse.Namespace(side=64, steps=6, computed=3, profiles=["exact"], repeats=1, budget_s=budget_s)
-    comparison = Comparison(source, args, on_result)
+    comparison = Comparison(source, args, on_update)
     comparison.run()
     return comparison
 

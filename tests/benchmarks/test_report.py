@@ -97,7 +97,7 @@ def test_peers_without_seconds_have_no_column_for_them(tmp_path: Path) -> None:
     ]
     result = {"benchmark": "peers", "card": INFO, "side": 64, "num_steps": 20, "rows": rows, "left_out": ["x: no time"]}
     page = page_with(tmp_path, "peers.json", result)
-    assert "| way | computed steps | over diffusers | ours over it |" in page
+    assert "| method | computed steps | over diffusers | ours over it |" in page
     assert "| diffusers | 20 | 1.00 | fast 1.20 |" in page
     assert "- x: no time" in page
 
@@ -171,13 +171,13 @@ def test_incomplete_results_are_labeled(tmp_path: Path) -> None:
     page = page_with(tmp_path, "reuse.json", reuse | {"partial": "stopped after 60 s"})
     assert "It ended early (stopped after 60 s): not everything was measured." in page.replace("\n", " ")
     assert "| a reused step over a computed one | 1.00 % |" in page
-    assert "compiled after it was warm" not in page
+    assert "compiled after the warm-up" not in page
 
 
-def test_load_is_reported_as_a_ratio(tmp_path: Path) -> None:
-    """Responses, the ratio to the bare loop, estimates and memory are reported; seconds only for a GPU."""
-    page = page_with(tmp_path, "load.json", LOAD | {"card": INFO})
-    assert "4 clients over HTTP for 100 s, each with a picture after the other: 64x32, 50 steps, cache none." in page
+def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
+    """Answers, the ratio to the bare loop, estimates and memory are told; seconds only of a GPU."""
+    page = page_with(tmp_path, "load.json", LOAD | {"card": CARD})
+    assert "4 clients over HTTP for 100 s, each with one image after the other: 64x32, 50 steps, cache none." in page
     for row in (
         "178 x 200, 3 x 429",
         "0.992",
@@ -190,7 +190,7 @@ def test_load_is_reported_as_a_ratio(tmp_path: Path) -> None:
         assert f"| {row} |" in page
     shared = {"batch": 4, "device_idle_share": None, "card": INFO | {"machine": {"cpu": "x"}}}
     page = page_with(tmp_path, "load.json", LOAD | shared)
-    assert "after the other, 4 of which may share a run: 64x32" in page
+    assert "after the other, of which 4 may share a run: 64x32" in page
     assert "2.26 s" not in page
     assert "device is idle" not in page
 

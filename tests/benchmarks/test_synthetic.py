@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.architectures import TINY
-from benchmarks.drawing import GUIDANCE
+from benchmarks.engine_bench import GUIDANCE
 from benchmarks.synthetic import Source, fill, pipeline_of
 from demo_model.services import WEIGHTS
 from flux2_shared.errors import ModelRefused

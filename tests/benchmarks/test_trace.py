@@ -7,9 +7,9 @@ import torch
 from torch.profiler import record_function
 
 from benchmarks.architectures import TINY
-from benchmarks.drawing import GUIDANCE
+from benchmarks.engine_bench import GUIDANCE
 from benchmarks.synthetic import Source
-from benchmarks.trace import MARK, Event, alternating, kernels_of, marks, recorded, waits_by_step
+from benchmarks.trace import MARK, Event, alternating, kernels_of, record_events, step_starts, waits_by_step
 from generator_service.pipelines.params import Params
 
 EVENTS = [
@@ -57,8 +57,8 @@ def test_foreign_marks_are_ignored() -> None:
 
     with source.model("exact") as model:
         request = Params(source.embedding(), 64, 64, GUIDANCE, 0, alternating(4))
-        events = recorded(model, request, mark)
-    assert len(marks(events)) == 4
+        events = record_events(model, request, mark)
+    assert len(step_starts(events)) == 4
     assert not any("somebody" in event.name for event in events)
     assert {event.name for event in events if event.name.startswith(MARK)} == {f"{MARK}{step}" for step in range(4)}
     assert any(event.name == "aten::ones" for event in events)

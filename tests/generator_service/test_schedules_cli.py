@@ -100,7 +100,7 @@ def test_too_little_memory_is_one_line(
     monkeypatch.setattr(*method, run_out)
     result = run("calibrate", *options, "-o", tmp_path / "graph.json")
     assert result.exit_code == 1
-    assert "smaller --batch, or --keep cpu" in result.output
+    assert "smaller --batch or --keep cpu" in result.output
 
 
 @pytest.mark.parametrize(("free", "kept_on"), [(100, "cuda:1"), (99, "cpu")])

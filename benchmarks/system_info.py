@@ -1,4 +1,4 @@
-"""The card of a measurement: on what it ran, with what, when; and what the GPU drew meanwhile."""
+"""Describes the system of a measurement, and measures the GPU's power during one."""
 
 import platform
 import statistics
@@ -24,31 +24,31 @@ SAMPLE_EVERY_S = 0.05
 ROOT = Path(__file__).parents[1]
 
 
-def machine_card() -> dict[str, Any]:
-    """Machine, versions, commit and date (UTC), as JSON has them; what cannot be known is left out or ``unknown``."""
+def system_info() -> dict[str, Any]:
+    """Return machine, versions, commit and date (UTC) for JSON. Unknown values are omitted or ``unknown``."""
     return {
         "machine": gpu() if torch.cuda.is_available() else cpu(),
-        "versions": versions(),
+        "versions": package_versions(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def gpu() -> dict[str, Any]:
-    """The GPU that torch uses."""
+    """Describe the GPU that torch uses."""
     properties = torch.cuda.get_device_properties(0)
-    found: dict[str, Any] = {"gpu": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
+    info: dict[str, Any] = {"gpu": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
     pynvml = nvml()
     if pynvml is not None:
-        with suppress(pynvml.NVMLError):  # some machines have a GPU without its sensors
+        with suppress(pynvml.NVMLError):  # some machines provide no sensors
             driver = pynvml.nvmlSystemGetDriverVersion()
-            found["driver"] = driver.decode() if isinstance(driver, bytes) else driver
-            found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(device_handle(pynvml)) / 1000
-    return found
+            info["driver"] = driver.decode() if isinstance(driver, bytes) else driver
+            info["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(device_handle(pynvml)) / 1000
+    return info
 
 
 def cpu() -> dict[str, Any]:
-    """The processor and how many of its threads torch uses."""
+    """Describe the CPU, with the number of threads that torch uses."""
     model = platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -57,24 +57,24 @@ def cpu() -> dict[str, Any]:
     return {"cpu": model, "threads": torch.get_num_threads()}
 
 
-def versions() -> dict[str, str]:
-    """Python's, torch's, CUDA's, and those of the packages that are there."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python, torch, CUDA and the installed packages of ``PACKAGES``."""
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]  # of torch
+        versions["cuda"] = torch.version.cuda
+        versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
 def commit() -> dict[str, Any]:
-    """The git commit of the tree and whether it was changed since; ``unknown`` where there is no git or no tree."""
+    """Return the git commit and whether the tree is dirty; ``unknown`` without git or outside of a repository."""
     try:
         head, changes = (
             subprocess.run(  # noqa: S603 - fixed arguments
-                ["git", "-C", str(ROOT), *arguments],  # noqa: S607 - whichever git there is
+                ["git", "-C", str(ROOT), *arguments],  # noqa: S607 - the git of the PATH
                 capture_output=True,
                 text=True,
                 check=True,
@@ -87,33 +87,33 @@ def commit() -> dict[str, Any]:
 
 
 def nvml() -> Any:
-    """``pynvml``, initialised, or None where there is none or it finds no driver."""
+    """Import and initialize ``pynvml``; return None if it is not installed or finds no driver."""
     try:
         pynvml = import_module("pynvml")
         pynvml.nvmlInit()
-    except Exception:  # noqa: BLE001 - its errors are only known once it is there
+    except Exception:  # noqa: BLE001 - its exception classes are unknown before the import
         return None
     return pynvml
 
 
 def device_handle(pynvml: Any) -> Any:
-    """NVML's handle of the GPU that torch uses, which need not be its first."""
+    """Return NVML's handle of the GPU that torch uses, which may not be NVML's first."""
     uuid = str(torch.cuda.get_device_properties(0).uuid)
     return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
 
 
-def show(card: dict[str, Any]) -> None:
-    """Print it."""
-    table = Table("card", "", show_header=False)
-    for key, value in card.items():
+def show(info: dict[str, Any]) -> None:
+    """Print the system information as a table."""
+    table = Table("key", "value", show_header=False)
+    for key, value in info.items():
         text = ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
         table.add_row(key, text)
     Console(width=110, file=sys.stdout).print(table)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What the GPU drew over a while."""
+class PowerUsage:
+    """Energy, mean power and mean clock of a GPU during a measurement."""
 
     energy_j: float
     mean_w: float
@@ -121,13 +121,13 @@ class Draw:
 
 
 class PowerMeter:
-    """Samples the GPU's power and clock on a thread of its own while a ``with`` block lasts.
+    """Samples the GPU's power and clock on another thread within a ``with`` block.
 
-    ``drawn`` is the block's result once it has ended; None where NVML cannot tell, or the block was too short for it.
+    ``usage`` is set after the block; it is None without NVML, or if the block was too short.
     """
 
     def __init__(self) -> None:
-        self.drawn: Draw | None = None
+        self.usage: PowerUsage | None = None
         self._nvml = nvml() if torch.cuda.is_available() else None
         self._samples: list[tuple[float, float, float]] = []
         """Seconds, watts, MHz."""
@@ -143,7 +143,7 @@ class PowerMeter:
         if self._nvml is not None:
             self._stop.set()
             self._thread.join()
-            self.drawn = drawn(self._samples)
+            self.usage = power_usage(self._samples)
 
     def _sample(self) -> None:
         pynvml: Any = self._nvml
@@ -157,10 +157,10 @@ class PowerMeter:
                     return
 
 
-def drawn(samples: list[tuple[float, float, float]]) -> Draw | None:
-    """Energy by the trapezoidal rule and means of samples of (seconds, watts, MHz); None of fewer than two."""
+def power_usage(samples: list[tuple[float, float, float]]) -> PowerUsage | None:
+    """Integrate samples (seconds, watts, MHz) by the trapezoidal rule; return None for fewer than two samples."""
     if len(samples) < 2:
         return None
     energy = sum((later[0] - earlier[0]) * (later[1] + earlier[1]) / 2 for earlier, later in pairwise(samples))
     mean_w = energy / (samples[-1][0] - samples[0][0])
-    return Draw(energy, mean_w, statistics.fmean(clock for *_, clock in samples))
+    return PowerUsage(energy, mean_w, statistics.fmean(clock for *_, clock in samples))

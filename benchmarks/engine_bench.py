@@ -1,7 +1,6 @@
-"""Pictures end to end, from a request to the bytes of a PNG file, through the engine that the service runs.
+"""Times images end to end through the service's engine, from the request to the PNG file, without a text encoder.
 
-The text encoder is left out: an embedding is ready. Times are wall times of the caller; the device is waited for, since
-the file is there at the end.
+Times are wall times of the caller. They include the device's work, because the file is complete at the end.
 """
 
 import asyncio
@@ -26,18 +25,18 @@ from generator_service.pipelines.params import Params, Reference
 
 GUIDANCE = 4.0
 LARGEST_REFERENCE = 1024
-"""Pixels along a side: what the pipeline scales larger ones down to."""
+"""The pipeline downscales larger reference images to this side, in pixels."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a picture decides how long its steps take."""
+    """Size of a square image and its number of reference images, which determine the time of a step."""
 
     side: int
     num_references: int = 0
 
     def num_image_tokens(self, pixels_per_token: int) -> int:
-        """Of the picture and its reference images, which are as large as it is, but at most 1024x1024."""
+        """Number of tokens, including reference images of the same size, but at most 1024x1024."""
         reference_side = min(self.side, LARGEST_REFERENCE)
         return (self.side**2 + self.num_references * reference_side**2) // pixels_per_token**2
 
@@ -48,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where one picture's time went, in seconds."""
+    """Time of an image in each stage, in seconds."""
 
     total_s: float
     denoise_s: float
@@ -56,24 +55,24 @@ class Timing:
 
     @property
     def rest_s(self) -> float:
-        """Waiting between threads, and writing the PNG file."""
+        """Time for switching threads and encoding the PNG file."""
         return self.total_s - self.denoise_s - self.decode_s
 
 
 class ReadyEncoder:
-    """Has the one embedding that is asked for."""
+    """A prompt encoder that returns a given embedding."""
 
     def __init__(self, embedding: torch.Tensor) -> None:
         self._embedding = embedding
 
     async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
-        """The embedding, whatever the prompt is; and that it was not cached."""
+        """Return the embedding, and that it was not cached."""
         del prompt
         return self._embedding, False
 
 
-class Bench:
-    """Draws one picture after the other. Made by ``opened_bench``."""
+class EngineBench:
+    """Generates images one after the other. Created by ``open_bench``."""
 
     def __init__(self, runner: asyncio.Runner, engine: Engine, embedding: torch.Tensor) -> None:
         self._runner = runner
@@ -81,22 +80,22 @@ class Bench:
         self.engine = engine
 
     def warm_up(self, shape: Shape) -> float:
-        """Compile for pictures of this shape, where the model is compiled, and run both kinds of step; the seconds."""
+        """Run both kinds of steps, which compiles the model if its profile does; return the seconds."""
         began = time.perf_counter()
         for schedule in (schedule_for("none", 1), schedule_for(1, 2)):
             params = self._request(shape, schedule, 0).params
             self.engine.model.warm_up([replace(params, prompt_embeds=self._embedding)])
         return time.perf_counter() - began
 
-    def draw(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Timing:
-        """One picture; another seed has other reference images, so that none is found encoded.
+    def generate(self, shape: Shape, schedule: Schedule, seed: int = 0) -> Timing:
+        """Generate an image. Reference images depend on the seed, so that their latents are not cached.
 
         Raises:
-            Flux2Error: it cannot be drawn, for want of memory for instance.
+            Flux2Error: the generation failed, for example for lack of memory.
         """
         request = self._request(shape, schedule, seed)
         began = time.perf_counter()
-        (result,) = self._runner.run(generated(self.engine, request))
+        (result,) = self._runner.run(generate(self.engine, request))
         total_s = time.perf_counter() - began
         return Timing(total_s, result.timings.denoise_s, result.timings.decode_s)
 
@@ -116,33 +115,33 @@ class Bench:
 
 
 @contextmanager
-def opened_bench(model: Flux2Model, embedding: torch.Tensor) -> Iterator[Bench]:
-    """An engine around ``model`` whose device thread runs as long as the block does."""
+def open_bench(model: Flux2Model, embedding: torch.Tensor) -> Iterator[EngineBench]:
+    """Run an engine around ``model`` within the block."""
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
-        engine = runner.run(opened_engine(stack, model, embedding))
+        engine = runner.run(open_engine(stack, model, embedding))
         try:
-            yield Bench(runner, engine, embedding)
+            yield EngineBench(runner, engine, embedding)
         finally:
             runner.run(stack.aclose())
 
 
-async def opened_engine(stack: AsyncExitStack, model: Flux2Model, embedding: torch.Tensor) -> Engine:
-    """An engine whose thread and queue ``stack`` closes."""
+async def open_engine(stack: AsyncExitStack, model: Flux2Model, embedding: torch.Tensor) -> Engine:
+    """Start an engine, which ``stack`` closes."""
     thread = await stack.enter_async_context(DeviceThread())
     engine = Engine(model, ReadyEncoder(embedding), Runtime(thread, GeneratorMetrics()), max_waiting=1)
     return await stack.enter_async_context(engine)
 
 
-async def generated(engine: Engine, request: Request) -> list[GenerationResult]:
-    """The result of one request."""
+async def generate(engine: Engine, request: Request) -> list[GenerationResult]:
+    """Submit a request and wait for its images."""
     with engine.admit() as permit:
         generation = engine.submit(request, permit)
     return await generation.images()
 
 
 def noise_reference(shape: Shape, seed: int) -> Reference:
-    """A reference image that no other seed has."""
+    """Create a reference image of noise, which depends on the seed."""
     side = min(shape.side, LARGEST_REFERENCE)
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Reference(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())
