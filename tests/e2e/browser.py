@@ -1,4 +1,4 @@
-"""Debian's Chromium, through Playwright."""
+"""Debian's Chromium, driven by Playwright."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ ARGUMENTS = (
 
 
 def find_chromium() -> str | None:
-    """Where Chromium is, if it is installed."""
+    """The path of Chromium, if it is installed."""
     return shutil.which("chromium")
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A browser that runs as long as the block does."""
+    """A browser that runs until the block ends."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=ARGUMENTS)
         yield browser

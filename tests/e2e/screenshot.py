@@ -1,4 +1,4 @@
-"""Takes the README's picture of a page that is being served: ``python -m tests.e2e.screenshot URL FILE``."""
+"""Takes the README's screenshot of a page that is being served: ``python -m tests.e2e.screenshot URL FILE``."""
 
 import sys
 
@@ -16,19 +16,19 @@ COMPARED = "a large red circle above a small blue square on a white background"
 
 
 def take(page: Page, url: str, file: str) -> None:
-    """Fill the gallery, compare two modes, and write the picture."""
+    """Fill the gallery, compare two modes, and save the screenshot."""
     page.goto(url)
     expect(page.get_by_role("radio")).to_have_count(5)
     for number, prompt in enumerate(PROMPTS):
-        draw(page, prompt, number)
+        generate(page, prompt, number)
     page.get_by_label("Compare with").select_option("ultra")
-    draw(page, COMPARED, 7)
+    generate(page, COMPARED, 7)
     page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=file)
 
 
-def draw(page: Page, prompt: str, seed: int) -> None:
-    """Generate, and wait for the picture."""
+def generate(page: Page, prompt: str, seed: int) -> None:
+    """Generate an image, and wait for it."""
     page.get_by_label("Prompt").fill(prompt)
     page.get_by_label("Seed").fill(str(seed))
     page.get_by_role("button", name="Generate").click()
@@ -37,7 +37,7 @@ def draw(page: Page, prompt: str, seed: int) -> None:
 
 
 def main(url: str, file: str, scheme: str = "light") -> None:
-    """Open a browser of the README's size."""
+    """Open a browser in the size of the README."""
     expect.set_options(timeout=PATIENCE_MS)
     with chromium() as browser:
         take(browser.new_page(viewport=SIZE, color_scheme=scheme), url, file)  # type: ignore[arg-type]

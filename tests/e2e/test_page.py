@@ -1,4 +1,4 @@
-"""The page at ``/`` in a real browser, with a real service behind it."""
+"""The page at ``/`` in a real browser, with a real service."""
 
 import io
 import re
@@ -29,7 +29,7 @@ LONG = {"width": "512", "height": "512", "num_inference_steps": "100"}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for all tests; each opens the page as a new visitor."""
+    """One browser for all tests; each test opens the page with a new profile."""
     expect.set_options(timeout=PATIENCE_MS)
     with chromium() as browser:
         yield browser
@@ -37,7 +37,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Visit:
-    """The page, open, and what the browser says of it."""
+    """The open page, and the messages of the browser."""
 
     page: Page
     url: str
@@ -57,17 +57,17 @@ class Visit:
             self.errors.append(message.text)
 
     def expect_refusals(self, status: int) -> None:
-        """The browser logs each request that was refused; here that is what was wanted, at any time of the visit."""
-        told = f"the server responded with a status of {status}"
-        assert any(told in error for error in self.errors)
-        self.wanted.append(told)
+        """Expect that the browser logs refused requests, at any time of the visit."""
+        message = f"the server responded with a status of {status}"
+        assert any(message in error for error in self.errors)
+        self.wanted.append(message)
 
     def unwanted_errors(self) -> list[str]:
-        """What went wrong, but for the refusals that were expected."""
-        return [error for error in self.errors if not any(told in error for told in self.wanted)]
+        """The logged errors except for expected refusals."""
+        return [error for error in self.errors if not any(message in error for message in self.wanted)]
 
     def fill(self, **fields: str) -> None:
-        """Type into fields, once the modes are there."""
+        """Fill in form fields once the modes are loaded."""
         expect(self.page.get_by_role("radio")).to_have_count(5)
         for name, text in fields.items():
             self.page.locator(f"#{name}").fill(text)
@@ -78,11 +78,11 @@ class Visit:
         self.page.get_by_role("button", name="Generate").click()
 
     def wait_until_done(self) -> None:
-        """Until the pictures are there."""
+        """Wait until the images are shown."""
         expect(self.page.get_by_role("status")).to_have_text("Done")
 
     def gallery(self) -> list[bytes]:
-        """The pictures of the gallery as they are downloaded, newest first."""
+        """The images of the gallery as downloaded, newest first."""
         files = []
         for link in self.page.get_by_role("link", name="Download").all():
             with self.page.expect_download() as download:
@@ -93,7 +93,7 @@ class Visit:
 
 @contextmanager
 def visiting(browser: Browser, url: str) -> Iterator[Visit]:
-    """A new visitor's page; at the end nothing was wrong with it, and it spoke with its own service alone."""
+    """The page in a new profile; at the end there must be no errors and no requests to other hosts."""
     context = browser.new_context()
     visit = Visit(context.new_page(), url)
     yield visit
@@ -104,21 +104,21 @@ def visiting(browser: Browser, url: str) -> Iterator[Visit]:
 
 @pytest.fixture
 def visit(browser: Browser, generator_url: str) -> Iterator[Visit]:
-    """The page of a service that everyone may use."""
+    """The page of a service without authentication."""
     with visiting(browser, generator_url) as visit:
         yield visit
 
 
-def picture_file(width: int = 96, height: int = 64) -> bytes:
-    """A picture as a PNG file."""
+def png_file(width: int = 96, height: int = 64) -> bytes:
+    """An image as a PNG file."""
     buffer = io.BytesIO()
     ramp = np.add.outer(np.arange(height), np.arange(width)).astype(np.uint8)
     Image.fromarray(ramp).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def test_a_prompt_becomes_a_picture(visit: Visit) -> None:
-    """Generate shows the picture and what it took; the timeline has each step, computed or reused."""
+def test_a_prompt_becomes_an_image(visit: Visit) -> None:
+    """Generate shows the image and its measurements; the timeline has each step, computed or reused."""
     visit.generate(seed="7")
     visit.wait_until_done()
     expect(visit.page.locator(".run .now")).to_have_text(re.compile(r"20 of 50 steps computed · .* s · seed 7"))
@@ -128,8 +128,8 @@ def test_a_prompt_becomes_a_picture(visit: Visit) -> None:
     assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [128, 128]
 
 
-def test_progress_is_watched(visit: Visit) -> None:
-    """While a picture is drawn the timeline fills, computed and reused steps look different, and previews come."""
+def test_progress_is_shown(visit: Visit) -> None:
+    """While an image is generated the timeline fills, its two types of steps look different, and previews appear."""
     visit.fill(**LONG | {"prompt": PROMPT})
     visit.page.get_by_role("radio", name="ultra").check()
     visit.page.get_by_role("button", name="Generate").click()
@@ -146,7 +146,7 @@ def test_progress_is_watched(visit: Visit) -> None:
 
 
 def test_cancel_stops_the_service(visit: Visit) -> None:
-    """Cancel ends the work at the service, and the next picture can be asked for."""
+    """Cancel stops the generation at the service, and the next image can be generated."""
     visit.generate(**LONG)
     expect(visit.page.locator(".run .timeline .computed").first).to_be_attached()
     assert queue_depth(visit.url) == 1
@@ -163,14 +163,14 @@ def test_cancel_stops_the_service(visit: Visit) -> None:
 
 
 def queue_depth(url: str) -> float:
-    """How much work the service has."""
-    found = re.search(r"^flux2_queue_depth (.*)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
-    assert found is not None
-    return float(found[1])
+    """The number of requests in the service."""
+    match = re.search(r"^flux2_queue_depth (.*)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    assert match is not None
+    return float(match[1])
 
 
-def test_a_place_in_the_line_is_told(visit: Visit) -> None:
-    """While others' pictures are drawn, the page says how many are before this one."""
+def test_the_queue_position_is_shown(visit: Visit) -> None:
+    """While other images are generated, the page shows the number of requests ahead."""
     body = {"prompt": PROMPT, "cache": "none"} | {name: int(number) for name, number in LONG.items()}
     jobs = [httpx.post(f"{visit.url}/jobs", json=body).headers["location"] for _ in range(2)]
     visit.generate(num_inference_steps="4")
@@ -181,7 +181,7 @@ def test_a_place_in_the_line_is_told(visit: Visit) -> None:
 
 
 def test_two_modes_are_compared(visit: Visit) -> None:
-    """One seed in two modes: both pictures with their figures, a slider over them, and their PSNR."""
+    """One seed in two modes: both images with their measurements, a slider over them, and their PSNR."""
     visit.fill(prompt=PROMPT)
     visit.page.get_by_role("radio", name="none").check()
     visit.page.get_by_label("Compare with").select_option("ultra")
@@ -204,8 +204,7 @@ def test_two_modes_are_compared(visit: Visit) -> None:
     assert visit.page.locator(".pair .left").evaluate("image => getComputedStyle(image).clipPath") != before
 
 
-def test_equal_pictures_are_called_identical(visit: Visit) -> None:
-    """A mode compared with itself."""
+def test_equal_images_are_called_identical(visit: Visit) -> None:
     visit.fill(prompt=PROMPT, width="64", height="64", num_inference_steps="8")
     visit.page.get_by_label("Compare with").select_option("medium")
     visit.page.get_by_role("button", name="Generate").click()
@@ -214,7 +213,7 @@ def test_equal_pictures_are_called_identical(visit: Visit) -> None:
 
 
 def test_modes_follow_the_form(visit: Visit) -> None:
-    """Each mode tells its computed steps and seconds, for the size and the steps that are in the form."""
+    """Each mode shows its computed steps and seconds for the size and the steps in the form."""
     visit.fill(num_inference_steps="28", width="256")
     expect(visit.page.get_by_role("radio", name="none 28 of 28")).to_be_attached()
     steps = visit.page.locator(".modes .steps").all_text_contents()
@@ -224,10 +223,10 @@ def test_modes_follow_the_form(visit: Visit) -> None:
     assert all(re.fullmatch(r"[\d.]+ s", text) for text in seconds)
 
 
-def test_reference_images_are_chosen_dropped_and_removed(visit: Visit) -> None:
-    """Each has a thumbnail and can be removed; what is sent has the remaining one's size."""
+def test_reference_images_can_be_selected_dropped_and_removed(visit: Visit) -> None:
+    """Each image has a thumbnail and can be removed; the request uses the size of the remaining one."""
     files = [
-        {"name": f"{name}.png", "mimeType": "image/png", "buffer": picture_file(width)}
+        {"name": f"{name}.png", "mimeType": "image/png", "buffer": png_file(width)}
         for name, width in (("a", 96), ("b", 64))
     ]
     visit.page.get_by_label("Drop images here").set_input_files(files)  # type: ignore[arg-type]
@@ -241,7 +240,7 @@ def test_reference_images_are_chosen_dropped_and_removed(visit: Visit) -> None:
             dropped.items.add(new File([new Uint8Array(bytes)], "c.png", {type: "image/png"}));
             drop.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, bubbles: true, cancelable: true}));
         }""",
-        list(picture_file(80)),
+        list(png_file(80)),
     )
     expect(visit.page.get_by_role("img", name=re.compile("^Reference image"))).to_have_count(2)
     visit.generate(num_inference_steps="4")
@@ -249,16 +248,16 @@ def test_reference_images_are_chosen_dropped_and_removed(visit: Visit) -> None:
     expect(visit.page.locator(".gallery .parameters")).to_have_text(re.compile("64 . 64 .* 2 reference images"))
 
 
-def test_a_file_that_is_no_picture_is_refused_at_once(visit: Visit) -> None:
-    """The error names the file and stands at the field."""
-    file = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+def test_a_file_that_is_not_an_image_is_refused_at_once(visit: Visit) -> None:
+    """The error names the file and is shown at the field."""
+    file = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"not an image"}
     visit.page.get_by_label("Drop images here").set_input_files(file)  # type: ignore[arg-type]
     expect(visit.page.locator("#images-error")).to_have_text("notes.txt is neither a PNG, a JPEG nor a WebP file.")
 
 
-def test_a_reference_image_that_cannot_be_used_is_told_there(visit: Visit) -> None:
-    """What the service says of one of them stands at all of them."""
-    file = {"name": "flat.png", "mimeType": "image/png", "buffer": picture_file(96, 32)}
+def test_errors_of_reference_images_are_shown_at_their_field(visit: Visit) -> None:
+    """The service's error about one of the images is shown at their common field."""
+    file = {"name": "flat.png", "mimeType": "image/png", "buffer": png_file(96, 32)}
     visit.page.get_by_label("Drop images here").set_input_files(file)  # type: ignore[arg-type]
     expect(visit.page.get_by_role("img", name="Reference image 1")).to_be_visible()
     visit.generate()
@@ -270,21 +269,21 @@ def test_a_reference_image_that_cannot_be_used_is_told_there(visit: Visit) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("width", "100", "width: must be a multiple of 16 from 64 to 4096, not 100"),
         ("seed", "seven", "seed: Input should be a valid integer"),
         ("num_inference_steps", "101", "num_inference_steps: Input should be less than or equal to 100"),
     ],
 )
-def test_an_error_stands_at_its_field(visit: Visit, name: str, text: str, told: str) -> None:
-    """What the service refuses is said at the field, which is marked and has the focus; then it can be put right."""
+def test_errors_are_shown_at_their_field(visit: Visit, name: str, text: str, message: str) -> None:
+    """A refused field is marked, described by its error, and focused, and can then be corrected."""
     visit.generate(**{name: text})
     wrong = visit.page.locator(f"#{name}")
-    expect(visit.page.locator(f"#{name}-error")).to_have_text(told)
+    expect(visit.page.locator(f"#{name}-error")).to_have_text(message)
     expect(wrong).to_have_attribute("aria-invalid", "true")
     expect(wrong).to_be_focused()
-    expect(wrong).to_have_accessible_description(told)
+    expect(wrong).to_have_accessible_description(message)
     visit.generate(width="64", height="64", num_inference_steps="4", seed="9223372036854775807")
     visit.wait_until_done()
     expect(visit.page.locator(f"#{name}-error")).to_be_empty()
@@ -292,15 +291,15 @@ def test_an_error_stands_at_its_field(visit: Visit, name: str, text: str, told: 
     visit.expect_refusals(422)
 
 
-def test_a_prompt_is_asked_for(visit: Visit) -> None:
-    """Without one nothing is sent."""
+def test_a_prompt_is_required(visit: Visit) -> None:
+    """Without a prompt nothing is sent."""
     visit.generate(prompt="")
     expect(visit.page.locator("#prompt-error")).to_have_text("Enter a prompt.")
     expect(visit.page.get_by_label("Prompt")).to_be_focused()
 
 
-def test_the_gallery_stays_and_repeats(visit: Visit) -> None:
-    """Pictures outlive a reload with their parameters; repeat fills in the form and gives the same file again."""
+def test_the_gallery_persists_and_repeats(visit: Visit) -> None:
+    """The gallery survives a reload; repeat fills in the form and gives the same file again."""
     visit.generate(num_inference_steps="8")
     visit.wait_until_done()
     visit.page.reload()
@@ -321,7 +320,7 @@ def test_the_gallery_stays_and_repeats(visit: Visit) -> None:
 
 @pytest.fixture(scope="module")
 def keyed_url(encoder_url: str) -> Iterator[str]:
-    """The address of a generator that wants a key."""
+    """The address of a generator that requires a key."""
     settings = GeneratorSettings(model=str(WEIGHTS), token="open sesame", text_encoder_url=encoder_url)
     with listening(create_generator(settings)) as url:
         yield url
@@ -329,13 +328,13 @@ def keyed_url(encoder_url: str) -> Iterator[str]:
 
 @pytest.fixture
 def keyed_visit(browser: Browser, keyed_url: str) -> Iterator[Visit]:
-    """Its page."""
+    """The page of that generator."""
     with visiting(browser, keyed_url) as visit:
         yield visit
 
 
-def test_a_key_is_asked_for_when_the_service_wants_one(keyed_visit: Visit) -> None:
-    """The page itself needs none; a wrong key is asked for again, with the right one it works as long as the tab."""
+def test_the_page_asks_for_a_required_key(keyed_visit: Visit) -> None:
+    """The page loads without a key; a wrong key is asked for again, and a valid one is kept for the tab."""
     page = keyed_visit.page
     key = page.get_by_label("API key")
     expect(key).to_be_focused()
@@ -352,13 +351,13 @@ def test_a_key_is_asked_for_when_the_service_wants_one(keyed_visit: Visit) -> No
     keyed_visit.expect_refusals(401)
 
 
-def test_who_has_no_key_is_told_so(keyed_visit: Visit) -> None:
-    """Leaving the dialog shows what the service said; Generate asks again."""
+def test_a_missing_key_is_reported(keyed_visit: Visit) -> None:
+    """Closing the dialog shows the service's message; Generate opens it again."""
     page = keyed_visit.page
-    leaves: list[Callable[[], None]] = [lambda: page.keyboard.press("Escape"), page.locator("#key-cancel").click]
-    for leave in leaves:
+    closers: list[Callable[[], None]] = [lambda: page.keyboard.press("Escape"), page.locator("#key-cancel").click]
+    for close_dialog in closers:
         expect(page.get_by_label("API key")).to_be_focused()
-        leave()
+        close_dialog()
         expect(page.get_by_label("API key")).to_be_hidden()
         expect(page.get_by_role("alert")).to_have_text("a valid bearer token is required")
         page.get_by_label("Prompt").fill(PROMPT)
@@ -367,7 +366,7 @@ def test_who_has_no_key_is_told_so(keyed_visit: Visit) -> None:
 
 
 def test_every_control_has_a_name(visit: Visit) -> None:
-    """Nothing that takes input is nameless to a screen reader, also once there are pictures to compare."""
+    """Every input has a name for screen readers, also when there are images to compare."""
     visit.fill(prompt=PROMPT, num_inference_steps="4", width="64", height="64")
     visit.page.get_by_label("Compare with").select_option("none")
     visit.page.get_by_role("button", name="Generate").click()
@@ -381,8 +380,8 @@ def test_every_control_has_a_name(visit: Visit) -> None:
         assert re.search(rf'(form|region) "{name}"', visit.page.locator("main").aria_snapshot())
 
 
-def test_the_keyboard_is_enough(visit: Visit) -> None:
-    """From the prompt, Tab reaches each control in turn, the focus can be seen, and Enter generates."""
+def test_the_page_works_with_the_keyboard(visit: Visit) -> None:
+    """From the prompt Tab reaches each control in turn, the focus is visible, and Enter generates."""
     visit.fill(num_inference_steps="4", width="64", height="64", prompt=PROMPT)
     passed: list[str | None] = []
     while len(passed) < 30:
@@ -399,7 +398,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
 
 
 def test_it_fits_a_phone_and_both_color_schemes(visit: Visit) -> None:
-    """Nothing is cut off at 360 pixels, and a dark scheme is dark."""
+    """Nothing is cut off at a width of 360 pixels, and a dark scheme is dark."""
     visit.page.set_viewport_size({"width": 360, "height": 700})
     expect(visit.page.get_by_role("radio")).to_have_count(5)
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360

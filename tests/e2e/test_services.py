@@ -26,7 +26,7 @@ PATIENCE_S = 60
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
+    """A port that no process uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -41,34 +41,34 @@ def environment() -> dict[str, str]:
 
 
 def run(module: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a program of this project to its end."""
+    """Run a program of this project until it ends."""
     command = [sys.executable, "-m", module]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def only_line(text: str) -> str:
-    """The one line that a program says of what is wrong, beside its log."""
+def error_line(text: str) -> str:
+    """The only line of a program's output beside its log."""
     lines = [line for line in text.strip().splitlines() if not line.startswith("INFO ")]
     assert len(lines) == 1, text
     assert lines[0].startswith("flux2: ")
     return lines[0]
 
 
-def test_the_demo_draws_one_prompt_in_five_modes(environment: dict[str, str], tmp_path: Path) -> None:
-    """Five pictures, a contact sheet and a table: none computes 50 steps, ultra 10, and the pictures are alike."""
+def test_the_demo_generates_one_prompt_in_five_modes(environment: dict[str, str], tmp_path: Path) -> None:
+    """Five images, a contact sheet and a table: none computes 50 steps, ultra 10, and the images are similar."""
     result = run("demo_model.demo", environment)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "demo-output"
-    pictures = {
+    images = {
         mode: np.asarray(Image.open(folder / f"{mode}.png")) for mode in ("none", "slow", "medium", "fast", "ultra")
     }
-    assert all(picture.shape == (128, 128, 3) for picture in pictures.values())
-    assert not np.array_equal(pictures["none"], pictures["ultra"])
-    assert np.abs(pictures["none"].astype(float) - pictures["ultra"]).mean() < 8
+    assert all(image.shape == (128, 128, 3) for image in images.values())
+    assert not np.array_equal(images["none"], images["ultra"])
+    assert np.abs(images["none"].astype(float) - images["ultra"]).mean() < 8
     with Image.open(folder / "contact-sheet.png") as sheet:
         assert sheet.width == 5 * 128
-    for told in ("50/50", "26/50", "20/50", "15/50", "10/50", "PSNR", "contact-sheet.png"):
-        assert told in result.stdout
+    for message in ("50/50", "26/50", "20/50", "15/50", "10/50", "PSNR", "contact-sheet.png"):
+        assert message in result.stdout
 
 
 @pytest.mark.parametrize("module", ["demo_model.demo", "demo_model.serve"])
@@ -79,58 +79,58 @@ def test_a_port_in_use_is_one_line(environment: dict[str, str], module: str, nam
         port = other.getsockname()[1]
         result = run(module, environment | {name: str(port)})
     assert result.returncode == 1
-    assert str(port) in only_line(result.stderr)
+    assert str(port) in error_line(result.stderr)
     assert name in result.stderr
 
 
-def test_nonsense_for_a_port_is_one_line(environment: dict[str, str]) -> None:
-    """It says what would be right."""
+def test_an_invalid_port_is_one_line(environment: dict[str, str]) -> None:
+    """The line has the valid values."""
     result = run("demo_model.serve", environment | {"GENERATOR_PORT": "eight"})
     assert result.returncode == 1
-    assert "GENERATOR_PORT is 'eight'" in only_line(result.stderr)
+    assert "GENERATOR_PORT is 'eight'" in error_line(result.stderr)
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
-    """The demo says which folder and why."""
+def test_an_unwritable_output_folder_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
+    """The line has the folder and the reason."""
     (tmp_path / "demo-output").write_text("in the way")
     result = run("demo_model.demo", environment)
     assert result.returncode == 1
-    assert "demo-output" in only_line(result.stderr)
+    assert "demo-output" in error_line(result.stderr)
 
 
 @pytest.mark.parametrize("module", ["text_encoder_service", "generator_service"])
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"FLUX2_MODEL": str(ROOT / "tests")}, "not a diffusers pipeline"),
-        ({"FLUX2_MODEL": "nobody/nothing", "HF_HUB_OFFLINE": "1"}, "'nobody/nothing'"),
+        ({"FLUX2_MODEL": "nonexistent/model", "HF_HUB_OFFLINE": "1"}, "'nonexistent/model'"),
         ({"FLUX2_MODEL": str(WEIGHTS), "LOG_LEVEL": "loud"}, "LOG_LEVEL"),
     ],
 )
-def test_a_service_that_cannot_start_says_why(
-    environment: dict[str, str], module: str, settings: dict[str, str], told: str
+def test_a_failed_start_is_reported_in_one_line(
+    environment: dict[str, str], module: str, settings: dict[str, str], message: str
 ) -> None:
-    """A model that cannot be used, or a bad setting, is one line and a status that is not 0."""
+    """A model that cannot be loaded, or an invalid setting, is one line and a nonzero status."""
     result = run(module, environment | settings)
     assert result.returncode == 1
-    assert told in only_line(result.stderr)
+    assert message in error_line(result.stderr)
 
 
 @pytest.fixture
 def serving(environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], list[str]]]:
-    """``make serve``, ready, and the two services' addresses."""
+    """``make serve``, ready, and the addresses of the two services."""
     process = subprocess.Popen([sys.executable, "-m", "demo_model.serve"], env=environment, stderr=subprocess.DEVNULL)
     urls = [f"http://127.0.0.1:{environment[name]}" for name in ("TEXT_ENCODER_PORT", "GENERATOR_PORT")]
     try:
-        wait_for(lambda: answers(f"{urls[1]}/health/ready"))
+        wait_for(lambda: is_ok(f"{urls[1]}/health/ready"))
         yield process, urls
     finally:
         process.kill()
         process.wait()
 
 
-def test_a_picture_that_was_begun_is_finished(environment: dict[str, str]) -> None:
-    """SIGTERM while a picture is drawn: its stream goes on to the picture, then the service ends."""
+def test_a_running_generation_is_finished(environment: dict[str, str]) -> None:
+    """After SIGTERM the stream of a running generation goes on to its image, then the service ends."""
     url = f"http://127.0.0.1:{environment['GENERATOR_PORT']}"
     command = [sys.executable, "-m", "generator_service"]
     embeds = base64.b64encode(save({"prompt_embeds": torch.zeros(1, 32, 384)})).decode()
@@ -141,7 +141,7 @@ def test_a_picture_that_was_begun_is_finished(environment: dict[str, str]) -> No
         headers = {"Accept": "text/event-stream"}
         with httpx.stream("POST", f"{url}/generate", json=body, headers=headers, timeout=PATIENCE_S) as response:
             lines = response.iter_lines()
-            assert "event: step" in lines  # reads as far as that
+            assert "event: step" in lines  # reads up to that event
             service.send_signal(signal.SIGTERM)
             names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
         assert names == ["step"] * 59 + ["completed"]
@@ -151,8 +151,8 @@ def test_a_picture_that_was_begun_is_finished(environment: dict[str, str]) -> No
         service.wait()
 
 
-def test_the_end_can_be_bounded(environment: dict[str, str]) -> None:
-    """A picture that takes longer than ``GENERATOR_DRAIN_S`` after SIGTERM is given up, and the service still ends."""
+def test_the_drain_is_bounded(environment: dict[str, str]) -> None:
+    """A generation that takes longer than ``GENERATOR_DRAIN_S`` after SIGTERM is aborted, and the service ends."""
     url = f"http://127.0.0.1:{environment['GENERATOR_PORT']}"
     embeds = base64.b64encode(save({"prompt_embeds": torch.zeros(1, 32, 384)})).decode()
     body = {"prompt_embeds": embeds, "num_inference_steps": 100, "cache": "none", "width": 768, "height": 768}
@@ -176,8 +176,8 @@ def test_the_end_can_be_bounded(environment: dict[str, str]) -> None:
         service.wait()
 
 
-def answers(url: str) -> bool:
-    """Whether it says 200."""
+def is_ok(url: str) -> bool:
+    """Whether the response is 200."""
     try:
         return httpx.get(url).status_code == httpx.codes.OK
     except httpx.TransportError:
@@ -185,7 +185,7 @@ def answers(url: str) -> bool:
 
 
 def has_started(url: str) -> bool:
-    """Whether the service there has loaded its model; the other one may still be missing."""
+    """Whether the service has loaded its model, even if the other service is not ready."""
     try:
         return bool(httpx.get(f"{url}/health/ready", timeout=PATIENCE_S).json()["status"] != "starting")
     except httpx.TransportError:
@@ -193,7 +193,7 @@ def has_started(url: str) -> bool:
 
 
 def wait_for(condition: object) -> None:
-    """Until ``condition()`` holds."""
+    """Wait until ``condition()`` holds."""
     assert callable(condition)
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
@@ -203,15 +203,15 @@ def wait_for(condition: object) -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_both_services(serving: tuple[subprocess.Popen[bytes], list[str]], sent: signal.Signals) -> None:
-    """``make serve`` runs until Ctrl-C, then nothing of it is left."""
+    """``make serve`` runs until Ctrl-C, and leaves no process behind."""
     if signal.getsignal(sent) == signal.SIG_IGN:
         pytest.skip("a shell's background commands, and what they start, are not to hear Ctrl-C")
     process, urls = serving
-    drawn = httpx.post(f"{urls[1]}/generate", json={"prompt": "a red square", "num_inference_steps": 4}, timeout=60)
-    assert drawn.headers["content-type"] == "image/png"
+    response = httpx.post(f"{urls[1]}/generate", json={"prompt": "a red square", "num_inference_steps": 4}, timeout=60)
+    assert response.headers["content-type"] == "image/png"
     process.send_signal(sent)
     assert process.wait(PATIENCE_S) == 0
-    assert not any(answers(f"{url}/health/live") for url in urls)
+    assert not any(is_ok(f"{url}/health/live") for url in urls)
 
 
 def test_openmp_settings_reach_the_services(serving: tuple[subprocess.Popen[bytes], list[str]]) -> None:
@@ -228,10 +228,10 @@ def test_openmp_settings_reach_the_services(serving: tuple[subprocess.Popen[byte
     assert not any(variable.startswith("GOMP_SPINCOUNT=") for variable in generator)
 
 
-def test_answers_on_kept_connections_are_not_delayed(serving: tuple[subprocess.Popen[bytes], list[str]]) -> None:
-    """The median of 50 answers over one connection is below 5 ms; a delayed acknowledgement alone would take 40.
+def test_responses_on_kept_connections_are_not_delayed(serving: tuple[subprocess.Popen[bytes], list[str]]) -> None:
+    """The median of 50 responses over one connection is below 5 ms; a delayed acknowledgement alone would take 40.
 
-    On a busy machine it is measured again: what is delayed by the kernel is so every time.
+    On a busy machine it is measured again, since a delay of the kernel would occur every time.
     """
     _, urls = serving
     for url in urls:
@@ -240,7 +240,7 @@ def test_answers_on_kept_connections_are_not_delayed(serving: tuple[subprocess.P
 
 
 def median_s(http: httpx.Client) -> float:
-    """Of 50 requests, one after the other."""
+    """The median of 50 sequential requests."""
     seconds = []
     for _ in range(50):
         began = time.perf_counter()
@@ -250,11 +250,11 @@ def median_s(http: httpx.Client) -> float:
 
 
 def test_one_service_does_not_outlive_the_other(serving: tuple[subprocess.Popen[bytes], list[str]]) -> None:
-    """If a service dies, the other is stopped and the status says that something is wrong."""
+    """If a service ends, the other is stopped and the status reports an error."""
     process, urls = serving
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         pytest.skip("only Linux tells a process's children")
     os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
     assert process.wait(PATIENCE_S) == 1
-    assert not any(answers(f"{url}/health/live") for url in urls)
+    assert not any(is_ok(f"{url}/health/live") for url in urls)

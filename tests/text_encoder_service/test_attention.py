@@ -39,7 +39,7 @@ FOLDER = ModelFolder("weights", "local", WEIGHTS)
 
 @pytest.fixture(autouse=True)
 def flags() -> Iterator[None]:
-    """No test leaves a kernel ruled out."""
+    """Restore the kernels after each test."""
     with kept_flags():
         yield
 
@@ -51,7 +51,7 @@ def expected() -> list[torch.Tensor]:
 
 
 def check(ours: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
-    """They are equal up to rounding, as kernels are; and so finite."""
+    """Assert that embeddings are finite, and equal up to rounding, which differs between kernels."""
     for embedding, exact in zip(ours, expected, strict=True):
         assert difference(embedding, exact) <= TOLERANCES[torch.float32]
 
@@ -63,10 +63,10 @@ def served(ours: MistralEncoder) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("broken", "attention"), CASES)
-def test_a_kernel_that_gives_nan_is_ruled_out(
+def test_a_kernel_that_gives_nan_is_excluded(
     broken: tuple[Kernel, ...], attention: str, expected: list[torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The encoder starts with the first kernels that pass, says so in one line if they are not all, and serves."""
+    """The encoder starts with the first kernels that pass, logs it in one line if some failed, and serves."""
     with broken_kernels(broken), caplog.at_level(logging.WARNING, "flux2"):
         ours = encoder(WEIGHTS)
         assert ours.attention == attention
@@ -78,10 +78,10 @@ def test_a_kernel_that_gives_nan_is_ruled_out(
 
 @pytest.mark.parametrize("only_compiled", [False, True])
 @pytest.mark.parametrize(("broken", "attention"), [CASES[2], CASES[3]])
-def test_what_is_trimmed_and_compiled_is_checked_too(
+def test_compiled_layers_are_checked_too(
     broken: tuple[Kernel, ...], attention: str, only_compiled: bool, expected: list[torch.Tensor]
 ) -> None:
-    """Where a kernel fails in compiled code, the layers are compiled again with the next ones, and are still fast."""
+    """If a kernel fails in compiled code, the layers are compiled with the next one, and are still fast."""
     with broken_kernels(broken, only_compiled=only_compiled):
         ours = encoder(WEIGHTS)
         assert ours.attention == ("any" if only_compiled else attention)
@@ -91,10 +91,10 @@ def test_what_is_trimmed_and_compiled_is_checked_too(
         check(served(ours), expected)
 
 
-def test_where_all_compiled_kernels_fail_it_is_exact(
+def test_without_a_compiled_kernel_the_encoder_is_exact(
     expected: list[torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The service starts all the same, uncompiled, and says so."""
+    """The service starts uncompiled, and logs it."""
     with broken_kernels(ALL, only_compiled=True), caplog.at_level(logging.WARNING, "flux2"):
         ours = encoder(WEIGHTS)
         ours.compile(1, "eager")
@@ -103,14 +103,14 @@ def test_where_all_compiled_kernels_fail_it_is_exact(
         check(served(ours), expected)
 
 
-def test_where_all_kernels_fail_the_service_does_not_start() -> None:
-    """One line says that it is not the kernel alone."""
+def test_without_a_kernel_the_service_does_not_start() -> None:
+    """The message says that the kernel may not be the only reason."""
     with broken_kernels(ALL), pytest.raises(ModelRefused, match="not finite numbers, with any of PyTorch's attention"):
         load_encoder(TextEncoderSettings(model=str(WEIGHTS)))
 
 
 def test_damaged_weights_are_refused_at_the_start(tmp_path: Path) -> None:
-    """Weights that are not finite numbers make no embeddings."""
+    """Weights that are not finite numbers are refused."""
     folder = shutil.copytree(WEIGHTS, tmp_path / "model")
     file = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
@@ -120,8 +120,8 @@ def test_damaged_weights_are_refused_at_the_start(tmp_path: Path) -> None:
         encoder(folder)
 
 
-def test_the_command_line_rules_them_out_too(expected: list[torch.Tensor]) -> None:
-    """``flux2 calibrate`` and ``flux2 generate --local`` embed with a kernel that passes, or say that there is none."""
+def test_the_command_line_excludes_them_too(expected: list[torch.Tensor]) -> None:
+    """``flux2 calibrate`` and ``flux2 generate --local`` use a kernel that passes, or report that there is none."""
     with broken_kernels(["cudnn"]):
         ours = embed_prompts(FOLDER, PROMPTS, CPU, torch.float32)
         assert chosen() == "flash"
@@ -133,8 +133,8 @@ def test_the_command_line_rules_them_out_too(expected: list[torch.Tensor]) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
-def test_no_cache_of_compiled_code_keeps_a_kernel_that_is_ruled_out() -> None:
-    """What was compiled with it, in this process or on disk, is not used again."""
+def test_code_with_an_excluded_kernel_is_not_reused() -> None:
+    """Code that was compiled with it, in this process or on disk, is not used again."""
     query, mask = torch.randn(1, 2, 64, 32), torch.ones(64, 64, dtype=torch.bool).tril()
     kernels: list[set[str]] = []
 
@@ -153,8 +153,8 @@ def test_no_cache_of_compiled_code_keeps_a_kernel_that_is_ruled_out() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_value_is_enough(value: float) -> None:
-    """Not all of the states need to be NaN."""
+def test_one_nan_is_enough(value: float) -> None:
+    """A single NaN excludes a kernel."""
     states = torch.zeros(2, 3)
     assert check_finite(states) is states
     states[1, 2] = value
@@ -163,8 +163,8 @@ def test_one_value_is_enough(value: float) -> None:
 
 
 @pytest.mark.anyio
-async def test_info_says_which_kernels_are_used(serve_encoder: Serve) -> None:
-    """``GET /info`` tells of the restriction; what an older service answers is understood."""
+async def test_info_lists_the_kernels(serve_encoder: Serve) -> None:
+    """``GET /info`` lists the kernels; the response of an older service is still understood."""
     with broken_kernels(["cudnn"]):
         async with serve_encoder() as http:
             info = (await http.get("/info")).json()

@@ -1,4 +1,4 @@
-"""The shortened text encoder against the whole one."""
+"""The truncated text encoder compared with the complete one."""
 
 from pathlib import Path
 
@@ -17,17 +17,17 @@ PROMPTS = [
     "far more words than the encoder has room for " * 8,
 ]
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.06}
-"""How far a row of a batch may lie from the single result, as a share of the largest value, by dtype."""
+"""The largest difference of a batch row from the single result, relative to the largest value, by dtype."""
 
 
 def encoder(folder: Path, dtype: torch.dtype = torch.float32) -> MistralEncoder:
-    """Ours."""
+    """This project's encoder."""
     model = ModelFolder(folder.name, "local", folder)
     return MistralEncoder(model, read_prompt_format(model), CPU, dtype)
 
 
 def reference(folder: Path, prompts: list[str], dtype: torch.dtype) -> torch.Tensor:
-    """The library's, with the whole text encoder."""
+    """Diffusers' pipeline with the complete text encoder."""
     pipeline = Flux2Pipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype)
     with torch.no_grad():
         embeddings: torch.Tensor
@@ -38,7 +38,7 @@ def reference(folder: Path, prompts: list[str], dtype: torch.dtype) -> torch.Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 4])
 def test_embeddings_equal_the_whole_encoders_bit_for_bit(weights: Path, count: int, dtype: torch.dtype) -> None:
-    """One prompt or a batch: the result is ``Flux2Pipeline.encode_prompt``'s with all layers, bit for bit."""
+    """For one prompt or a batch the result is ``Flux2Pipeline.encode_prompt``'s with all layers, bit for bit."""
     prompts = PROMPTS[:count]
     ours = torch.cat([embedding.tensor for embedding in encoder(weights, dtype).encode(prompts)])
     assert ours.dtype == dtype
@@ -54,16 +54,16 @@ def test_a_row_of_a_batch_equals_the_single_result(weights: Path, dtype: torch.d
         assert (row.tensor.float() - single).abs().max() <= TOLERANCES[dtype] * single.abs().max()
 
 
-def test_an_embedding_keeps_no_other_alive(weights: Path) -> None:
-    """Each of a batch has memory of its own, so that a cache of embeddings holds what it counts."""
+def test_an_embedding_does_not_keep_its_batch_alive(weights: Path) -> None:
+    """Each row of a batch has its own memory, so that the cache of embeddings holds the bytes it counts."""
     for embedding in encoder(weights).encode(PROMPTS):
         assert embedding.tensor.untyped_storage().nbytes() == embedding.nbytes
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_what_a_gpu_encodes_arrives_whole(weights: Path) -> None:
-    """From a GPU rows come through pinned memory, complete when ``encode`` returns."""
+def test_embeddings_of_a_gpu_are_complete(weights: Path) -> None:
+    """Rows are copied from a GPU through pinned memory, and are complete when ``encode`` returns."""
     model = ModelFolder(weights.name, "local", weights)
     ours = MistralEncoder(model, read_prompt_format(model), torch.device("cuda", 0), torch.float32)
     for row, exact in zip(ours.encode(PROMPTS), encoder(weights).encode(PROMPTS), strict=True):
@@ -71,8 +71,8 @@ def test_what_a_gpu_encodes_arrives_whole(weights: Path) -> None:
         assert torch.allclose(row.tensor, exact.tensor, atol=1e-3 * float(exact.tensor.abs().max()))
 
 
-def test_only_the_wanted_layers_are_in_memory(weights: Path) -> None:
-    """Three of four layers are loaded; no final norm, no head, no vision tower."""
+def test_only_the_required_layers_are_loaded(weights: Path) -> None:
+    """Three of four layers are loaded, without final norm, head and vision tower."""
     model = encoder(weights)._model
     names = {name for name, _ in model.named_parameters()}
     assert len(model.layers) == 3
@@ -80,13 +80,13 @@ def test_only_the_wanted_layers_are_in_memory(weights: Path) -> None:
     assert not any(name.startswith("norm.") for name in names)
 
 
-def test_long_prompts_are_cut_and_told(weights: Path) -> None:
-    """A prompt beyond the limit is cut as the pipeline cuts it, and marked."""
+def test_long_prompts_are_truncated_and_marked(weights: Path) -> None:
+    """A prompt beyond the limit is truncated as the pipeline does it, and marked."""
     assert [embedding.is_truncated for embedding in encoder(weights).encode(PROMPTS)] == [False, False, False, True]
 
 
-def test_a_prompt_that_just_fits_is_not_called_cut(weights: Path) -> None:
-    """A prompt that fills its row to the last token is whole."""
+def test_a_prompt_of_maximum_length_is_not_marked(weights: Path) -> None:
+    """A prompt that fills its row to the last token is not truncated."""
     ours = encoder(weights)
     fits = "a" + " a" * 28  # 29 words, the template's three tokens
     assert [e.is_truncated for e in ours.encode([fits, fits + " a"])] == [False, True]

@@ -1,4 +1,4 @@
-"""The profile ``fast`` against the library's forward pass."""
+"""The profile ``fast`` compared with the library's forward pass."""
 
 import logging
 import shutil
@@ -22,12 +22,12 @@ from text_encoder_service.fast_layers import FastLayers, difference, fast_forwar
 from text_encoder_service.settings import TextEncoderSettings
 from text_encoder_service.shapes import ShapeBuckets
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch warns of its compiler
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # a warning of torch's compiler
 
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code() -> Iterator[None]:
-    """What one test compiled helps no other."""
+    """Discard compiled code after each test."""
     yield
     torch.compiler.reset()
 
@@ -35,21 +35,21 @@ def forget_compiled_code() -> Iterator[None]:
 def fast_encoder(
     folder: Path, dtype: torch.dtype = torch.float32, max_batch: int = 2, backend: str = "eager"
 ) -> MistralEncoder:
-    """Ours, with graphs captured and, with another ``backend``, compiled."""
+    """This project's encoder with captured graphs, compiled by ``backend``."""
     ours = encoder(folder, dtype)
     ours.compile(max_batch, backend)
     return ours
 
 
 def refuse_uncompiled() -> AbstractContextManager[None]:
-    """Within the block it is an error to run what was not compiled before."""
+    """Within the block it is an error to run an uncompiled shape."""
     stance: AbstractContextManager[None] = torch.compiler.set_stance("fail_on_recompile")
     return stance
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_fast_equals_exact_up_to_rounding(weights: Path, dtype: torch.dtype) -> None:
-    """Batches of any size and length give the library's embeddings, in order, and tell of the same cuts."""
+    """Batches of any size and length give the library's embeddings, in order, and mark the same truncations."""
     exact, fast = encoder(weights, dtype).encode(PROMPTS), fast_encoder(weights, dtype, max_batch=4)
     for chosen in (slice(0, 1), slice(0, 3), slice(1, 4), slice(0, 4)):
         for ours, theirs in zip(fast.encode(PROMPTS[chosen]), exact[chosen], strict=True):
@@ -65,8 +65,8 @@ def test_all_layers_share_one_graph_for_each_shape() -> None:
     assert num_compilations() - before == 8
 
 
-def test_all_that_is_served_was_compiled_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No batch up to the largest meets a shape that is new."""
+def test_every_served_shape_is_compiled_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch up to the largest has a new shape."""
     ours = fast_encoder(WEIGHTS, max_batch=4)
     monkeypatch.setattr(fast_layers, "eager_on_recompile", refuse_uncompiled)
     for batch in range(1, 5):
@@ -74,7 +74,7 @@ def test_all_that_is_served_was_compiled_at_the_start(monkeypatch: pytest.Monkey
 
 
 def test_a_larger_batch_runs_uncompiled() -> None:
-    """A shape that is new is not compiled while others wait; it runs as it is."""
+    """A new shape is not compiled while other requests wait; it runs uncompiled."""
     ours, before = fast_encoder(WEIGHTS), num_compilations()
     assert len(ours.encode(PROMPTS)) == 4
     assert num_compilations() == before
@@ -92,18 +92,18 @@ def test_compiled_code_equals_exact_up_to_rounding() -> None:
         assert difference(fast(tokens), ours._exact(tokens)) <= fast_layers.TOLERANCES[torch.float32]
 
 
-def test_what_cannot_be_compiled_is_exact(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where there is no compiler the service starts all the same, bit-equal to the library, and says so."""
+def test_a_failing_compiler_falls_back_to_exact(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a compiler the service starts, bit-identical to the library, and logs it."""
     with caplog.at_level(logging.WARNING, "flux2"):
         ours = fast_encoder(weights, backend="no such backend")
     assert [record.getMessage().rpartition("; ")[2] for record in caplog.records] == ["using performance=exact"]
     assert torch.equal(ours.encode(PROMPTS)[0].tensor, encoder(weights).encode(PROMPTS)[0].tensor)
 
 
-def test_what_is_compiled_wrongly_is_not_served(
+def test_incorrectly_compiled_layers_are_not_used(
     weights: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled layers that differ from the library's by more than rounding are put back, with a line in the log."""
+    """Compiled layers that differ from the library's by more than rounding are replaced by it, and a line is logged."""
 
     def miscompile(layers: Sequence[Any], _: str) -> None:
         for layer in layers:
@@ -117,8 +117,8 @@ def test_what_is_compiled_wrongly_is_not_served(
 
 
 @pytest.mark.parametrize("kind", ["torch", "triton", "compiler"])
-def test_batches_that_do_not_fit_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Too little memory for the largest batch is one line that names the setting, before anything is served."""
+def test_batches_that_do_not_fit_are_an_error_at_start(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Too little memory for the largest batch is one line with the setting's name, before anything is served."""
 
     def run_out(*_: object) -> None:
         error = KINDS[kind]()
@@ -131,7 +131,7 @@ def test_batches_that_do_not_fit_are_told_at_the_start(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_padding_is_computed_once(weights: Path, dtype: torch.dtype) -> None:
-    """Whatever a padding token's embedding is, its states in every place are the library's, bit for bit."""
+    """Whatever a padding token's embedding is, its states at every position are the library's, bit for bit."""
     ours = encoder(weights, dtype)
     with torch.no_grad():  # in these models it is 0, and so are the states
         ours._model.embed_tokens.weight[ours._tokenizer.pad_token_id].normal_()
@@ -144,8 +144,8 @@ def test_padding_is_computed_once(weights: Path, dtype: torch.dtype) -> None:
     assert difference(fast, exact) <= fast_layers.TOLERANCES[dtype]
 
 
-def test_prompts_that_cannot_be_trimmed_are_padded(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where trimming changes the result, here because of padding on the other side, the whole prompt is computed."""
+def test_prompts_that_cannot_be_trimmed_stay_padded(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """If trimming changes the result, here because padding is on the other side, the whole prompt is computed."""
     ours = encoder(weights)
     ours._tokenizer.padding_side = "right"
     exact, before = ours.encode(PROMPTS), num_compilations()
@@ -158,8 +158,8 @@ def test_prompts_that_cannot_be_trimmed_are_padded(weights: Path, caplog: pytest
 
 @pytest.mark.anyio
 async def test_the_service_can_be_fast(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``performance=fast`` serves compiled layers: what the load compiles on its thread, the device thread runs."""
-    monkeypatch.setattr(fast_layers, "compile_parts", lambda parts, _: compile_parts(parts, "eager"))
+    """``performance=fast`` serves compiled layers: code that is compiled while loading runs on the device thread."""
+    monkeypatch.setattr(fast_layers, "compile_parts", lambda modules, _: compile_parts(modules, "eager"))
     monkeypatch.setattr(fast_layers, "eager_on_recompile", refuse_uncompiled)
     async with serve_encoder(performance="fast", max_batch=2) as http:
         response = await http.post("/predict", json={"prompt": PROMPTS[:3]})
@@ -173,7 +173,7 @@ async def test_the_service_can_be_fast(serve_encoder: Serve, monkeypatch: pytest
 def test_auto_is_fast_on_recent_gpus(
     performance: str, capability: tuple[int, int], profile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``auto`` is fast on GPUs of capability 8.0 and more, exact elsewhere; what is asked for is done."""
+    """``auto`` is fast on GPUs of capability 8.0 and more, exact elsewhere; an explicit setting is applied."""
     assert TextEncoderSettings(performance=performance).profile() == "exact"  # on this CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

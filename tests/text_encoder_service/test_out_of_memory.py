@@ -1,4 +1,4 @@
-"""Prompts that do not fit into the device's memory: what is tried, and what is right afterwards."""
+"""Prompts that do not fit into the device's memory: the fallbacks, and the state afterwards."""
 
 from collections.abc import Callable
 
@@ -22,13 +22,13 @@ def ours() -> MistralEncoder:
 
 
 class SmallDevice:
-    """Runs at most ``room`` prompts at once; each that is tried with more fails.
+    """Runs at most ``room`` prompts at once, and fails for larger batches.
 
     Args:
-        forward: what runs them.
-        room: for how many there is memory.
-        kind: how the others fail.
-        num_failures: how often at most.
+        forward: runs the prompts.
+        room: the number of prompts that fit.
+        kind: how larger batches fail.
+        num_failures: the maximum number of failures.
     """
 
     def __init__(self, forward: Forward, room: int, kind: str, num_failures: int = 100) -> None:
@@ -36,7 +36,7 @@ class SmallDevice:
         self._forward, self._room, self._kind, self._num_failures = forward, room, kind, num_failures
 
     def __call__(self, tokens: Tokens) -> torch.Tensor:
-        """As a ``Forward``, which fails after its work is done, when it holds most."""
+        """A ``Forward`` that fails after its work is done, when memory use is highest."""
         self.sizes.append(len(tokens.ids))
         states = self._forward(tokens)
         if len(tokens.ids) > self._room and self._num_failures > 0:
@@ -48,7 +48,7 @@ class SmallDevice:
 
 @EVERY_KIND
 def test_a_batch_that_does_not_fit_is_divided(ours: MistralEncoder, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Halves, and halves of halves, until they fit; the embeddings come in order, and the next batch is bit-equal."""
+    """It is halved until its parts fit; the embeddings are in order, and the next batch is bit-identical."""
     expected = ours.encode(PROMPTS)
     with monkeypatch.context() as patch:
         device = SmallDevice(ours._forward, 1, kind)
@@ -63,7 +63,7 @@ def test_a_batch_that_does_not_fit_is_divided(ours: MistralEncoder, monkeypatch:
 
 @EVERY_KIND
 def test_a_prompt_that_never_fits_is_refused(ours: MistralEncoder, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """After a second attempt it is ``OutOfMemory`` without a word of the library's; the next prompt is bit-equal."""
+    """After a second attempt it is ``OutOfMemory`` without the library's message; the next prompt is bit-identical."""
     expected = ours.encode(PROMPTS[:1])[0].tensor
     with monkeypatch.context() as patch:
         device = SmallDevice(ours._forward, 0, kind)
@@ -74,8 +74,8 @@ def test_a_prompt_that_never_fits_is_refused(ours: MistralEncoder, monkeypatch: 
     assert torch.equal(ours.encode(PROMPTS[:1])[0].tensor, expected)
 
 
-def test_a_prompt_that_fits_at_last_is_right(ours: MistralEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One failure is not noticed."""
+def test_a_retry_gives_the_same_embedding(ours: MistralEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single failure does not change the result."""
     expected = ours.encode(PROMPTS[:1])[0].tensor
     device = SmallDevice(ours._forward, 0, "cublas", num_failures=1)
     monkeypatch.setattr(ours, "_forward", device)
@@ -83,8 +83,8 @@ def test_a_prompt_that_fits_at_last_is_right(ours: MistralEncoder, monkeypatch: 
     assert device.sizes == [1, 1]
 
 
-def test_an_ordinary_error_is_not_taken_for_it(ours: MistralEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake is neither tried again nor called too little memory."""
+def test_an_ordinary_error_is_not_retried(ours: MistralEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A programming error is neither retried nor reported as lack of memory."""
     sizes: list[int] = []
 
     def fail(tokens: Tokens) -> torch.Tensor:

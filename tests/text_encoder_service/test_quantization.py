@@ -1,4 +1,4 @@
-"""Weights in fewer bits."""
+"""Quantized weights."""
 
 import sys
 from pathlib import Path
@@ -15,26 +15,26 @@ from text_encoder_service.fast_layers import FastLayers
 from text_encoder_service.settings import Weights
 
 ERROR = 0.05
-"""int8 was measured on prompts of the demo's world: up to 0.006 in float32, 0.011 in bfloat16; others fare worse."""
+"""Measured for int8 with the demo model's prompts: up to 0.006 in float32, 0.011 in bfloat16; others are higher."""
 
 
 def encoder(weights: Weights, dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS) -> MistralEncoder:
-    """The demo model's, with such weights."""
+    """The demo model's encoder with quantized weights."""
     model = ModelFolder(folder.name, "local", folder)
     return MistralEncoder(model, read_prompt_format(model), CPU, dtype, weights)
 
 
 @pytest.fixture
 def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips the test where there is no torchao."""
+    """Skip the test without torchao."""
     pytest.importorskip("torchao.quantization", exc_type=ImportError)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_is_nearly_full(dtype: torch.dtype) -> None:
-    """Every hidden state lies within 5 % of that of full weights; all linear weights of the layers are quantised."""
+def test_int8_is_close_to_full_precision(dtype: torch.dtype) -> None:
+    """Every hidden state lies within 5 % of that of full weights; all linear weights of the layers are quantized."""
     ours, full = encoder("int8", dtype), encoder("full", dtype)
     for quantised, exact in zip(ours.encode(PROMPTS), full.encode(PROMPTS), strict=True):
         error, states = (t.float().view(-1, 3, 128) for t in (quantised.tensor - exact.tensor, exact.tensor))
@@ -47,7 +47,7 @@ def test_int8_is_nearly_full(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 def test_int8_can_be_fast() -> None:
-    """Quantised layers are trimmed and compiled as full ones are, and give the same up to rounding."""
+    """Quantized layers are trimmed and compiled like others, with equal results up to rounding."""
     ours = encoder("int8")
     exact = ours.encode(PROMPTS)[0].tensor
     ours.compile(1, "eager")
@@ -55,14 +55,14 @@ def test_int8_can_be_fast() -> None:
     assert (ours.encode(PROMPTS[:1])[0].tensor - exact).abs().max() <= 2e-5 * exact.abs().max()
 
 
-def test_a_missing_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without torchao the start is refused by the name of the extra."""
+def test_a_missing_torchao_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torchao the service refuses to start, and names the extra."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ModelRefused, match=r"TEXT_ENCODER_WEIGHTS=int8 .* flux2-services\[quantization\]"):
         encoder("int8")
 
 
-def test_int4_is_refused_where_it_cannot_run() -> None:
-    """Without a GPU the start is refused by the name of the setting."""
+def test_int4_is_refused_without_a_gpu() -> None:
+    """Without a GPU the service refuses to start, and names the setting."""
     with pytest.raises(ModelRefused, match="TEXT_ENCODER_WEIGHTS=int4 needs an NVIDIA GPU"):
         encoder("int4")

@@ -1,4 +1,4 @@
-"""``POST /predict`` and its neighbours, over HTTP."""
+"""``POST /predict`` and related routes over HTTP."""
 
 import asyncio
 import io
@@ -40,7 +40,7 @@ async def test_a_list_gives_a_row_each(serve_encoder: Serve) -> None:
 
 
 async def test_similar_prompts_are_different_prompts(serve_encoder: Serve) -> None:
-    """An embedding is kept for exactly its prompt; asked for again, each prompt gives its own."""
+    """The cache key is the exact prompt, and each prompt gets its own embedding again."""
     prompts = ["a red circle", "a red circle, a blue square", "a Red circle", "a red  circle"]
     async with serve_encoder() as http:
         first, again = [
@@ -53,7 +53,7 @@ async def test_similar_prompts_are_different_prompts(serve_encoder: Serve) -> No
 
 
 async def test_a_body_that_is_declared_too_large_is_not_read(serve_encoder: Serve) -> None:
-    """The declared length is enough to refuse a body: 413 comes before its first byte does."""
+    """A declared length that is too large gives 413 before the first byte of the body is read."""
     async with (
         serve_encoder(max_body_bytes=1000) as http,
         exchange(http, "/predict", None, headers={"content-length": "1001"}) as client,
@@ -73,8 +73,8 @@ async def test_safetensors_on_request(serve_encoder: Serve) -> None:
     assert torch.equal(load(safe.content)["prompt_embeds"], torch.load(io.BytesIO(plain.content)))
 
 
-async def test_cut_prompts_are_told(serve_encoder: Serve) -> None:
-    """The header names the prompts that were cut, from the device and from the cache."""
+async def test_truncated_prompts_are_reported(serve_encoder: Serve) -> None:
+    """The header lists the prompts that were truncated, whether they come from the device or from the cache."""
     long = "red " * 100
     async with serve_encoder() as http:
         for _ in range(2):
@@ -96,7 +96,7 @@ async def test_cut_prompts_are_told(serve_encoder: Serve) -> None:
     ],
 )
 async def test_bad_bodies_name_the_field(serve_encoder: Serve, body: object, status: int, field: str) -> None:
-    """What cannot be used is refused with the field's name, in a body that every client reads."""
+    """Invalid values are refused with the field's name, in a body that every client can parse."""
     async with serve_encoder() as http:
         response = await http.post("/predict", json=body)
     problem = response.json()
@@ -107,14 +107,18 @@ async def test_bad_bodies_name_the_field(serve_encoder: Serve, body: object, sta
     assert problem["error"]["message"] == problem["detail"]
 
 
-async def test_a_body_that_is_no_json_is_400(serve_encoder: Serve) -> None:
-    """Malformed JSON is 400, an unknown path 404, a wrong method 405: all of one form."""
+async def test_malformed_requests_have_problem_details(serve_encoder: Serve) -> None:
+    """Malformed JSON is 400, an unknown path 404, a wrong method 405, all in the same form."""
     async with serve_encoder() as http:
         broken = await http.post("/predict", content=b"{", headers={"content-type": "application/json"})
-        unknown, wrong = await http.get("/nowhere"), await http.get("/predict")
-    assert [r.status_code for r in (broken, unknown, wrong)] == [400, 404, 405]
+        absent, wrong = await http.get("/nowhere"), await http.get("/predict")
+    assert [r.status_code for r in (broken, absent, wrong)] == [400, 404, 405]
     assert wrong.headers["allow"] == "POST"
-    assert [r.json()["code"] for r in (broken, unknown, wrong)] == ["malformed_body", "not_found", "method_not_allowed"]
+    assert [r.json()["code"] for r in (broken, absent, wrong)] == [
+        "malformed_body",
+        "not_found",
+        "method_not_allowed",
+    ]
 
 
 async def test_a_huge_prompt_never_reaches_the_tokenizer(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +132,7 @@ async def test_a_huge_prompt_never_reaches_the_tokenizer(serve_encoder: Serve, m
 
 
 async def test_a_body_without_a_length_is_limited_while_it_is_read(serve_encoder: Serve) -> None:
-    """A chunked body is refused as too large as soon as it is, in the same form."""
+    """A chunked body is refused as soon as it exceeds the limit, in the same form."""
 
     async def endless() -> AsyncIterator[bytes]:
         yield b'{"prompt": "'
@@ -155,8 +159,8 @@ async def test_concurrent_prompts_share_forward_passes(serve_encoder: Serve) -> 
     assert float(lines['flux2_embedding_cache_total{result="hit"}']) == 1
 
 
-async def test_prompts_that_find_no_place_are_refused_together(serve_encoder: Serve) -> None:
-    """A list that does not fit into the queue is 429, and none of its prompts is left there."""
+async def test_prompts_that_exceed_the_queue_are_refused_together(serve_encoder: Serve) -> None:
+    """A list that exceeds the queue is 429, and none of its prompts stays in the queue."""
     async with serve_encoder(max_waiting=1, max_batch=1) as http:
         refused = await http.post("/predict", json={"prompt": [f"a red circle {n}" for n in range(8)]})
         metrics = (await http.get("/metrics")).text
@@ -168,7 +172,7 @@ async def test_prompts_that_find_no_place_are_refused_together(serve_encoder: Se
 
 
 async def test_a_batch_that_does_not_fit_is_oom(serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU without enough memory is 503 ``oom``, not to be retried, without CUDA's own words; later prompts work."""
+    """An out-of-memory error is 503 ``oom`` without a retry or CUDA's message; later prompts are served."""
 
     def too_large(*_args: object, **_kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory at 0x7f")
@@ -185,7 +189,7 @@ async def test_a_batch_that_does_not_fit_is_oom(serve_encoder: Serve, monkeypatc
 
 
 async def test_info_and_health(serve_encoder: Serve) -> None:
-    """The service says what its embeddings are, and that it is alive and ready."""
+    """The service describes its embeddings, and is alive and ready."""
     async with serve_encoder() as http:
         info = (await http.get("/info")).json()
         live, ready = await http.get("/health/live"), await http.get("/health/ready")
@@ -195,8 +199,8 @@ async def test_info_and_health(serve_encoder: Serve) -> None:
 
 
 @pytest.mark.parametrize(("token", "status"), [(None, 401), ("wrong", 401), ("right", 200)])
-async def test_a_token_can_be_required(serve_encoder: Serve, token: str | None, status: int) -> None:
-    """With a token set, only requests that carry it are served; health stays open."""
+async def test_api_keys_can_be_required(serve_encoder: Serve, token: str | None, status: int) -> None:
+    """With API keys only requests that carry one are served; health routes stay open."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     async with serve_encoder(token="right") as http:
         response = await http.post("/predict", json={"prompt": "a"}, headers=headers)
