@@ -174,9 +174,9 @@ def test_incomplete_results_are_labeled(tmp_path: Path) -> None:
     assert "compiled after the warm-up" not in page
 
 
-def test_load_is_told_as_a_ratio(tmp_path: Path) -> None:
-    """Answers, the ratio to the bare loop, estimates and memory are told; seconds only of a GPU."""
-    page = page_with(tmp_path, "load.json", LOAD | {"card": CARD})
+def test_load_is_reported_as_a_ratio(tmp_path: Path) -> None:
+    """Responses, the ratio to the bare loop, estimates and memory are reported; seconds only for a GPU."""
+    page = page_with(tmp_path, "load.json", LOAD | {"card": INFO})
     assert "4 clients over HTTP for 100 s, each with one image after the other: 64x32, 50 steps, cache none." in page
     for row in (
         "178 x 200, 3 x 429",
