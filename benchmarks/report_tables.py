@@ -101,10 +101,10 @@ def peers(report: Report) -> Iterator[str]:
     yield (
         f"\nOne run, the same weights and embedding, {report['side']}x{report['side']}, {report['num_steps']} steps,"
         " from the"
-        "\nembedding to the image. Ratios of times, above 1 is faster; ours computed as many steps as the other."
+        "\nembedding to the image. Ratios of times: above 1 is faster, at equal numbers of computed steps."
     )
     has_seconds = any("seconds" in row for row in report["rows"])
-    yield "\n\n" if has_seconds else " Times\nare CPU times.\n\n"
+    yield "\n\n" if has_seconds else " They are\nof CPU time.\n\n"
     rows = []
     for row in report["rows"]:
         ratio = row["speedup_over_diffusers"]
@@ -164,16 +164,16 @@ def load(report: Report) -> Iterator[str]:
         ("images per second relative to the loop: median of the turns", f"{report['ratio']:.3f}"),
         ("each turn", ", ".join(f"{ratio:.3f}" for ratio in report["ratios"])),
         (
-            "relative error of a response's estimate: median, 90 %",
+            "error of the estimates: median, 90th percentile",
             percents(report, "estimate_error_median", "estimate_error_p90"),
         ),
         (
-            "memory of the generator, after half of the time and at the end",
+            "memory of the generator, halfway and at the end",
             "{} MB, {} MB".format(*report["memory_mb_half_and_end"]),
         ),
     ]
     if report["device_idle_share"] is not None:
-        rows.append(("share of the time in which no image is generated", percents(report, "device_idle_share")))
+        rows.append(("share of the time in which the device is idle", percents(report, "device_idle_share")))
     if "gpu" in report["card"]["machine"]:
         seconds = ", ".join(f"{value:.2f} s" for value in report["latency_s"].values())
         rows += [
@@ -219,7 +219,7 @@ def precision(report: Report) -> Iterator[str]:
     size = f"{report['side']}x{report['side']}, {report['steps']} steps, all computed"
     yield (
         f"\n{report['prompts']} held-out prompts, {size}. A step's error is the mean of `|a - b| / |b|` of its velocity"
-        " on\nthe same latents. Images have 8 bits per channel; right is the share that shows its prompt.\n\n"
+        " on\nthe same latents. Images have 8 bits per channel; `right` is the share that follows its prompt.\n\n"
     )
     header = ("computed in", "step to float32", "to bfloat16", "image to float32", "to bfloat16", "worst", "right")
     rows = []
