@@ -1,4 +1,4 @@
-"""What the services do when something goes wrong, as often as it takes to believe it.
+"""What the services do when something goes wrong, repeated often enough to be convincing.
 
-``make test`` runs the quick form of each, ``make soak`` the long one.
+``make test`` runs the quick form of each test, ``make soak`` the long one.
 """

@@ -1,4 +1,4 @@
-"""The device fails, or whoever waits for it leaves."""
+"""Failures of the device, and clients that disconnect."""
 
 import asyncio
 import io
@@ -29,7 +29,6 @@ LONG = SMALL | {"width": 128, "height": 128, "num_inference_steps": 100, "cache"
 
 
 def pixels(data: bytes) -> np.ndarray:
-    """The picture in a file."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
@@ -37,7 +36,7 @@ real = Flux2Model.generate
 
 
 def without_memory_at_step_7(error: Callable[[], Exception]) -> Callable[..., Any]:
-    """``Flux2Model.generate`` on a device that is too small."""
+    """``Flux2Model.generate`` on a device with too little memory."""
 
     def generate(model: Flux2Model, request: Any, on_step: Any, previews: Any) -> Any:
         def fail(step: int, is_computed: bool) -> None:
@@ -50,10 +49,10 @@ def without_memory_at_step_7(error: Callable[[], Exception]) -> Callable[..., An
     return generate
 
 
-async def test_a_picture_that_does_not_fit_harms_no_other(
+async def test_out_of_memory_affects_only_its_own_request(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch, times: Times
 ) -> None:
-    """Out of memory at step 7, of any kind, is 503 ``oom``, and the next picture is right, each time."""
+    """Out of memory at step 7, of any type, is 503 ``oom``, and the next image is right, each time."""
     async with serve_generator() as http:
         expected = pixels((await http.post("/generate", json=SMALL)).content)
         for seed, error in zip(range(times(len(KINDS), 100)), cycle(KINDS.values()), strict=False):
@@ -66,8 +65,8 @@ async def test_a_picture_that_does_not_fit_harms_no_other(
             assert np.array_equal(pixels((await http.post("/generate", json=SMALL)).content), expected)
 
 
-async def test_what_is_not_finite_is_not_decoded(serve_generator: Serve, model_control: ModelControl) -> None:
-    """Latents that are no finite numbers, even with every step computed, are refused before they are decoded."""
+async def test_latents_that_are_not_finite_are_not_decoded(serve_generator: Serve, model_control: ModelControl) -> None:
+    """Latents that are not finite, even with every step computed, are refused before they are decoded."""
     decodes: list[int] = []
     async with serve_generator() as http:
         model_control.on_decode = lambda: decodes.append(1)
@@ -77,10 +76,8 @@ async def test_what_is_not_finite_is_not_decoded(serve_generator: Serve, model_c
     assert decodes == []
 
 
-async def test_a_decoder_that_gives_no_numbers_gives_no_image(
-    serve_generator: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the decoder makes of finite latents has to be numbers, too: NaN would be a black image."""
+async def test_an_image_that_is_not_finite_is_refused(serve_generator: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoded image must be finite, too: NaN would become a black image."""
     decode = AutoencoderKLFlux2.decode
 
     def not_a_number(vae: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,18 +89,20 @@ async def test_a_decoder_that_gives_no_numbers_gives_no_image(
     assert (refused.status_code, refused.json()["code"]) == (500, "nonfinite_output")
 
 
-async def test_no_false_alarm(serve_generator: Serve, times: Times, caplog: pytest.LogCaptureFixture) -> None:
-    """No picture of an intact model is taken for one that is not finite."""
+async def test_images_of_an_intact_model_are_finite(
+    serve_generator: Serve, times: Times, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No image of an intact model is classified as not finite."""
     async with serve_generator() as http:
         for seed in range(times(20, 1000)):
             body = SMALL | {"num_inference_steps": 2, "seed": seed, "cache": 1 + seed % 2}
-            answer = await http.post("/generate", json=body)
-            assert (answer.status_code, answer.headers["x-steps-computed"]) == (200, str(1 + seed % 2))
+            response = await http.post("/generate", json=body)
+            assert (response.status_code, response.headers["x-steps-computed"]) == (200, str(1 + seed % 2))
     assert "finite" not in caplog.text
 
 
-async def test_what_has_no_time_left_does_not_start(serve_generator: Serve, model_control: ModelControl) -> None:
-    """Of 20 requests that may wait a moment behind a long one none is begun, and each is told so with 504."""
+async def test_requests_past_their_deadline_do_not_start(serve_generator: Serve, model_control: ModelControl) -> None:
+    """Of 20 requests with a short deadline behind a long one none starts, and each gets 504."""
     async with serve_generator(max_waiting=20) as http:
         await http.post("/generate", json=SMALL)
         with model_control.holding():
@@ -113,29 +112,29 @@ async def test_what_has_no_time_left_does_not_start(serve_generator: Serve, mode
             assert not long.done()
         assert (await long).status_code == 200
         generated = (await metrics(http))['flux2_stage_seconds_count{stage="denoise"}']
-    assert [(answer.status_code, answer.json()["code"]) for answer in late] == [(504, "deadline_exceeded")] * 20
+    assert [(response.status_code, response.json()["code"]) for response in late] == [(504, "deadline_exceeded")] * 20
     assert generated == 2
 
 
-async def test_a_flood_is_turned_away(serve_generator: Serve, model_control: ModelControl) -> None:
+async def test_a_flood_is_refused(serve_generator: Serve, model_control: ModelControl) -> None:
     """Of 200 requests at once 9 are generated, one after the other; 191 are refused before the first of them ends."""
     async with serve_generator(max_waiting=8) as http:
         with model_control.holding():
             calls = [asyncio.create_task(http.post("/generate", json=SMALL | {"seed": seed})) for seed in range(200)]
             await until(lambda: sum(call.done() for call in calls) == 191)
-        answers = await asyncio.gather(*calls)
-    assert sorted(answer.status_code for answer in answers) == [200] * 9 + [429] * 191
-    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+        responses = await asyncio.gather(*calls)
+    assert sorted(response.status_code for response in responses) == [200] * 9 + [429] * 191
+    assert all(int(response.headers["retry-after"]) >= 1 for response in responses if response.status_code == 429)
 
 
-async def test_those_who_leave_take_nothing_with_them(generator_url: str, times: Times) -> None:
-    """Clients that drop their connection at random moments leave no place taken; the next picture is right."""
+async def test_disconnects_free_their_slots(generator_url: str, times: Times) -> None:
+    """Clients that disconnect at random moments leave no slot occupied, and the next image is right."""
     address, rng = urlsplit(generator_url), random.Random(0)
     assert address.hostname is not None
     async with httpx.AsyncClient(base_url=generator_url, timeout=60) as http:
         expected = pixels((await http.post("/generate", json=SMALL)).content)
 
-        async def leave(seed: int) -> None:
+        async def disconnect(seed: int) -> None:
             body = json.dumps(LONG | {"seed": seed, "prompt": f"prompt {seed % 50}"}).encode()
             accept = rng.choice(["*/*", "text/event-stream"])
             head = f"POST /generate HTTP/1.1\r\nhost: x\r\naccept: {accept}\r\ncontent-type: application/json\r\n"
@@ -147,23 +146,21 @@ async def test_those_who_leave_take_nothing_with_them(generator_url: str, times:
             del reader
 
         for first in range(0, times(20, 500), 4):
-            await asyncio.gather(*(leave(first + k) for k in range(4)))
+            await asyncio.gather(*(disconnect(first + k) for k in range(4)))
 
         await until_queued(http, 0)
-        begun = await steps_run(http)
+        steps_before = await steps_run(http)
         assert np.array_equal(pixels((await http.post("/generate", json=SMALL)).content), expected)
-        assert await steps_run(http) - begun <= SMALL["num_inference_steps"] + 2
+        assert await steps_run(http) - steps_before <= SMALL["num_inference_steps"] + 2
 
 
-async def test_a_stream_that_fails_ends_with_its_problem(
-    serve_generator: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A failure in mid-run, in all three attempts, ends the stream with what went wrong, never with a picture."""
+async def test_a_failed_stream_ends_with_its_error(serve_generator: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failure in all three attempts the stream ends with the error, never with an image."""
     async with serve_generator() as http:
         monkeypatch.setattr(Flux2Model, "generate", without_memory_at_step_7(KINDS["torch"]))
-        told = events((await http.post("/generate", json=SMALL, headers={"Accept": "text/event-stream"})).text)
-    assert [name for name, _ in told] == ["step"] * 8 * 3 + ["error"]
-    assert told[-1][1]["code"] == "oom"
+        stream_events = events((await http.post("/generate", json=SMALL, headers={"Accept": "text/event-stream"})).text)
+    assert [name for name, _ in stream_events] == ["step"] * 8 * 3 + ["error"]
+    assert stream_events[-1][1]["code"] == "oom"
 
 
 @pytest.mark.parametrize(
@@ -173,10 +170,10 @@ async def test_a_stream_that_fails_ends_with_its_problem(
         ("/v1/images/generations", {"prompt": "a", "stream": True, "num_inference_steps": 100, "cache": "none"}, []),
     ],
 )
-async def test_a_client_that_leaves_before_the_first_byte_takes_nothing_with_it(
+async def test_a_disconnect_before_the_first_byte_frees_the_slot(
     serve_generator: Serve, route: str, body: dict[str, Any], headers: list[tuple[bytes, bytes]]
 ) -> None:
-    """A stream whose first byte cannot be sent frees its place at once, and its generation stops."""
+    """A stream whose first byte cannot be sent frees its slot at once, and its generation stops."""
     messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
     scope = {
         "type": "http",

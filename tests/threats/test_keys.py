@@ -1,4 +1,4 @@
-"""API keys: which ones open a service, and what they keep apart."""
+"""API keys: which keys are accepted, and what they isolate."""
 
 from pathlib import Path
 
@@ -40,18 +40,18 @@ async def test_only_a_whole_key_is_accepted(
         accepted = {key: await http.get(path, headers=bearer(key)) for key in KEYS}
         refused = {key: await http.get(path, headers=bearer(key)) for key in NEAR_MISSES}
         other_scheme = await http.get(path, headers={"Authorization": f"Basic {KEYS[0]}"})
-    assert {key: answer.status_code for key, answer in accepted.items()} == dict.fromkeys(KEYS, 200)
-    assert {key: answer.status_code for key, answer in refused.items()} == dict.fromkeys(NEAR_MISSES, 401)
+    assert {key: response.status_code for key, response in accepted.items()} == dict.fromkeys(KEYS, 200)
+    assert {key: response.status_code for key, response in refused.items()} == dict.fromkeys(NEAR_MISSES, 401)
     assert other_scheme.status_code == 401
 
 
 async def test_an_idempotency_key_belongs_to_its_api_key(serve_generator: Serve, tmp_path: Path) -> None:
-    """Two API keys that send the same ``Idempotency-Key`` get a job each, and neither learns of the other's."""
+    """Two API keys with the same ``Idempotency-Key`` get a job each, and cannot see each other's."""
     (tmp_path / "keys").write_text("\n".join(KEYS), encoding="utf-8")
-    same = {"Idempotency-Key": "order-1"}
+    same = {"Idempotency-Key": "request-1"}
     async with serve_generator(keys_file=tmp_path / "keys") as http:
         first = await http.post("/jobs", json=SMALL, headers=bearer(KEYS[0]) | same)
         second = await http.post("/jobs", json=SMALL | {"seed": 8}, headers=bearer(KEYS[1]) | same)
         again = await http.post("/jobs", json=SMALL, headers=bearer(KEYS[0]) | same)
-    assert [answer.status_code for answer in (first, second, again)] == [202] * 3
+    assert [response.status_code for response in (first, second, again)] == [202] * 3
     assert first.json()["id"] == again.json()["id"] != second.json()["id"]

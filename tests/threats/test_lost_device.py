@@ -1,4 +1,4 @@
-"""A GPU fails for good: nothing of it is delivered any more, and the service asks to be restarted."""
+"""A permanent failure of the GPU: nothing it computed is returned, and the service asks to be restarted."""
 
 import asyncio
 from typing import Any
@@ -26,7 +26,7 @@ real_generate = Flux2Model.generate
 
 
 def break_at_step_7(patch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Have every generation fail in its middle."""
+    """Make every generation fail in its middle."""
 
     def generate(model: Flux2Model, request: Any, on_step: Any, previews: Any) -> Any:
         def fail(step: int, is_computed: bool) -> None:
@@ -40,46 +40,46 @@ def break_at_step_7(patch: pytest.MonkeyPatch, error: Exception) -> None:
 
 
 async def status_of(http: httpx.AsyncClient, route: str) -> int:
-    """What a probe sees."""
+    """The status of a probe."""
     return (await http.get(route)).status_code
 
 
 @pytest.mark.parametrize("error", STICKY, ids=str)
-async def test_no_image_is_delivered_after_the_fault(
+async def test_no_image_is_returned_after_the_fault(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Running, waiting and later requests get 503 ``device_lost`` and are asked to repeat; live is 500, ready 503."""
+    """Running, waiting and later requests get a retryable 503 ``device_lost``; live is 500, ready 503."""
     async with serve_generator() as http:
         with monkeypatch.context() as broken:
             break_at_step_7(broken, error)
-            answers = await asyncio.gather(*(http.post("/generate", json=SMALL | {"seed": k}) for k in range(4)))
-        answers.append(await http.post("/generate", json=SMALL))  # the model would work again
-        answers.append(await http.post("/jobs", json=SMALL))
-        for answer in answers[:5]:
-            assert (answer.status_code, answer.json()["code"]) == (503, "device_lost")
-            assert answer.headers["x-should-retry"] == "true"
-            assert "CUDA" not in answer.text
-            assert "assert" not in answer.text
-        assert answers[5].status_code == 503
+            responses = await asyncio.gather(*(http.post("/generate", json=SMALL | {"seed": k}) for k in range(4)))
+        responses.append(await http.post("/generate", json=SMALL))  # the model itself works again
+        responses.append(await http.post("/jobs", json=SMALL))
+        for response in responses[:5]:
+            assert (response.status_code, response.json()["code"]) == (503, "device_lost")
+            assert response.headers["x-should-retry"] == "true"
+            assert "CUDA" not in response.text
+            assert "assert" not in response.text
+        assert responses[5].status_code == 503
         assert (await status_of(http, "/health/live"), await status_of(http, "/health/ready")) == (500, 503)
 
 
 async def test_a_stream_and_a_job_end_with_the_fault(serve_generator: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their last event, and the job's state, say that the device failed."""
+    """Their last event, and the job's state, report the failure of the device."""
     async with serve_generator() as http:
         break_at_step_7(monkeypatch, STICKY[0])
         job = (await http.post("/jobs", json=SMALL)).json()
         stream = await http.post("/generate", json=SMALL, headers={"Accept": "text/event-stream"})
         last = events(stream.text)[-1]
         assert (last[0], last[1]["code"]) == ("error", "device_lost")
-        followed = events((await http.get(f"/jobs/{job['id']}/events")).text)
-        assert (followed[-1][0], followed[-1][1]["code"]) == ("error", "device_lost")
+        job_events = events((await http.get(f"/jobs/{job['id']}/events")).text)
+        assert (job_events[-1][0], job_events[-1][1]["code"]) == ("error", "device_lost")
 
 
-async def test_an_image_that_is_being_encoded_is_held_back(
+async def test_an_image_that_is_being_encoded_is_not_returned(
     serve_generator: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image that was generated just before the fault, and whose file is not written yet, is not delivered."""
+    """An image that was generated just before the fault, and whose file is not written yet, is not returned."""
     loop = asyncio.get_running_loop()
     is_encoding, may_go_on = asyncio.Event(), asyncio.Event()
 
@@ -109,10 +109,10 @@ async def test_an_ordinary_error_is_not_a_fault(serve_generator: Serve, monkeypa
 
 
 @pytest.mark.parametrize("error", STICKY, ids=str)
-async def test_the_encoder_delivers_nothing_after_the_fault(
+async def test_the_encoder_returns_nothing_after_the_fault(
     serve_encoder: Serve, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """The encoder does as the generator does, for prompts that share the failing batch and for all after it."""
+    """The encoder behaves like the generator, for prompts in the failing batch and for all later ones."""
 
     def fail(_encoder: MistralEncoder, _prompts: Any) -> Any:
         raise error
@@ -120,11 +120,11 @@ async def test_the_encoder_delivers_nothing_after_the_fault(
     async with serve_encoder() as http:
         with monkeypatch.context() as broken:
             broken.setattr(MistralEncoder, "encode", fail)
-            answers = await asyncio.gather(*(http.post("/predict", json={"prompt": str(k)}) for k in range(3)))
-        answers.append(await http.post("/predict", json={"prompt": ["one", "two"]}))
-        for answer in answers:
-            assert (answer.status_code, answer.json()["code"]) == (503, "device_lost")
-            assert answer.headers["x-should-retry"] == "true"
+            responses = await asyncio.gather(*(http.post("/predict", json={"prompt": str(k)}) for k in range(3)))
+        responses.append(await http.post("/predict", json={"prompt": ["one", "two"]}))
+        for response in responses:
+            assert (response.status_code, response.json()["code"]) == (503, "device_lost")
+            assert response.headers["x-should-retry"] == "true"
         assert (await status_of(http, "/health/live"), await status_of(http, "/health/ready")) == (500, 503)
 
 

@@ -1,4 +1,4 @@
-"""The services as processes: ended, killed, left alone for long, and asked for whatever a machine can think of."""
+"""The services as processes: stopped, killed, under long load, and fuzzed."""
 
 import base64
 import io
@@ -46,73 +46,73 @@ def process(module: str, port: int, **environment: str) -> Iterator[tuple[subpro
 
 @contextmanager
 def both(encoder_port: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A generator, and its address, whose encoder is expected at ``encoder_port``."""
+    """A generator whose encoder is expected at ``encoder_port``, and its address."""
     expected = f"http://127.0.0.1:{encoder_port}"
     with process("generator_service", free_port(), TEXT_ENCODER_URL=expected) as generator:
         yield generator
 
 
 def pixels(data: bytes) -> np.ndarray:
-    """The whole picture in a file; a truncated one is an error."""
+    """The image in a complete file; a truncated one is an error."""
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def test_no_end_truncates_a_picture(times: Times) -> None:
-    """SIGTERM at a random moment: each request gets its whole picture or none at all, and the status is 0."""
+def test_shutdown_never_truncates_an_image(times: Times) -> None:
+    """After SIGTERM at a random moment each request gets its complete image or none, and the status is 0."""
     rng = random.Random(0)
     body = {"prompt_embeds": EMBEDS, "num_inference_steps": 20, "cache": "none", "seed": 7}
     whole: list[np.ndarray] = []
 
-    def ask(url: str) -> None:
+    def request_image(url: str) -> None:
         try:
-            answer = httpx.post(f"{url}/generate", json=body, timeout=PATIENCE_S)
+            response = httpx.post(f"{url}/generate", json=body, timeout=PATIENCE_S)
         except httpx.ConnectError:
-            return  # it listened no more
-        assert answer.status_code == 200, answer.text
-        whole.append(pixels(answer.content))
+            return  # the service no longer listened
+        assert response.status_code == 200, response.text
+        whole.append(pixels(response.content))
 
     for _ in range(times(1, 100)):
         with process("generator_service", free_port()) as (service, url), ThreadPoolExecutor(3) as clients:
-            asked = [clients.submit(ask, url) for _ in range(3)]
+            requests = [clients.submit(request_image, url) for _ in range(3)]
             wait_for(lambda url=url: "\nflux2_queue_depth 0.0\n" not in httpx.get(f"{url}/metrics").text)
             time.sleep(rng.uniform(0, 1.5))
             service.send_signal(signal.SIGTERM)
             assert service.wait(PATIENCE_S) == 0
-            for client in asked:
+            for client in requests:
                 client.result()
     assert len(whole) >= times(1, 100)  # at least the one that was being generated
-    assert all(np.array_equal(picture, whole[0]) for picture in whole)
+    assert all(np.array_equal(image, whole[0]) for image in whole)
 
 
-def test_the_generator_survives_its_encoder(times: Times) -> None:
-    """The encoder is killed, again and again: 503 while it is away, at once; pictures within 10 s of its return."""
+def test_the_generator_survives_a_killed_encoder(times: Times) -> None:
+    """While the encoder is killed requests get 503 at once; images follow within 10 s of its return, each time."""
     port = free_port()
     prompts = map(str, range(10**9))
     with both(port) as (generator, url), httpx.Client(base_url=url, timeout=PATIENCE_S) as http:
 
-        def ask(prompt: str) -> int:
+        def request_image(prompt: str) -> int:
             return http.post("/generate", json=TINY | {"prompt": prompt}).status_code
 
         for _ in range(times(1, 20)):
             with process("text_encoder_service", port):
                 back = time.monotonic()
-                wait_for(lambda: ask(next(prompts)) == 200)
+                wait_for(lambda: request_image(next(prompts)) == 200)
                 assert time.monotonic() - back < 10
-                assert ask("known") == 200
-            refused = [ask(next(prompts)) for _ in range(5)]
+                assert request_image("cached") == 200
+            refused = [request_image(next(prompts)) for _ in range(5)]
             took = []
             for _ in range(20):
                 began = time.perf_counter()
-                refused.append(ask(next(prompts)))
+                refused.append(request_image(next(prompts)))
                 took.append(time.perf_counter() - began)
             assert set(refused) == {503}
-            assert statistics.median(took) < 0.5  # less than the waits between attempts: it is not asked
-            assert ask("known") == 200  # its embedding was kept
+            assert statistics.median(took) < 0.5  # less than the waits between attempts: no request is sent
+            assert request_image("cached") == 200  # its embedding was cached
         assert generator.poll() is None
 
 
-def test_nothing_is_leaked(times: Times) -> None:
-    """Pictures leave no memory and no file behind: the resident size does not rise with their number."""
+def test_no_memory_or_file_is_leaked(times: Times) -> None:
+    """The resident size and the open files do not grow with the number of images."""
     count = times(120, 10_000)
     with (
         process("generator_service", free_port()) as (service, url),
@@ -121,21 +121,21 @@ def test_nothing_is_leaked(times: Times) -> None:
         watched = psutil.Process(service.pid)
         sizes, files = [], []
         for k in range(count):
-            answer = http.post("/generate", json=TINY | {"prompt_embeds": EMBEDS, "seed": k})
-            assert answer.status_code == 200
-            if k >= count // 3 and k % (count // 30) == 0:  # after the caches are full
+            response = http.post("/generate", json=TINY | {"prompt_embeds": EMBEDS, "seed": k})
+            assert response.status_code == 200
+            if k >= count // 3 and k % (count // 30) == 0:  # the caches are full
                 sizes.append(watched.memory_info().rss / 2**20)
                 files.append(watched.num_fds())
     slope = statistics.linear_regression(range(len(sizes)), sizes).slope / (count // 30) * 1000
-    print(f"resident size: {sizes[0]:.0f} to {sizes[-1]:.0f} MiB, {slope:+.2f} MiB per 1000 pictures")
-    assert len(set(files)) <= 2  # our one connection may be open or not
+    print(f"resident size: {sizes[0]:.0f} to {sizes[-1]:.0f} MiB, {slope:+.2f} MiB per 1000 images")
+    assert len(set(files)) <= 2  # the client's connection may be open or not
     assert sizes[-1] - sizes[0] < times(30, 10)
     if count >= 10_000:
         assert slope < 1
 
 
 def test_no_request_is_an_internal_error(times: Times) -> None:
-    """Whatever schemathesis makes of the API's own description: no 5xx, and the answers are as they are described."""
+    """No request that schemathesis derives from the OpenAPI schema is a 5xx, and responses match the schema."""
     port = free_port()
     small = {"GENERATOR_MAX_PIXELS": str(64 * 64), "GENERATOR_MAX_WAITING": "64"}
     checks = "not_a_server_error,content_type_conformance,response_headers_conformance,response_schema_conformance"
@@ -146,6 +146,6 @@ def test_no_request_is_an_internal_error(times: Times) -> None:
                 tool = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json"]
                 options = ["--checks", checks, "--max-examples", str(times(5, 200)), "--phases", "examples,fuzzing"]
                 options += ["--seed", "1", "--suppress-health-check", "all", "--generation-database", "none"]
-                told = subprocess.run([*tool, *options], capture_output=True, text=True, check=False)
-                print(told.stdout[-2000:])
-                assert told.returncode == 0, told.stdout[-5000:]
+                result = subprocess.run([*tool, *options], capture_output=True, text=True, check=False)
+                print(result.stdout[-2000:])
+                assert result.returncode == 0, result.stdout[-5000:]

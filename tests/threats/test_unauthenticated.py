@@ -24,24 +24,24 @@ HUGE = "a" * (10 * 2**20)
 
 
 def requests_of(app: FastAPI) -> Iterator[tuple[str, str]]:
-    """Method and path of every route, with something in the place of its parameters."""
+    """Method and path of every route, with a value for each path parameter."""
     for path, methods in app.openapi()["paths"].items():
         for method in methods:
             yield method.upper(), re.sub(r"{.*?}", "0", path)
 
 
-def test_every_route_is_known() -> None:
-    """The routes that the tests of keys walk through are those that there are, or the tests would see nothing."""
+def test_every_route_is_tested() -> None:
+    """The routes that the tests of keys request are all routes of the services."""
     encoder, generator = create_encoder(TextEncoderSettings()), create_generator(GeneratorSettings())
     assert {path for _, path in requests_of(encoder)} == OPEN | {"/predict", "/info"}
     assert {"/generate", "/jobs", "/v1/images/edits", "/v1/models"} | OPEN <= {p for _, p in requests_of(generator)}
 
 
 @pytest.mark.parametrize("service", ["encoder", "generator"])
-async def test_strangers_reach_nothing_but_health(
+async def test_only_health_is_reachable_without_a_key(
     service: str, serve_encoder: Serve, serve_generator: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every route answers 401 without a key and with a wrong one, and does not with the right one; no key is logged."""
+    """Every route responds with 401 to a missing and to a wrong key, and accepts a valid one; no key is logged."""
     caplog.set_level(logging.DEBUG)
     serve = serve_encoder if service == "encoder" else serve_generator
     async with serve(token="the right key") as http:
@@ -57,8 +57,8 @@ async def test_strangers_reach_nothing_but_health(
 
 
 @pytest.mark.parametrize("route", ["/generate", "/jobs", "/v1/images/generations"])
-async def test_a_huge_prompt_costs_nothing(serve_generator: Serve, route: str) -> None:
-    """10 MB of prompt are refused in a small multiple of the time that reading them as JSON takes, and are not kept."""
+async def test_a_huge_prompt_is_refused_quickly(serve_generator: Serve, route: str) -> None:
+    """10 MB of prompt are refused in a small multiple of the time for parsing them as JSON, and are not kept."""
     body = b'{"prompt": "%s"}' % HUGE.encode()
     async with serve_generator() as http:
         before = psutil.Process().memory_info().rss
@@ -67,19 +67,19 @@ async def test_a_huge_prompt_costs_nothing(serve_generator: Serve, route: str) -
             began = time.perf_counter()
             json.loads(body)
             read = time.perf_counter()
-            answer = await http.post(route, content=body, headers={"content-type": "application/json"})
+            response = await http.post(route, content=body, headers={"content-type": "application/json"})
             reading.append(read - began)
             refusing.append(time.perf_counter() - read)
-            assert answer.status_code in (413, 422)
-            assert len(answer.content) < 2000
+            assert response.status_code in (413, 422)
+            assert len(response.content) < 2000
         assert psutil.Process().memory_info().rss - before < 50 * 2**20
     assert min(refusing) < 50 * min(reading)
 
 
-async def test_a_wrong_key_takes_no_time_to_refuse(serve_generator: Serve) -> None:
-    """A stranger's large body is not even read into a request: 401, whatever it says."""
+async def test_a_wrong_key_is_refused_before_the_body_is_read(serve_generator: Serve) -> None:
+    """The large body of an unauthenticated client is not read: it gets 401, whatever the body is."""
     async with serve_generator(token="the right key") as http:
-        answers: list[httpx.Response] = [
+        responses: list[httpx.Response] = [
             await http.post("/generate", content=content) for content in (b"", b"{", HUGE.encode())
         ]
-    assert [answer.status_code for answer in answers] == [401] * 3
+    assert [response.status_code for response in responses] == [401] * 3

@@ -1,4 +1,4 @@
-"""Work beside the device thread competes with it for the CPU."""
+"""Work on other threads, which would compete with the device thread for the CPU."""
 
 import asyncio
 import base64
@@ -20,14 +20,14 @@ READS_NOTHING = {"aten::set_", "aten::empty"}
 
 
 class Computations(TorchDispatchMode):
-    """Notes the torch operations of the thread that enters it which compute or copy elements."""
+    """Records the torch operations of the thread that enters it which compute or copy elements."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
         self._names = names
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation; one whose result is a view of its argument computes nothing."""
+        """Run the operation; one whose result is a view of its argument does not count."""
         schema = func._schema
         is_view = any(result.alias_info and not result.alias_info.is_write for result in schema.returns)
         if not is_view and schema.name not in READS_NOTHING:
@@ -52,8 +52,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_computations_are_noticed() -> None:
-    """The watch of the tests below notices what computes and copies, and only that."""
+def test_computations_are_detected() -> None:
+    """Operations that compute or copy are detected, and no others."""
     names: list[str] = []
     tensor = torch.ones(2, 2)
     with Computations(names):
@@ -67,10 +67,10 @@ def test_computations_are_noticed() -> None:
 
 @pytest.mark.parametrize("media_type", ["application/octet-stream", "application/vnd.safetensors"])
 @pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS])
-async def test_the_encoder_computes_on_its_device_thread_alone(
+async def test_the_encoder_computes_only_on_its_device_thread(
     serve_encoder: Serve, computed: list[str], media_type: str, prompt: str | list[str]
 ) -> None:
-    """From the model's embeddings to the body of the answer, no other thread computes with torch."""
+    """From the model's embeddings to the body of the response, no other thread computes with torch."""
     async with serve_encoder() as http:
         computed.clear()  # the model was loaded
         with Computations(computed):
@@ -80,7 +80,7 @@ async def test_the_encoder_computes_on_its_device_thread_alone(
 
 
 @pytest.mark.parametrize("gives_embeds", [True, False])
-async def test_the_generator_computes_on_its_device_thread_alone(
+async def test_the_generator_computes_only_on_its_device_thread(
     serve_generator: Serve, computed: list[str], gives_embeds: bool
 ) -> None:
     """Reading an embedding, recording its digest and writing the file need no torch."""
