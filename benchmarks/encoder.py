@@ -83,7 +83,7 @@ class Run:
         self._until = until
         self._watch = watch
         self._report = report
-        self._on_found = on_update
+        self._on_result = on_update
         self._backend = backend
         layers = model.prompt_format.hidden_layers
         self._exact: Forward = partial(run_library, model.language_model, layers)
@@ -162,7 +162,7 @@ class Run:
         row |= {"seconds": asdict(summary), "prompts_per_s": batch / summary.median}
         row |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if is_gpu else {}
         self._report.rows.append(row)
-        self._on_found()
+        self._on_result()
 
 
 def seconds(work: Callable[[], object], watch: Stopwatch) -> Iterator[float]:

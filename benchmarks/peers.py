@@ -70,7 +70,7 @@ class Comparison:
     ) -> None:
         self._source = source
         self._args = args
-        self._on_found = on_update
+        self._on_result = on_update
         self._longest_s = 0.0
         self._until = time.perf_counter() + args.budget_s
         self._clock = time.perf_counter if source.torch_device.type == "cuda" else time.process_time
@@ -105,7 +105,7 @@ class Comparison:
                 message = str(error).splitlines()[0] if str(error) else ""
                 self.left_out.append(f"{name}: {type(error).__name__}: {message}")
             self._longest_s = max(self._longest_s, time.perf_counter() - began)
-        self._on_found(self)
+        self._on_result(self)
 
     def _counts(self, peers: list[Peer]) -> set[int]:
         """Return how many steps the caches compute, counted on a tiny model; these caches do not depend on the data."""
@@ -183,7 +183,7 @@ class Comparison:
             computed = generate(self._args.steps)
             seconds.append(self._clock() - began)
         self.rows.append(Row(name, computed, Summary.of(seconds), profile))
-        self._on_found(self)
+        self._on_result(self)
         print(f"{name}: done", flush=True)
 
 

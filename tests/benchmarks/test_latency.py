@@ -33,7 +33,7 @@ def test_tokens_of_a_shape(shape: Shape, num_tokens: int, name: str) -> None:
     assert len(sizes) == 3, "each is new to the model's cache"
 
 
-def test_a_picture_ends_as_a_png_file() -> None:
+def test_an_image_ends_as_a_png_file() -> None:
     """The time is of the whole way to the file, and holds denoising and decoding."""
     with SOURCE.model("exact") as model, open_bench(model, SOURCE.embedding()) as bench:
         bench.warm_up(Shape(64, 1))

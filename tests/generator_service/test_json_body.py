@@ -23,13 +23,13 @@ async def test_large_bodies_are_parsed_off_the_event_loop(
     """A body with images is parsed on a thread, a small one at once."""
     parsed_on: list[threading.Thread] = []
 
-    class RecordingJSON:
+    class WatchedJSON:
         @staticmethod
         def loads(body: bytes) -> Any:
             parsed_on.append(threading.current_thread())
             return json.loads(body)
 
-    monkeypatch.setattr(json_body, "json", RecordingJSON)
+    monkeypatch.setattr(json_body, "json", WatchedJSON)
     async with serve_generator() as http:
         for prompt in (LARGE, ""):
             response = await http.post(route, json={"prompt": prompt, "nothing": 1})

@@ -21,12 +21,12 @@ ERRORS = st.one_of(st.sampled_from([0.0, 1.0, 2.0, 3.0]), st.floats(0, 10, allow
 
 
 @st.composite
-def graphs(draw: st.DrawFn) -> ErrorGraph:
+def graphs(pick: st.DrawFn) -> ErrorGraph:
     """A small graph with some absent edges and some edges of nonzero cost without skips."""
-    num_steps = draw(st.integers(1, 8))
+    num_steps = pick(st.integers(1, 8))
     edges = [(i, j) for i in range(num_steps) for j in range(i + 1, num_steps + 1)]
-    chosen = draw(st.lists(st.sampled_from(edges), unique=True))
-    return ErrorGraph(num_steps, {edge: draw(ERRORS) for edge in chosen})
+    chosen = pick(st.lists(st.sampled_from(edges), unique=True))
+    return ErrorGraph(num_steps, {edge: pick(ERRORS) for edge in chosen})
 
 
 def all_paths(graph: ErrorGraph, budget: int) -> list[tuple[list[float], tuple[int, ...]]]:
