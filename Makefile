@@ -34,8 +34,8 @@ demo: install ## generate one image in five cache modes with the demo model, on 
 serve: install ## run both services with the demo model until Ctrl-C
 	@$(BIN)/python -m demo_model.serve
 
-test: install ## run the test suite
-	@$(BIN)/python -m pytest -q -m "not docker and not cluster and not slow"
+test: install ## run the test suite, in two processes
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not docker and not cluster and not slow"
 
 soak: install ## run the long versions of tests/threats (most of an hour)
 	@$(BIN)/python -m pytest -q -s --soak tests/threats

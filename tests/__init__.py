@@ -28,6 +28,8 @@ def clean_environment() -> None:
         if name.upper() in names or name.startswith(PREFIXES):
             del os.environ[name]
     os.environ |= {"HF_ENDPOINT": NOWHERE, "PYTHONPATH": str(ROOT)}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of two processes would wait for each other, spinning
 
 
 clean_environment()
