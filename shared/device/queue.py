@@ -18,7 +18,7 @@ from flux2_shared.errors import Busy, DeadlineExceeded, DeviceLost, ShuttingDown
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
-FIRST_GUESS_S = 1.0
+DEFAULT_BATCH_S = 1.0
 """The assumed duration of a batch before one was timed."""
 
 
@@ -81,7 +81,7 @@ class DeviceQueue(Generic[Work, Result]):
         self._waiting: deque[_Entry[Work, Result]] = deque()
         self._running: list[_Entry[Work, Result]] = []
         self._num_in_flight = 0
-        self._batch_s = FIRST_GUESS_S
+        self._batch_s = DEFAULT_BATCH_S
         self._arrival = asyncio.Event()
         self._is_closed = False
         self._thread = thread
@@ -159,7 +159,7 @@ class DeviceQueue(Generic[Work, Result]):
 
     def _time_out(self, entry: _Entry[Work, Result]) -> None:
         if entry in self._waiting:
-            entry.fail(DeadlineExceeded("the deadline passed before it was this request's turn"))
+            entry.fail(DeadlineExceeded("the deadline passed before the prompt was encoded"))
 
     async def _serve(self) -> None:
         while True:

@@ -18,7 +18,7 @@ from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
-from generator_service.api.json_body import LargeBodyRoute
+from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest, Sampling
 from generator_service.engine.events import Preview
 from generator_service.engine.generation import Generation, GenerationResult

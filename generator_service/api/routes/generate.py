@@ -10,8 +10,8 @@ from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.huggingface import InferenceRequest
-from generator_service.api.json_body import LargeBodyRoute
 from generator_service.api.responses import to_response
+from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.generation import Generation
 from generator_service.engine.imaging import MEDIA_TYPES

@@ -9,9 +9,9 @@ from flux2_shared.web.auth import owner_of
 from flux2_shared.web.problem import problem_of
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
-from generator_service.api.json_body import LargeBodyRoute
 from generator_service.api.responses import to_response
 from generator_service.api.routes.generate import MAX_KEY_CHARS
+from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.job_store import Job
 from generator_service.errors import JobNotFinished

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from generator_service.api import json_body
-from generator_service.api.json_body import INLINE_BYTES
+from generator_service.api.routes import large_body
+from generator_service.api.routes.large_body import INLINE_BYTES
 from tests.conftest import Serve
 
 pytestmark = pytest.mark.anyio
@@ -29,7 +29,7 @@ async def test_large_bodies_are_parsed_off_the_event_loop(
             parsed_on.append(threading.current_thread())
             return json.loads(body)
 
-    monkeypatch.setattr(json_body, "json", WatchedJSON)
+    monkeypatch.setattr(large_body, "json", WatchedJSON)
     async with serve_generator() as http:
         for prompt in (LARGE, ""):
             response = await http.post(route, json={"prompt": prompt, "nothing": 1})
