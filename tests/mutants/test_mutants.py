@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import ROOT, Verdict, try_mutant
+from tests.mutants.__main__ import ROOT, Verdict, copy_tree, try_mutant
 from tests.mutants.catalog import Mutant, StaleMutant, load_mutants
 
 SOURCE = """
@@ -91,3 +91,9 @@ def test_no_mutant_is_stale() -> None:
     """The line that each mutant changes is in its file, once."""
     for mutant in load_mutants():
         mutant.find((ROOT / mutant.file).read_text(encoding="utf-8"))
+
+
+def test_the_shared_package_of_a_copy_is_its_own(tmp_path: Path) -> None:
+    """A mutant of the shared code is tried, not the code beside the copy."""
+    tree = copy_tree(tmp_path / "copy")
+    assert (tree / "flux2_shared" / "errors.py").resolve() == tree.resolve() / "shared" / "errors.py"
