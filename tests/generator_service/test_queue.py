@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flux2_shared.errors import Busy
+from flux2_shared.errors import Busy, ShuttingDown
 from generator_service.engine.events import ProgressEvent, Queued
 from generator_service.engine.generation import Generation
 from generator_service.engine.latency import LatencyEstimate
@@ -230,3 +230,19 @@ async def test_a_task_is_cancelled_before_its_first_run() -> None:
     generation.cancel()
     await asyncio.sleep(0)
     assert (has_run, generation.status, harness.queue.num_in_flight) == ([], "cancelled", 0)
+
+
+async def test_a_closed_queue_refuses() -> None:
+    """After ``close`` generations end with its error, and no permit lets another enter."""
+    line = QueueHarness()
+    waiting = line.enter(request_of(1.0))
+    with line.queue.admit() as permit:
+        line.queue.close(ShuttingDown)
+        with pytest.raises(ShuttingDown):
+            await waiting.images()
+        late = Generation(request_of(1.0), on_end=line.queue.leave)
+        with pytest.raises(ShuttingDown):
+            line.queue.enter(late, permit)
+    with pytest.raises(ShuttingDown), line.queue.admit():
+        raise AssertionError
+    assert line.queue.num_in_flight == 0
