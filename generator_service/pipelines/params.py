@@ -88,10 +88,8 @@ class Params:
 def pipeline_arguments(batch: Sequence[Params], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of diffusers' pipeline. A batch with references or adapters must have one image."""
     params = batch[0]  # for the values that all images share
-    embeds = [each.prompt_embeds for each in batch if each.prompt_embeds is not None]
-    assert len(embeds) == len(batch)  # images are only generated after embedding
     return {
-        "prompt_embeds": torch.cat(embeds).to(device, dtype),
+        "prompt_embeds": torch.cat([each.embeddings for each in batch]).to(device, dtype),
         "image": [reference.image for reference in params.references] or None,
         "width": params.width,
         "height": params.height,

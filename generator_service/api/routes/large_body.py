@@ -19,7 +19,9 @@ class LargeBodyRequest(Request):
         body = await self.body()
         if len(body) <= INLINE_BYTES:
             return json.loads(body)
-        return await asyncio.to_thread(json.loads, body)
+        state = getattr(self.app.state, "generator", None)
+        run = asyncio.to_thread if state is None else state.requests.run  # there is no state while the service starts
+        return await run(json.loads, body)
 
 
 class LargeBodyRoute(APIRoute):
