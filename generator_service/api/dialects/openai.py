@@ -15,9 +15,10 @@ from starlette.datastructures import FormData, UploadFile
 from flux2_shared.errors import InvalidRequest
 from flux2_shared.schemas import Text
 from flux2_shared.thread_pool import ThreadPool
-from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
+from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
+from generator_service.api.responses import results_while_connected
 from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest, Sampling
 from generator_service.engine.events import Preview
@@ -166,10 +167,7 @@ async def respond(
     if body.stream:
         events = openai_events(generation, prefix, common, usage, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)
-    try:
-        results = await while_connected(http_request, generation.images())
-    finally:
-        generation.cancel()  # if the client disconnected; does nothing if the generation has ended
+    results = await results_while_connected(http_request, generation)
     if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     total = usage | {"output_tokens": usage["output_tokens"] * body.n}

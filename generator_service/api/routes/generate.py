@@ -1,5 +1,6 @@
 """``POST /generate``: returns images as files, as JSON, or as a stream of events."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -10,10 +11,10 @@ from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.huggingface import InferenceRequest
-from generator_service.api.responses import to_response
+from generator_service.api.responses import results_while_connected, to_response
 from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest
-from generator_service.engine.generation import Generation
+from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.imaging import MEDIA_TYPES
 from generator_service.engine.job_store import Job
 
@@ -62,15 +63,14 @@ async def generate(
     if is_stream:
         events = sse.native_events(generation, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)
-    try:
-        return await respond(generation, http_request, state, accept)
-    finally:
-        generation.cancel()  # if the client disconnected; does nothing if the generation has ended
+    results = await results_while_connected(http_request, generation)
+    return await respond(generation, results, state, accept)
 
 
-async def respond(generation: Generation, http_request: Request, state: GeneratorState, accept: str) -> Response:
-    """Wait for the images while the client is connected."""
-    results = await while_connected(http_request, generation.images())
+async def respond(
+    generation: Generation, results: Sequence[GenerationResult] | None, state: GeneratorState, accept: str
+) -> Response:
+    """Send ``results`` in the format of ``accept``; None: the client has disconnected."""
     if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return await to_response(generation.request, results, accept, state.responses)
@@ -81,6 +81,7 @@ async def respond_to_job(job: Job, http_request: Request, state: GeneratorState,
     if sse.MEDIA_TYPE in accept:
         response: Response = sse.stream(http_request, sse.native_events(job.generation, state.responses))
     else:
-        response = await respond(job.generation, http_request, state, accept)
+        results = await while_connected(http_request, job.generation.images())
+        response = await respond(job.generation, results, state, accept)
     response.headers["x-job-id"] = job.id
     return response
