@@ -1,6 +1,7 @@
 """Runs both services with the demo model on the loopback interface, as subprocesses, within a ``with`` block."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,12 +104,7 @@ def running_services(log_level: str = "warning", openmp: OpenMP = OPENMP) -> Ite
         "HF_HUB_OFFLINE": "1",
     }
     processes = tuple(
-        # In a new session, Ctrl-C reaches only this process, which then stops both services in order.
-        subprocess.Popen(  # noqa: S603 - this project's programs
-            [sys.executable, "-m", module],
-            env=environment | openmp_environment(openmp.get(module, {})),
-            start_new_session=True,
-        )
+        start([sys.executable, "-m", module], environment | openmp_environment(openmp.get(module, {})))
         for module in MODULES
     )
     services = Services(encoder_url, generator_url, processes)
@@ -117,6 +113,17 @@ def running_services(log_level: str = "warning", openmp: OpenMP = OPENMP) -> Ite
         yield services
     finally:
         stop(processes)
+
+
+def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a program that gets SIGTERM when this process ends, also if this process is killed.
+
+    In its own session, Ctrl-C reaches only this process, which then stops the services in order.
+    """
+    setpriv = shutil.which("setpriv")  # part of util-linux; without it, the program survives a killed parent
+    if setpriv is not None:
+        command = [setpriv, "--pdeathsig", "TERM", *command]
+    return subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - this project's programs
 
 
 def wait_until_ready(services: Services) -> None:

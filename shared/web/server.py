@@ -29,6 +29,9 @@ LAST_RESPONSES_S = 3.0
 """How long the service still responds after its device was lost."""
 FORCED_EXIT_S = 4.5
 """When the process exits unconditionally after its device was lost."""
+KEEP_ALIVE_S = 75
+"""How long a connection without requests stays open: longer than the connection pools of HTTP clients keep it (httpx
+5 s, urllib3 and Go up to 60 s and more), so that no client sends a request while the server closes the connection."""
 logger = logging.getLogger("flux2")
 
 
@@ -75,6 +78,7 @@ async def _serve(app: FastAPI, bound: socket.socket, drain_s: int) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=drain_s + CLOSING_S,
     )
     server = _Server(config)

@@ -1,8 +1,19 @@
 """How ``make serve`` starts the services."""
 
+import shutil
+import subprocess
+import sys
+
+import psutil
 import pytest
 
 from demo_model.services import MODULES, OPENMP, openmp_environment
+
+PARENT = """
+import os
+from demo_model.services import start
+start(["sh", "-c", "echo $$; exec sleep 600"], dict(os.environ)).wait()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +43,13 @@ def test_a_wait_policy_of_the_user_is_not_overruled(monkeypatch: pytest.MonkeyPa
     assert openmp_environment(OPENMP[MODULES[1]]) == {"OMP_WAIT_POLICY": "active"}
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert openmp_environment(OPENMP[MODULES[1]]) == {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "7"}
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_services_end_with_a_killed_parent() -> None:
+    """No service keeps running, and keeps its port, after the process that started it was killed."""
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        service = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        service.wait(timeout=60)

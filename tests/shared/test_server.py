@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -127,6 +128,15 @@ def test_a_service_answers_while_it_starts(tmp_path: Path) -> None:
         send(tmp_path, "loaded", "run")
         wait_for(lambda: is_ready(url))
         assert httpx.post(f"{url}/work").json() == 1
+
+
+def test_a_connection_outlives_the_pools_of_clients(tmp_path: Path) -> None:
+    """A client that pools connections for httpx's default time never sends on one that the server is closing."""
+    with service(tmp_path) as (_, url), httpx.Client(base_url=url) as pool:
+        pool.get("/health/live")
+        connection = pool._transport._pool.connections[0]  # type: ignore[attr-defined]
+        time.sleep((httpx.Limits().keepalive_expiry or 0) + 0.5)
+        assert not connection._connection._network_stream.get_extra_info("is_readable")
 
 
 def test_a_failed_start_ends_with_one_line(tmp_path: Path) -> None:
