@@ -6,9 +6,10 @@ import io
 import re
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flux2_shared.errors import InvalidRequest
+from generator_service.api.srgb import UnsupportedColors, to_srgb
 from generator_service.errors import UnsupportedImageType
 from generator_service.pipelines.params import Reference
 
@@ -36,10 +37,11 @@ def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
 
 
 def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
-    """Decode an image file, after checking its size.
+    """Decode an image file to 8-bit sRGB, after checking its size.
 
     Raises:
-        InvalidRequest: the file is damaged, or its size or aspect ratio is outside the limits.
+        InvalidRequest: the file is damaged, its colors cannot be converted, or its size or aspect ratio is outside the
+            limits.
         UnsupportedImageType: the first bytes are not those of a PNG, JPEG or WebP file.
     """
     kind = next((kind for kind, magic in MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
@@ -48,9 +50,11 @@ def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=[kind]) as opened:
             check_size(opened.size, param, max_pixels)
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = to_srgb(opened)
     except InvalidRequest:
         raise
+    except UnsupportedColors as error:
+        raise InvalidRequest(f"{param}: {error}", param=param) from None
     except Exception:  # noqa: BLE001 - PIL may raise anything, and its messages contain memory addresses
         raise InvalidRequest(f"{param}: the {kind} file is damaged", param=param) from None
     return Reference(image, hashlib.sha256(data).hexdigest())
