@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from flux2_shared.device.thread import DeviceThread
+from flux2_shared.embedding import Embedding
 from generator_service.engine.engine import Engine, Runtime
 from generator_service.engine.generation import GenerationResult
 from generator_service.engine.metrics import GeneratorMetrics
@@ -65,10 +66,10 @@ class ReadyEncoder:
     def __init__(self, embedding: torch.Tensor) -> None:
         self._embedding = embedding
 
-    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
+    async def embed(self, prompt: str) -> tuple[Embedding, bool]:
         """Return the embedding, and that it was not cached."""
         del prompt
-        return self._embedding, False
+        return Embedding(self._embedding), False
 
 
 class EngineBench:

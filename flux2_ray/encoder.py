@@ -25,6 +25,7 @@ class StoredEmbedding:
 
     reference: ray.ObjectRef = field(repr=False)
     nbytes: int
+    is_truncated: bool
 
 
 class EncoderReplica:
@@ -58,7 +59,8 @@ class EncoderReplica:
                 completed = await self._state.queue.submit(prompt)
         except Flux2Error as error:
             return error
-        stored = StoredEmbedding(ray.put(completed.value.tensor), completed.value.nbytes)
+        embedding = completed.value
+        stored = StoredEmbedding(ray.put(embedding.tensor), embedding.nbytes, embedding.is_truncated)
         self._stored.put(prompt, stored)
         return stored
 

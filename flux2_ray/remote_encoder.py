@@ -8,6 +8,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from flux2_shared.embedding import Embedding
 from flux2_shared.errors import Flux2Error, OutOfMemory
 from flux2_shared.schemas import EncoderInfo
 from generator_service.app import with_retries
@@ -44,8 +45,8 @@ class RemoteEncoder:
             raise EncoderUnavailable("the text encoder was lost") from error
         return info
 
-    async def embed(self, prompt: str) -> torch.Tensor:
-        """Return the prompt's embedding ``[1, L, D]``; raises the errors of ``RetryingEncoder.embed``."""
+    async def embed(self, prompt: str) -> Embedding:
+        """Return the prompt's embedding, of shape ``[1, L, D]``; raises the errors of ``RetryingEncoder.embed``."""
         try:
             # Outside of the caller's context, because this task handles cancellation, not Serve.
             stored = await Context().run(self._handle.embed.remote, prompt)
@@ -58,7 +59,7 @@ class RemoteEncoder:
             raise  # a bug, not a lost machine
         except (RayError, RayServeException) as error:  # the encoder or the machine that stored the embedding died
             raise EncoderUnavailable("the text encoder was lost", retry_after_s=5) from error
-        return tensor
+        return Embedding(tensor, stored.is_truncated)
 
 
 def remote_encoder(handle: Any, settings: GeneratorSettings) -> RetryingEncoder:

@@ -21,7 +21,7 @@ def cmyk_profile(lightness_of_black: int) -> bytes:
     ramp = bytes(range(256))
     corners = bytearray()
     for corner in range(16):  # the last ink, K, varies fastest
-        cmy = bin(corner >> 1).count("1")
+        cmy = (corner >> 1).bit_count()
         lightness = min(100 - 33 * cmy, lightness_of_black if corner & 1 else 100)
         corners += bytes((round(max(lightness, 0) * 2.55), 128, 128))
     identity = struct.pack(">9I", *(65536 * (k in (0, 4, 8)) for k in range(9)))

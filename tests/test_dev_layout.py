@@ -111,7 +111,7 @@ def test_the_command_line_embeds_as_the_pipeline_does(plain: Path, dev: Path, dt
         for text, embedding in zip(PROMPTS, embed_prompts(local(folder), PROMPTS, CPU, dtype), strict=True):
             with torch.no_grad():
                 expected, _ = pipeline.encode_prompt(text, max_sequence_length=32, text_encoder_out_layers=(1, 2, 3))
-            assert torch.equal(embedding, expected)
+            assert torch.equal(embedding.tensor, expected)
 
 
 def test_the_command_line_generates_and_calibrates_with_it(plain: Path, dev: Path, tmp_path: Path) -> None:

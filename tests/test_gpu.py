@@ -162,10 +162,10 @@ def test_a_benchmark_loads_as_the_service_does() -> None:
 def test_the_command_line_embeds_prompts_on_the_gpu() -> None:
     """The whole text encoder is read directly to the GPU, and nothing of it is left there."""
     (embedding,) = embed_prompts(FOLDER, ["a red circle"], DEVICE, torch.float32)
-    assert not isinstance(embedding, FakeGpuTensor)
+    assert not isinstance(embedding.tensor, FakeGpuTensor)
     assert torch.cuda.memory_allocated() == 0
     (expected,) = embed_prompts(FOLDER, ["a red circle"], CPU, torch.float32)
-    assert torch.allclose(embedding, expected, atol=1e-4)
+    assert torch.allclose(embedding.tensor, expected.tensor, atol=1e-4)
 
 
 def test_the_fake_refuses_and_records() -> None:

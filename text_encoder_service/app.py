@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from flux2_shared.device.lock import alone_on_gpu
 from flux2_shared.device.queue import DeviceQueue
 from flux2_shared.device.thread import DeviceThread
+from flux2_shared.embedding import Embedding
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.folder import find_model, read_prompt_format
 from flux2_shared.model.subfolders import SUBFOLDERS, Service
@@ -17,7 +18,7 @@ from flux2_shared.schemas import EncoderInfo
 from flux2_shared.version import product_version
 from flux2_shared.web.app import make_app
 from flux2_shared.web.auth import require_token
-from text_encoder_service.encoder import Embedding, LanguageModelReader, MistralEncoder, load_language_model
+from text_encoder_service.encoder import LanguageModelReader, MistralEncoder, load_language_model
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
 

@@ -7,7 +7,6 @@ layers, the norm, the head and the vision tower are never loaded. Independent of
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from flux2_shared.device.memory import run_within_memory
 from flux2_shared.device.resolve import use_device
+from flux2_shared.embedding import Embedding
 from flux2_shared.errors import ModelRefused, OutOfMemory
 from flux2_shared.model.attention import Attention, NonFiniteStates, check_finite, run_finite
 from flux2_shared.model.compilation import CompilerBackend
 from flux2_shared.model.folder import ModelFolder, PromptFormat
 from flux2_shared.model.loading import loading_errors
-from flux2_shared.model.tokenizer import load_tokenizer
+from flux2_shared.model.tokenizer import conversation, is_longer, load_tokenizer
 from flux2_shared.report import Report, ignore
 from text_encoder_service.fast_layers import Forward, Tokens, fast_forward
 from text_encoder_service.quantization import quantize
@@ -36,20 +36,6 @@ LANGUAGE_MODEL_KEYS = {r"^(model\.)?language_model\.(model\.)?": ""}
 SHORT_PROMPT = "a red circle"
 """A prompt whose row is mostly padding."""
 logger = logging.getLogger("flux2")
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The embedding of one prompt."""
-
-    tensor: torch.Tensor
-    """``[1, L, layers * hidden]`` on the CPU."""
-    is_truncated: bool
-    """Whether the prompt was longer than the model's maximum."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
 
 
 LanguageModelReader = Callable[[Path, int, torch.dtype], MistralModel]
@@ -187,7 +173,7 @@ class MistralEncoder:
     def _tokenize(self, prompts: Sequence[str]) -> Tokens:
         """Apply the chat template and tokenize, truncated or padded to the maximum length."""
         batch: Any = self._tokenizer.apply_chat_template(
-            [self._conversation(prompt) for prompt in prompts],
+            [conversation(prompt, self.prompt_format.system_message) for prompt in prompts],
             add_generation_prompt=False,
             tokenize=True,
             return_dict=True,
@@ -198,20 +184,9 @@ class MistralEncoder:
         )
         return Tokens(batch["input_ids"], batch["attention_mask"])
 
-    def _conversation(self, prompt: str) -> list[dict[str, object]]:
-        """Format a prompt as FLUX.2's conversation."""
-        content = prompt.replace("[IMG]", "")  # the placeholder of an image, which prompts do not have
-        return [
-            {"role": "system", "content": [{"type": "text", "text": self.prompt_format.system_message}]},
-            {"role": "user", "content": [{"type": "text", "text": content}]},
-        ]
-
     def _is_truncated(self, prompt: str, attention_mask: torch.Tensor) -> bool:
         """Return whether a prompt was truncated. Only prompts that fill their row are tokenized again to find out."""
-        if not bool(attention_mask.all()):
-            return False
-        whole: Any = self._tokenizer.apply_chat_template(self._conversation(prompt), tokenize=True, return_dict=True)
-        return len(whole["input_ids"]) > self.prompt_format.max_sequence_length
+        return bool(attention_mask.all()) and is_longer(self._tokenizer, prompt, self.prompt_format)
 
 
 def run_library(model: Any, hidden_layers: Sequence[int], tokens: Tokens) -> torch.Tensor:

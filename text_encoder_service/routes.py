@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Request, Response
 
 from flux2_shared.device.queue import DeviceQueue
+from flux2_shared.embedding import TRUNCATED_HEADER, Embedding, truncated_indices
 from flux2_shared.errors import InvalidRequest
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.cpu_tensors import concatenate
@@ -15,7 +16,6 @@ from flux2_shared.observability.metrics import Metrics
 from flux2_shared.schemas import EncoderInfo, PredictRequest
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
-from text_encoder_service.encoder import Embedding
 from text_encoder_service.settings import TextEncoderSettings
 
 router = APIRouter()
@@ -63,11 +63,11 @@ async def predict(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     wants_safetensors = SAFETENSORS_MEDIA_TYPE in accept
     dump = dump_safetensors if wants_safetensors else dump_torch
-    headers = {"x-truncated-prompts": ",".join(str(i) for i, e in enumerate(embeddings) if e.is_truncated)}
+    truncated = truncated_indices(embeddings)
     return Response(
         await asyncio.to_thread(lambda: dump(concatenate([embedding.tensor for embedding in embeddings]))),
         media_type=SAFETENSORS_MEDIA_TYPE if wants_safetensors else TORCH_MEDIA_TYPE,
-        headers={name: value for name, value in headers.items() if value},
+        headers={TRUNCATED_HEADER: truncated} if truncated else None,
     )
 
 

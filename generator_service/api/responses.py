@@ -74,6 +74,8 @@ def result_headers(request: Request, result: GenerationResult) -> dict[str, str]
         optional["x-estimate-ms"] = f"{1000 * estimate_s:.1f}"
     if request.is_upsampled and params.prompt is not None:
         optional["x-revised-prompt"] = quote(params.prompt, safe=" ,;:'()!?")
+    if params.is_truncated:
+        optional["x-prompt-truncated"] = "true"
     if result.comparison is not None:
         optional["x-psnr-db"] = f"{result.comparison.psnr_db:.2f}"
         optional["x-ssim"] = f"{result.comparison.ssim:.5f}"

@@ -124,7 +124,8 @@ class CalibrationRun:
         self._storage = None if storage is None else resolve_storage(storage)
         device, dtype = settings.torch_device(), settings.torch_dtype()
         folder = find_model(settings.model, settings.revision, ALL_SUBFOLDERS)
-        self._embeddings = prompt.embed_prompts(folder, samples.prompts, device, dtype)
+        embeddings = prompt.embed_prompts(folder, samples.prompts, device, dtype)
+        self._embeddings = [embedding.tensor for embedding in embeddings]
         self._model = flux2.Flux2Model.load(folder, device, dtype)
 
     @property

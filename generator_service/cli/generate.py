@@ -128,6 +128,8 @@ def generate_remotely(url: str, body: dict[str, Any], token: str | None) -> tupl
         response = stream_generate(url, body, StepTimeline(status).on_step, token)
     headers = response.headers
     steps = f"{headers['x-steps-computed']} of {headers['x-steps-total']} steps computed, {headers['x-schedule']}"
+    if headers.get("x-prompt-truncated") == "true":
+        warn_of_truncation()
     return response.data, f"{steps}, {float(headers['x-denoise-ms']) / 1000:.2f} s"
 
 
@@ -141,7 +143,13 @@ def generate_locally(body: dict[str, Any]) -> tuple[bytes, str]:
         result = generate(body, GeneratorSettings(), StepTimeline(status).on_step)
     schedule = result.params.schedule
     steps = f"{schedule.num_computed} of {schedule.num_steps} steps computed, {schedule}"
+    if result.params.is_truncated:
+        warn_of_truncation()
     return result.data, f"{steps}, {result.denoise_s:.2f} s"
+
+
+def warn_of_truncation() -> None:
+    err.print("flux2: the prompt is longer than the text encoder's maximum; its end was ignored", highlight=False)
 
 
 class StepTimeline:

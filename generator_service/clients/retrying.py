@@ -4,8 +4,8 @@ import asyncio
 from typing import Protocol
 
 import stamina
-import torch
 
+from flux2_shared.embedding import Embedding
 from flux2_shared.errors import InvalidRequest, OutOfMemory
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.schemas import EncoderInfo
@@ -20,8 +20,8 @@ MAX_BACKOFF_S = 1.0
 class TextEncoder(Protocol):
     """One attempt at a time to ask a text encoder."""
 
-    async def embed(self, prompt: str) -> torch.Tensor:
-        """Return the prompt's embedding ``[1, L, D]``."""
+    async def embed(self, prompt: str) -> Embedding:
+        """Return the prompt's embedding, of shape ``[1, L, D]``."""
 
     async def info(self) -> EncoderInfo | None:
         """Return the encoder's model and embedding shape; None if it does not report them."""
@@ -48,7 +48,7 @@ class RetryingEncoder:
         self._encoder = encoder
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
-        self._cache = ByteBoundedCache[torch.Tensor](cache_bytes)
+        self._cache = ByteBoundedCache[Embedding](cache_bytes)
         self._breaker = CircuitBreaker()
 
     async def info(self) -> EncoderInfo | None:
@@ -61,8 +61,8 @@ class RetryingEncoder:
         self._breaker.record_success()
         return info
 
-    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
-        """Return the prompt's embedding ``[1, L, D]``, and whether it was cached.
+    async def embed(self, prompt: str) -> tuple[Embedding, bool]:
+        """Return the prompt's embedding, of shape ``[1, L, D]``, and whether it was cached.
 
         Raises:
             EncoderUnavailable: the service cannot be reached or is overloaded; raised after retries, or immediately
@@ -79,7 +79,7 @@ class RetryingEncoder:
             raise EncoderUnavailable("the text encoder is unavailable", retry_after_s=OPEN_S)
         try:
             async with asyncio.timeout(self._timeout_s):
-                tensor = await self._embed_with_retries(prompt)
+                embedding = await self._embed_with_retries(prompt)
         except TimeoutError as error:
             self._breaker.record_failure()
             raise EncoderTimeout(f"the text encoder did not respond within {self._timeout_s:g} s") from error
@@ -90,10 +90,10 @@ class RetryingEncoder:
             self._breaker.record_success()
             raise
         self._breaker.record_success()
-        self._cache.put(prompt, tensor)
-        return tensor, False
+        self._cache.put(prompt, embedding)
+        return embedding, False
 
-    async def _embed_with_retries(self, prompt: str) -> torch.Tensor:
+    async def _embed_with_retries(self, prompt: str) -> Embedding:
         num_bad_responses = 0
 
         def is_worth_retrying(error: Exception) -> bool:

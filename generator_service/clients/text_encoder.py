@@ -10,9 +10,9 @@ from http import HTTPStatus
 from typing import Self
 
 import httpx
-import torch
 from pydantic import BaseModel, SecretStr, ValidationError
 
+from flux2_shared.embedding import TRUNCATED_HEADER, Embedding, is_first_truncated
 from flux2_shared.errors import InvalidRequest, OutOfMemory
 from flux2_shared.observability.logs import request_id
 from flux2_shared.observability.tracing import Tracing
@@ -107,8 +107,8 @@ class TextEncoderClient:
         except TimeoutError as error:
             raise EncoderTimeout("the text encoder's /info did not respond in time") from error
 
-    async def embed(self, prompt: str) -> torch.Tensor:
-        """Return the prompt's embedding ``[1, L, D]``; raises the errors of ``RetryingEncoder.embed``."""
+    async def embed(self, prompt: str) -> Embedding:
+        """Return the prompt's embedding, of shape ``[1, L, D]``; raises the errors of ``RetryingEncoder.embed``."""
         tokens, width = self._shape
         limit = tokens * width * max(dtype.itemsize for dtype in EMBEDDING_DTYPES) + MAX_HEADER_BYTES
         async with self._request("POST", "/predict", {"prompt": prompt}) as response:
@@ -117,9 +117,10 @@ class TextEncoderClient:
             media_type = response.headers.get("content-type", "").split(";")[0]
         parse = parse_safetensors if media_type == SAFETENSORS_MEDIA_TYPE else parse_torch
         try:
-            return await self._threads.run(parse, body, (1, tokens, width))
+            tensor = await self._threads.run(parse, body, (1, tokens, width))
         except WireError as error:
             raise BadEncoderResponse("the text encoder's response is not a prompt embedding for this model") from error
+        return Embedding(tensor, is_first_truncated(response.headers.get(TRUNCATED_HEADER, "")))
 
     @asynccontextmanager
     async def _request(

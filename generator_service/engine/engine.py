@@ -17,10 +17,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-import torch
 from PIL.Image import Image
 
 from flux2_shared.device.thread import DeviceThread
+from flux2_shared.embedding import Embedding
 from flux2_shared.errors import ShuttingDown
 from flux2_shared.observability.tracing import Tracing
 from flux2_shared.report import Report, ignore
@@ -45,8 +45,8 @@ NO_TRACING = Tracing()
 class PromptEncoder(Protocol):
     """Source of prompt embeddings."""
 
-    async def embed(self, prompt: str) -> tuple[torch.Tensor, bool]:
-        """Return the prompt's embedding ``[1, L, D]``, and whether it was cached."""
+    async def embed(self, prompt: str) -> tuple[Embedding, bool]:
+        """Return the prompt's embedding, of shape ``[1, L, D]``, and whether it was cached."""
 
 
 class ImageGenerator(Protocol):
@@ -175,9 +175,9 @@ class Engine:
             assert params.prompt is not None
             generation.emit(EncodingPrompt())
             with self._tracing.span("encode"):
-                embeddings, was_cached = await self._encoder.embed(params.prompt)
+                embedding, was_cached = await self._encoder.embed(params.prompt)
             self._metrics.cache.labels("hit" if was_cached else "miss").inc()
-            params = replace(params, prompt_embeds=embeddings)
+            params = replace(params, prompt_embeds=embedding.tensor, is_truncated=embedding.is_truncated)
         return replace(request, params=params)
 
     async def _upsampled(self, generation: Generation) -> Params:

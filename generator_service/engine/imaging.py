@@ -50,6 +50,8 @@ class Provenance:
     """Names and scales of LoRA adapters."""
     performance: str = "exact"
     """The optimization profile: images of different profiles differ by rounding."""
+    prompt_truncated: bool = False
+    """Whether the end of the prompt was ignored, because it is longer than the text encoder's maximum."""
 
     @classmethod
     def of(cls, params: "Params", model: "Flux2Model") -> "Provenance":
@@ -71,6 +73,7 @@ class Provenance:
             performance=model.performance.profile,
             prompt_embeds_sha256=float32_sha256(params.embeddings) if params.prompt is None else None,
             lora=[asdict(adapter) for adapter in params.adapters],
+            prompt_truncated=params.is_truncated,
             references_sha256=[reference.sha256 for reference in params.references],
         )
 

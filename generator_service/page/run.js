@@ -16,6 +16,7 @@ import { Timeline } from "./timeline.js";
  * @property {number} total
  * @property {string} schedule
  * @property {number} milliseconds denoising and decoding
+ * @property {boolean} [isTruncated] whether the end of the prompt was ignored
  */
 
 /** The panel of one request. */
@@ -108,6 +109,7 @@ export class Run {
       total: Number(event["x-steps-total"]),
       schedule: event["x-schedule"],
       milliseconds: Number(event["x-denoise-ms"]) + Number(event["x-decode-ms"]),
+      isTruncated: event["x-prompt-truncated"] === "true",
     };
     this.now.textContent = summary(result);
     return result;
@@ -119,8 +121,9 @@ export class Run {
  * @param {Result} result
  * @returns {string}
  */
-export function summary({ computed, total, milliseconds, request }) {
-  return `${computed} of ${total} steps computed · ${duration(milliseconds)} · seed ${request.seed}`;
+export function summary({ computed, total, milliseconds, isTruncated, request }) {
+  const warning = isTruncated ? " · the end of the prompt was ignored: it is too long" : "";
+  return `${computed} of ${total} steps computed · ${duration(milliseconds)} · seed ${request.seed}${warning}`;
 }
 
 /**

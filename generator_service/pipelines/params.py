@@ -56,6 +56,8 @@ class Params:
     """None if the client sent ``prompt_embeds`` instead."""
     cache: CacheChoice = "none"
     """The value of ``cache`` that ``schedule`` was resolved from."""
+    is_truncated: bool = False
+    """Whether the end of ``prompt`` was ignored, because it is longer than the text encoder's maximum."""
 
     @property
     def embeddings(self) -> torch.Tensor:

@@ -13,11 +13,12 @@ from transformers import Mistral3ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from flux2_shared.device.resolve import use_device
+from flux2_shared.embedding import Embedding
 from flux2_shared.errors import ModelRefused
 from flux2_shared.model.attention import check_finite, run_finite
 from flux2_shared.model.folder import ModelFolder, PromptFormat, read_prompt_format
 from flux2_shared.model.loading import loading_errors
-from flux2_shared.model.tokenizer import load_tokenizer
+from flux2_shared.model.tokenizer import is_longer, load_tokenizer
 
 UPSAMPLING_MESSAGE: str = SYSTEM_MESSAGE_UPSAMPLING_T2I
 UPSAMPLING_MESSAGE_EDIT: str = SYSTEM_MESSAGE_UPSAMPLING_I2I
@@ -28,8 +29,8 @@ LARGEST_UPSAMPLING_AREA: int = UPSAMPLING_MAX_IMAGE_SIZE
 
 def embed_prompts(
     folder: ModelFolder, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """Load the text encoder, embed all prompts, and free it. Return embeddings ``[1, L, D]`` on the CPU.
+) -> list[Embedding]:
+    """Load the text encoder, embed all prompts, and free it. Return embeddings of shape ``[1, L, D]`` on the CPU.
 
     Raises:
         ModelRefused: the text encoder or its tokenizer is not usable.
@@ -69,14 +70,15 @@ def load_pipeline(folder: ModelFolder, device: torch.device, dtype: torch.dtype)
 
 
 @torch.inference_mode()
-def _embed(pipeline: Flux2Pipeline, prompts: Sequence[str], prompt_format: PromptFormat) -> list[torch.Tensor]:
+def _embed(pipeline: Flux2Pipeline, prompts: Sequence[str], prompt_format: PromptFormat) -> list[Embedding]:
     pipeline.system_message = prompt_format.system_message
-    embeddings: list[torch.Tensor] = []
+    embeddings: list[Embedding] = []
     for prompt in prompts:
         embedding, _ = pipeline.encode_prompt(
             prompt,
             max_sequence_length=prompt_format.max_sequence_length,
             text_encoder_out_layers=prompt_format.hidden_layers,
         )
-        embeddings.append(check_finite(embedding.cpu()))
+        is_truncated = is_longer(pipeline.tokenizer, prompt, prompt_format)
+        embeddings.append(Embedding(check_finite(embedding.cpu()), is_truncated))
     return embeddings

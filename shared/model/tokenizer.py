@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from flux2_shared.errors import ModelRefused
-from flux2_shared.model.folder import LOADING_ERRORS, ModelFolder
+from flux2_shared.model.folder import LOADING_ERRORS, ModelFolder, PromptFormat
 
 CHAT_TEMPLATE_FOLDERS = ("tokenizer", "processor", "")
 """Folders that are searched for a chat template, in this order; the last is the root."""
@@ -49,6 +49,23 @@ def find_chat_template(folder: ModelFolder) -> str:
             return _template_in(folder, name)
     searched = ", ".join(["tokenizer/tokenizer_config.json", *names])
     raise ModelRefused(f"{folder.name} has no chat template, which FLUX.2 needs; looked for in {searched}")
+
+
+def conversation(prompt: str, system_message: str) -> list[dict[str, object]]:
+    """Return a prompt as FLUX.2's conversation, for the chat template."""
+    content = prompt.replace("[IMG]", "")  # the placeholder of an image, which prompts do not have
+    return [
+        {"role": "system", "content": [{"type": "text", "text": system_message}]},
+        {"role": "user", "content": [{"type": "text", "text": content}]},
+    ]
+
+
+def is_longer(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> bool:
+    """Return whether the conversation of a prompt has more tokens than the model's maximum."""
+    whole: Any = tokenizer.apply_chat_template(
+        conversation(prompt, prompt_format.system_message), tokenize=True, return_dict=True
+    )
+    return len(whole["input_ids"]) > prompt_format.max_sequence_length
 
 
 def _template_in(folder: ModelFolder, name: str) -> str:

@@ -128,6 +128,23 @@ def test_a_prompt_becomes_an_image(visit: Visit) -> None:
     assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [128, 128]
 
 
+def test_a_truncated_prompt_is_reported(visit: Visit) -> None:
+    """The summary of the image, also in the gallery, says that the end of the prompt was ignored."""
+    visit.generate(prompt="red " * 100, num_inference_steps="2")
+    visit.wait_until_done()
+    warning = re.compile("seed .* the end of the prompt was ignored: it is too long")
+    expect(visit.page.locator(".run .now")).to_have_text(warning)
+    expect(visit.page.locator("#gallery .parameters")).to_have_text(warning)
+
+
+def test_a_transparent_reference_is_shown_on_white(visit: Visit) -> None:
+    """The thumbnail has the background that the service blends transparent pixels with."""
+    visit.page.locator("#images").set_input_files(
+        files=[{"name": "a.png", "mimeType": "image/png", "buffer": png_file()}]
+    )
+    expect(visit.page.locator("#thumbnails img")).to_have_css("background-color", "rgb(255, 255, 255)")
+
+
 def test_progress_is_shown(visit: Visit) -> None:
     """While an image is generated the timeline fills, its two types of steps look different, and previews appear."""
     visit.fill(**LONG | {"prompt": PROMPT})

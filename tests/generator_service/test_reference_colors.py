@@ -71,7 +71,7 @@ def test_hidden_colors_do_not_show(mode: str) -> None:
     """Transparent pixels become white whatever color they hide; half transparent ones are blended with white."""
     kind = "WEBP" if mode.endswith("webp") else "PNG"
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    image = Image.new("RGBA", SIZE, (200, 0, 0, 0)).convert(mode.split()[0])
+    image = Image.new("RGBA", SIZE, (200, 0, 0, 0)).convert(mode.split(maxsplit=1)[0])
     assert color_of(file_of(image, kind, **options)) == (255, 255, 255)
     image.putalpha(128)
     gray = np.array(image.convert("RGB").getpixel((0, 0)))
@@ -89,8 +89,7 @@ def test_transparency_by_color_is_blended() -> None:
     assert color_of(png_16_bit(np.full(SIZE, 300), transparent=300)) == (255, 255, 255)
     assert color_of(png_16_bit(np.full(SIZE, 301), transparent=300)) == (1, 1, 1)
     palette = black_on_clear.quantize(2)
-    index = palette.getpixel((0, 0))
-    assert isinstance(index, int)
+    index: Any = palette.getpixel((0, 0))
     assert color_of(file_of(palette, transparency=index)) == (255, 255, 255)
     assert color_of(file_of(palette, transparency=bytes([255] * index + [128]))) == (128, 128, 129)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flux2_shared.embedding import Embedding
 from generator_service.clients.retrying import MAX_ATTEMPTS, RetryingEncoder
 from generator_service.errors import EncoderTimeout, EncoderUnavailable
 
@@ -18,19 +19,20 @@ class FlakyEncoder:
     async def info(self) -> None:
         """Not supported."""
 
-    async def embed(self, prompt: str) -> torch.Tensor:
+    async def embed(self, prompt: str) -> Embedding:
         if self.num_failures:
             self.num_failures -= 1
             raise EncoderUnavailable("unavailable")
-        return torch.full((1, 2, 3), float(len(prompt)))
+        return Embedding(torch.full((1, 2, 3), float(len(prompt))), is_truncated=True)
 
 
 async def test_an_encoder_that_recovers_is_waited_for() -> None:
     """Without a limit of attempts it is retried until the time limit, and its result is cached."""
     encoder = RetryingEncoder(FlakyEncoder(MAX_ATTEMPTS + 1), timeout_s=30.0, cache_bytes=1000, max_attempts=None)
-    tensor, was_cached = await encoder.embed("four")
-    assert (tensor.tolist(), was_cached) == ([[[4.0] * 3] * 2], False)
-    assert (await encoder.embed("four"))[1] is True
+    embedding, was_cached = await encoder.embed("four")
+    assert (embedding.tensor.tolist(), was_cached) == ([[[4.0] * 3] * 2], False)
+    assert embedding.is_truncated
+    assert await encoder.embed("four") == (embedding, True)
 
 
 async def test_attempts_are_limited_by_default() -> None:

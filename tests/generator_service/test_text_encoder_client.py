@@ -94,9 +94,9 @@ async def test_the_embedding_arrives(url: str) -> None:
     """The prompt is sent in the public protocol, with or without /predict in the setting."""
     encoder = Encoder(good)
     async with client(encoder, url=url) as sut:
-        tensor, was_cached = await sut.embed("a „house“")
+        embedding, was_cached = await sut.embed("a „house“")
     [request] = encoder.requests
-    assert torch.equal(tensor, EMBEDDING)
+    assert torch.equal(embedding.tensor, EMBEDDING)
     assert not was_cached
     assert (request.method, request.url.path) == ("POST", "/x/predict" if "/x" in url else "/predict")
     assert request.content == '{"prompt":"a „house“"}'.encode()
@@ -107,7 +107,7 @@ async def test_safetensors_are_preferred() -> None:
     """Both formats are accepted, uncompressed; the media type of the response decides how it is read."""
     encoder = Encoder(body(dump_safetensors(EMBEDDING), SAFETENSORS_MEDIA_TYPE))
     async with client(encoder) as sut:
-        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
+        assert torch.equal((await sut.embed("a"))[0].tensor, EMBEDDING)
     request_headers = encoder.requests[0].headers
     assert request_headers["accept"] == "application/vnd.safetensors, application/octet-stream;q=0.9"
     assert request_headers["accept-encoding"] == "identity"
@@ -155,8 +155,23 @@ async def test_a_repeated_prompt_is_cached() -> None:
     async with client(encoder, cache=EMBEDDING.nbytes) as sut:
         results = [await sut.embed(prompt) for prompt in ("a", "a", "b", "a")]
     assert [was_cached for _, was_cached in results] == [False, True, False, False]
-    assert all(torch.equal(tensor, EMBEDDING) for tensor, _ in results)
+    assert all(torch.equal(embedding.tensor, EMBEDDING) for embedding, _ in results)
     assert len(encoder.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("header", "is_truncated"), [(None, False), ("", False), ("0", True), (" 0 ", True), ("10", False), ("x", False)]
+)
+async def test_a_truncated_prompt_is_remembered(header: str | None, is_truncated: bool) -> None:
+    """The encoder's header says whether the prompt was truncated; the cache keeps that."""
+    headers = {"content-type": TORCH_MEDIA_TYPE} | ({} if header is None else {"x-truncated-prompts": header})
+    encoder = Encoder(lambda: httpx.Response(200, content=dump_torch(EMBEDDING), headers=headers))
+    async with client(encoder, cache=2**20) as sut:
+        results = [await sut.embed("a") for _ in range(2)]
+    assert [(each.is_truncated, was_cached) for each, was_cached in results] == [
+        (is_truncated, False),
+        (is_truncated, True),
+    ]
 
 
 async def test_similar_prompts_are_different_prompts() -> None:
@@ -167,7 +182,7 @@ async def test_similar_prompts_are_different_prompts() -> None:
         first = [await sut.embed(prompt) for prompt in prompts]
         again = [await sut.embed(prompt) for prompt in prompts]
     assert [was_cached for _, was_cached in first] == [False] * len(prompts)
-    assert all(was_cached and torch.equal(tensor, EMBEDDING + k) for k, (tensor, was_cached) in enumerate(again))
+    assert all(was_cached and torch.equal(each.tensor, EMBEDDING + k) for k, (each, was_cached) in enumerate(again))
 
 
 async def test_failures_are_not_cached() -> None:
@@ -184,7 +199,7 @@ async def test_temporary_failures_are_retried(failure: Reply) -> None:
     """A refused connection and an overloaded encoder are retried until the encoder responds."""
     encoder = Encoder(*[failure] * (NUM_ATTEMPTS - 1), good)
     async with client(encoder) as sut:
-        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
+        assert torch.equal((await sut.embed("a"))[0].tensor, EMBEDDING)
     assert len(encoder.requests) == NUM_ATTEMPTS
 
 
@@ -241,7 +256,7 @@ async def test_bad_embeddings_are_502(content: bytes) -> None:
 async def test_one_bad_response_is_retried() -> None:
     """If the second response is valid, the request succeeds."""
     async with client(Encoder(body(b"no tensor"), good)) as sut:
-        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
+        assert torch.equal((await sut.embed("a"))[0].tensor, EMBEDDING)
 
 
 @pytest.mark.parametrize("code", [302, 401, 404, 500])
@@ -390,7 +405,7 @@ async def test_a_probe_closes_the_circuit_breaker(response: httpx.Response) -> N
         encoder.replies = [lambda: response]
         await sut.info()
         encoder.replies = [good]
-        assert torch.equal((await sut.embed("a"))[0], EMBEDDING)
+        assert torch.equal((await sut.embed("a"))[0].tensor, EMBEDDING)
 
 
 @pytest.mark.parametrize("code", [404, 405])

@@ -181,9 +181,11 @@ def json_response(request: Request, results: Sequence[GenerationResult], fields:
 
 
 def as_json(request: Request, result: GenerationResult) -> dict[str, Any]:
-    """Return the image as base64, its seed, and the rewritten prompt if there is one."""
-    revised = {"revised_prompt": result.params.prompt} if request.is_upsampled else {}
-    return {"b64_json": base64.b64encode(result.data).decode(), "seed": result.params.seed} | revised
+    """Return the image as base64, its seed, the rewritten prompt if there is one, and whether its end was ignored."""
+    params = result.params
+    revised = {"revised_prompt": params.prompt} if request.is_upsampled else {}
+    truncated = {"prompt_truncated": True} if params.is_truncated else {}
+    return {"b64_json": base64.b64encode(result.data).decode(), "seed": params.seed} | revised | truncated
 
 
 def common_fields(request: Request) -> dict[str, Any]:
