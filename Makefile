@@ -35,7 +35,7 @@ serve: install ## run both services with the demo model until Ctrl-C
 	@$(BIN)/python -m demo_model.serve
 
 test: install ## run the test suite, in two processes
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not docker and not cluster and not slow"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not docker and not cluster and not slow"
 
 soak: install ## run the long versions of tests/threats (most of an hour)
 	@$(BIN)/python -m pytest -q -s --soak tests/threats

@@ -1,11 +1,19 @@
 """``python -m generator_service``: serve until SIGTERM or Ctrl-C."""
 
+from fastapi import FastAPI
+
 from flux2_shared.model.compile_cache import replace_unwritable_caches
 from flux2_shared.web.server import serve
 from generator_service.settings import GeneratorSettings
 
-if __name__ == "__main__":
-    replace_unwritable_caches()
-    from generator_service.app import create_app  # imports torch, which reads the cache folders
 
+def create_app(settings: GeneratorSettings) -> FastAPI:
+    """Create the app. Its imports take seconds, so invalid settings and a port in use are reported before them."""
+    replace_unwritable_caches()  # before torch is imported, which reads the cache folders
+    from generator_service import app  # noqa: PLC0415
+
+    return app.create_app(settings)
+
+
+if __name__ == "__main__":
     serve(GeneratorSettings, create_app)

@@ -49,7 +49,8 @@ def serve(read_settings: Callable[[], Settings], create_app: Callable[[Settings]
     set_up_logs(settings.log_level, settings.log_format)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until uvicorn installs its handler
     try:
-        asyncio.run(_serve(create_app(settings), bind_port(settings.host, settings.port), settings.drain_s))
+        bound = bind_port(settings.host, settings.port)
+        asyncio.run(_serve(create_app(settings), bound, settings.drain_s))
     except Flux2Error as error:
         sys.exit(f"flux2: {error}")
     except KeyboardInterrupt:

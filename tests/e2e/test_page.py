@@ -139,9 +139,7 @@ def test_a_truncated_prompt_is_reported(visit: Visit) -> None:
 
 def test_a_transparent_reference_is_shown_on_white(visit: Visit) -> None:
     """The thumbnail has the background that the service blends transparent pixels with."""
-    visit.page.locator("#images").set_input_files(
-        files=[{"name": "a.png", "mimeType": "image/png", "buffer": png_file()}]
-    )
+    visit.page.locator("#images").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png_file()})
     expect(visit.page.locator("#thumbnails img")).to_have_css("background-color", "rgb(255, 255, 255)")
 
 

@@ -33,6 +33,7 @@ from generator_service.lemica import (
 from generator_service.lemica.calibration.measure import edges_of
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.params import Params
+from tests.conftest import Times
 
 STEPS = 8
 SIGNATURE = Signature("demo", STEPS)
@@ -170,8 +171,8 @@ for line in sys.stdin:
 """
 
 
-def test_a_killed_calibration_resumes(tmp_path: Path) -> None:
-    """A calibration that is killed at 20 random moments and restarted gives the same graph as an uninterrupted one."""
+def test_a_killed_calibration_resumes(tmp_path: Path, times: Times) -> None:
+    """A calibration that is killed at random moments and restarted gives the same graph as an uninterrupted one."""
     rng = random.Random(0)
     folder = Path(__file__).parents[2]
     command = [sys.executable, "-c", KILLED, str(WEIGHTS), str(tmp_path)]
@@ -197,7 +198,7 @@ def test_a_killed_calibration_resumes(tmp_path: Path) -> None:
         assert run("whole.json", None) == 0
         seconds = time.monotonic() - began
         num_kills = 0
-        while num_kills < 20:
+        while num_kills < times(5, 200):
             (tmp_path / "partial.json").unlink(missing_ok=True)
             while run("resumed.json", rng.uniform(0, 0.9 * seconds)) == signal.SIGKILL:
                 num_kills += 1

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -137,6 +138,25 @@ def test_a_connection_outlives_the_pools_of_clients(tmp_path: Path) -> None:
         connection = pool._transport._pool.connections[0]  # type: ignore[attr-defined]
         time.sleep((httpx.Limits().keepalive_expiry or 0) + 0.5)
         assert not connection._connection._network_stream.get_extra_info("is_readable")
+
+
+def test_responses_on_kept_connections_are_not_delayed(tmp_path: Path) -> None:
+    """The median of 50 responses over one connection is below 5 ms; a delayed acknowledgement alone would take 40.
+
+    On a busy machine it is measured again, since a delay of the kernel would occur every time.
+    """
+    with service(tmp_path) as (_, url), httpx.Client(base_url=url) as http:
+        wait_for(lambda: median_s(http) < 0.005)
+
+
+def median_s(http: httpx.Client) -> float:
+    """The median of 50 sequential requests."""
+    seconds = []
+    for _ in range(50):
+        began = time.perf_counter()
+        assert http.get("/health/live").status_code == httpx.codes.OK
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def test_a_failed_start_ends_with_one_line(tmp_path: Path) -> None:
