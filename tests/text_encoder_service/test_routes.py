@@ -73,6 +73,22 @@ async def test_safetensors_on_request(serve_encoder: Serve) -> None:
     assert torch.equal(load(safe.content)["prompt_embeds"], torch.load(io.BytesIO(plain.content)))
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("Application/VND.safetensors;q=0.9, application/octet-stream;q=0.1", "application/vnd.safetensors"),
+        ("application/vnd.safetensors;q=0, */*", "application/octet-stream"),
+        ("application/octet-stream, application/vnd.safetensors;q=0.5", "application/octet-stream"),
+        ("application/json", "application/octet-stream"),
+    ],
+)
+async def test_accept_is_parsed(serve_encoder: Serve, accept: str, kind: str) -> None:
+    """The format with the larger weight is sent; the default is ``torch.save``'s."""
+    async with serve_encoder() as http:
+        response = await http.post("/predict", json={"prompt": "a"}, headers={"Accept": accept})
+    assert (response.status_code, response.headers["content-type"]) == (200, kind)
+
+
 async def test_truncated_prompts_are_reported(serve_encoder: Serve) -> None:
     """The header lists the prompts that were truncated, whether they come from the device or from the cache."""
     long = "red " * 100
