@@ -36,6 +36,14 @@ Body = Annotated[
 ]
 
 
+async def native_body(body: Body) -> GenerateRequest:
+    """Convert the body of any API that ``/generate`` and ``/jobs`` understand to the native one."""
+    return body.native() if isinstance(body, InferenceRequest) else body
+
+
+NativeBody = Annotated[GenerateRequest, Depends(native_body)]
+
+
 @router.post("/", include_in_schema=False)
 @router.post(
     "/generate",
@@ -43,7 +51,7 @@ Body = Annotated[
     responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
 )
 async def generate(
-    body: Body,
+    body: NativeBody,
     http_request: Request,
     state: Annotated[GeneratorState, Depends(generator_state)],
     idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
@@ -55,13 +63,12 @@ async def generate(
     there is an event for every step, and the last events contain the images as base64. With ``on_disconnect: keep``
     the request becomes a job, which continues if the client disconnects.
     """
-    native = body.native() if isinstance(body, InferenceRequest) else body
     media_type = preferred_type(http_request, RESPONSE_TYPES)
-    if native.on_disconnect == "keep":
-        job = await state.job(native, owner_of(http_request), idempotency_key)
+    if body.on_disconnect == "keep":
+        job = await state.job(body, owner_of(http_request), idempotency_key)
         return await respond_to_job(job, http_request, state, media_type)
     is_stream = media_type == sse.MEDIA_TYPE
-    generation = await state.submit(native, is_followed=is_stream)
+    generation = await state.submit(body, is_followed=is_stream)
     if is_stream:
         events = sse.native_events(generation, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)

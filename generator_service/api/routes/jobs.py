@@ -11,9 +11,8 @@ from flux2_shared.web.problem import problem_of
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.responses import RESULT_TYPES, to_response
-from generator_service.api.routes.generate import MAX_KEY_CHARS
+from generator_service.api.routes.generate import MAX_KEY_CHARS, NativeBody
 from generator_service.api.routes.large_body import LargeBodyRoute
-from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.job_store import Job
 from generator_service.errors import JobNotFinished
 
@@ -23,12 +22,15 @@ State = Annotated[GeneratorState, Depends(generator_state)]
 
 @router.post("", status_code=202)
 async def begin(
-    body: GenerateRequest,
+    body: NativeBody,
     request: Request,
     state: State,
     idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
 ) -> Response:
-    """Start a job, or return the one that was started with the same ``Idempotency-Key``."""
+    """Start a job, or return the one that was started with the same ``Idempotency-Key``.
+
+    The body is that of ``POST /generate``.
+    """
     job = await state.job(body, owner_of(request), idempotency_key)
     return JSONResponse(job_fields(job, request), 202, {"location": f"/jobs/{job.id}"})
 
