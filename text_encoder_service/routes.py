@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from flux2_shared.device.queue import DeviceQueue
 from flux2_shared.embedding import TRUNCATED_HEADER, Embedding, truncated_indices
@@ -14,6 +14,7 @@ from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.cpu_tensors import concatenate
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.schemas import EncoderInfo, PredictRequest
+from flux2_shared.web.accept import preferred_type
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
 from text_encoder_service.settings import TextEncoderSettings
@@ -53,20 +54,18 @@ async def info(state: State) -> EncoderInfo:
     response_class=Response,
     responses={200: {"content": {TORCH_MEDIA_TYPE: {}, SAFETENSORS_MEDIA_TYPE: {}}}},
 )
-async def predict(
-    body: PredictRequest, request: Request, state: State, accept: Annotated[str, Header()] = ""
-) -> Response:
-    """Encode prompts: embeddings ``[prompts, tokens, width]`` by ``torch.save``, or safetensors if accepted."""
+async def predict(body: PredictRequest, request: Request, state: State) -> Response:
+    """Encode prompts: embeddings ``[prompts, tokens, width]`` by ``torch.save``, or safetensors if preferred."""
     prompts = validate_prompts(body, state.settings)
     embeddings = await while_connected(request, embed_all(prompts, state))
     if embeddings is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    wants_safetensors = SAFETENSORS_MEDIA_TYPE in accept
-    dump = dump_safetensors if wants_safetensors else dump_torch
+    media_type = preferred_type(request, [TORCH_MEDIA_TYPE, SAFETENSORS_MEDIA_TYPE])
+    dump = dump_safetensors if media_type == SAFETENSORS_MEDIA_TYPE else dump_torch
     truncated = truncated_indices(embeddings)
     return Response(
         await asyncio.to_thread(lambda: dump(concatenate([embedding.tensor for embedding in embeddings]))),
-        media_type=SAFETENSORS_MEDIA_TYPE if wants_safetensors else TORCH_MEDIA_TYPE,
+        media_type=media_type,
         headers={TRUNCATED_HEADER: truncated} if truncated else None,
     )
 

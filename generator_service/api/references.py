@@ -1,6 +1,5 @@
 """Decodes reference images. The data is untrusted."""
 
-import base64
 import hashlib
 import io
 import re
@@ -9,12 +8,12 @@ import warnings
 from PIL import Image
 
 from flux2_shared.errors import InvalidRequest
+from generator_service.api.base64_text import decode_base64
 from generator_service.api.srgb import UnsupportedColors, to_srgb
 from generator_service.errors import UnsupportedImageType
 from generator_service.pipelines.params import Reference
 
 MAGIC = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
-DATA_URI = re.compile(r"data:[\w.+/-]*;base64,", re.IGNORECASE)
 MIN_SIDE = 64
 MAX_ASPECT_RATIO = 8
 """Largest aspect ratio that ``Flux2Pipeline`` accepts."""
@@ -27,11 +26,11 @@ def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
         InvalidRequest: the text is not a usable image. URLs are never fetched.
         UnsupportedImageType: the file is neither PNG, JPEG nor WebP.
     """
-    if re.match(r"\w+://", text):
+    if re.match(r"\s*\w+://", text):
         raise InvalidRequest(f"{param}: URLs are not fetched; send the file as base64", param=param)
     try:
-        data = base64.b64decode(DATA_URI.sub("", text, count=1), validate=True)
-    except ValueError:  # binascii.Error, or non-ASCII characters
+        data = decode_base64(text)
+    except ValueError:
         raise InvalidRequest(f"{param}: must be base64, or a data URI with base64", param=param) from None
     return read_reference(data, param, max_pixels)
 

@@ -1,6 +1,5 @@
 """Resolves request bodies: fills in defaults, checks every field, and returns a ``Request``."""
 
-import base64
 import json
 import math
 import secrets
@@ -11,6 +10,7 @@ import torch
 
 from flux2_shared.errors import InvalidRequest, ModelRefused
 from flux2_shared.wire import parse_safetensors
+from generator_service.api.base64_text import decode_base64
 from generator_service.api.references import parse_reference
 from generator_service.api.schemas import MAX_SEED, GenerateRequest, LoraUse, MaxError
 from generator_service.engine.imaging import DEFAULT_QUALITY, MAX_JPEG_PROMPT_BYTES
@@ -221,7 +221,7 @@ def parse_embeds(text: str | None, shape: tuple[int, int]) -> torch.Tensor | Non
     if text is None:
         return None
     try:
-        return parse_safetensors(base64.b64decode(text, validate=True), (1, *shape))
+        return parse_safetensors(decode_base64(text), (1, *shape))
     except ValueError as error:  # from base64, or a WireError
         expected = f"must be a base64 safetensors file with one tensor of shape {[1, *shape]}"
         raise InvalidRequest(f"prompt_embeds: {expected}: {error}", param="prompt_embeds") from None

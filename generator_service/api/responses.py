@@ -10,19 +10,21 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from flux2_shared.thread_pool import ThreadPool
+from flux2_shared.web.accept import JSON_MEDIA_TYPE
 from flux2_shared.web.connection import while_connected
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.imaging import MEDIA_TYPES
 from generator_service.engine.request import Request
 
-JSON_MEDIA_TYPE = "application/json"
+RESULT_TYPES = (*MEDIA_TYPES.values(), "multipart/mixed", JSON_MEDIA_TYPE)
+"""The media types of results. Which of the files is sent depends on the request's body, not on ``Accept``."""
 
 
 async def to_response(
-    request: Request, results: Sequence[GenerationResult], accept: str, threads: ThreadPool
+    request: Request, results: Sequence[GenerationResult], media_type: str, threads: ThreadPool
 ) -> Response:
-    """Return the response in the format of ``accept``; base64 and multipart bodies are encoded on ``threads``."""
-    if JSON_MEDIA_TYPE in accept:
+    """Return JSON if that is the ``media_type``, else the files; base64 and multipart are encoded on ``threads``."""
+    if media_type == JSON_MEDIA_TYPE:
         return await threads.run(json_response, request, results)
     if len(results) == 1:
         return one_file(request, results[0])

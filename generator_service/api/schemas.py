@@ -53,7 +53,7 @@ class GenerateRequest(Sampling):
     prompt: Annotated[Text | None, Field(description="What the image shows.", examples=["a large red circle"])] = None
     prompt_embeds: Annotated[
         StrictStr | None,
-        Field(description="Embedding of the prompt, instead of the prompt: a base64 safetensors file."),
+        Field(description="Embedding of the prompt, instead of the prompt: a safetensors file as base64 or data URI."),
     ] = None
     width: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
     height: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.observability.tracing import tracing_of
 from flux2_shared.settings import ServiceSettings
+from flux2_shared.web.draining import DrainUnreadBody
 from flux2_shared.web.health import Health, add_health_routes
 from flux2_shared.web.middleware import BodyLimit, RequestContext
 from flux2_shared.web.problem import PROBLEM_MEDIA_TYPE, add_error_handlers, problem_schema
@@ -34,4 +35,5 @@ def make_app(
     add_error_handlers(app)
     add_health_routes(app, app.state.health, app.state.metrics.registry)
     app.state.tracing.trace_app(app)
+    app.add_middleware(DrainUnreadBody)
     return app

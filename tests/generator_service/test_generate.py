@@ -521,3 +521,27 @@ async def test_queue_positions_are_streamed(serve_generator: Serve, model_contro
     assert [[data["position"] for data in stream] for stream in positions] == [[1, 0], [2, 1, 0]]
     assert positions[1][0]["wait_ms"] > positions[0][0]["wait_ms"] > 0
     assert [stream[-1]["wait_ms"] for stream in positions] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("application/json, text/plain, */*", "image/png"),
+        ("image/*;q=0.5, application/json", "application/json"),
+        ("Application/JSON", "application/json"),
+        ("application/json;q=0, */*", "image/png"),
+        ("text/event-stream;q=0, image/png", "image/png"),
+        ("application/json;q=high", "image/png"),
+        ("text/html", "image/png"),
+    ],
+)
+async def test_accept_is_parsed(serve_generator: Serve, accept: str, kind: str) -> None:
+    """``/generate``, with ``keep`` too, and the result of a job are JSON only if ``Accept`` prefers it to an image."""
+    headers = {"Accept": accept}
+    async with serve_generator() as http:
+        responses = [
+            await http.post("/generate", json=SMALL, headers=headers),
+            kept := await http.post("/generate", json=SMALL | {"on_disconnect": "keep"}, headers=headers),
+            await http.get(f"/jobs/{kept.headers['x-job-id']}/result", headers=headers),
+        ]
+    assert [(response.status_code, response.headers["content-type"]) for response in responses] == [(200, kind)] * 3

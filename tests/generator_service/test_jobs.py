@@ -40,6 +40,20 @@ async def test_the_result_of_a_job_is_that_of_generate(serve_generator: Serve) -
     assert np.array_equal(pixels(result.content), pixels(direct.content))
 
 
+async def test_hugging_faces_body_starts_a_job(serve_generator: Serve) -> None:
+    """``POST /jobs`` takes the body of Hugging Face's API too, and gives the same job for equivalent bodies."""
+    body = {"inputs": SMALL["prompt"], "parameters": {name: SMALL[name] for name in SMALL if name != "prompt"}}
+    key = {"Idempotency-Key": "one"}
+    async with serve_generator() as http:
+        created = await http.post("/jobs", json=body, headers=key)
+        job = await ended(http, created.json()["id"])
+        native = await http.post("/jobs", json=SMALL, headers=key)
+        refused = await http.post("/jobs", json={"inputs": "a", "parameters": {"scheduler": "x"}})
+    assert (created.status_code, job["status"], job["seed"]) == (202, "completed", 7)
+    assert native.json()["id"] == job["id"]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "scheduler")
+
+
 async def test_events_can_be_read_at_any_time(serve_generator: Serve) -> None:
     """``/events`` has all events from the start, for early and late readers."""
     async with serve_generator() as http:

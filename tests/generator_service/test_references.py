@@ -4,8 +4,10 @@ import base64
 import email
 import email.policy
 import io
+from collections.abc import Callable
 from email.message import EmailMessage
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image, ImageFile
 from demo_model.services import WEIGHTS
 from flux2_shared.errors import InvalidRequest
 from flux2_shared.wire import dump_safetensors
+from generator_service.api.base64_text import decode_base64
 from generator_service.api.references import parse_reference, read_reference
 from generator_service.errors import UnsupportedImageType
 from generator_service.lemica import schedule_for
@@ -57,6 +60,72 @@ def test_formats_are_detected_by_their_first_bytes(kind: str, prefix: str) -> No
     assert (reference.image.size, reference.image.mode) == ((80, 64), "RGB")
 
 
+def in_lines(text: str, separator: str) -> str:
+    """The text in MIME's lines of 76 characters."""
+    return separator.join(text[start : start + 76] for start in range(0, len(text), 76))
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "lines": lambda text: in_lines(text, "\n") + "\n",
+    "MIME's lines": lambda text: in_lines(text, "\r\n"),
+    "spaces": lambda text: f" \t{text} \n",
+    "URL-safe": lambda text: text.replace("+", "-").replace("/", "_"),
+    "without padding": lambda text: text.rstrip("="),
+    "parameters": lambda text: f"data:image/png;name=x y.png;charset=utf-8;base64,{text}",
+    "no type": lambda text: f"data:;base64,{text}",
+    "upper case": lambda text: f"DATA:IMAGE/PNG;NAME=X.PNG;BASE64,{text}",
+    "spaces in the header": lambda text: f"  data:image/png; name=x.png; base64 ,{text}",
+    "lines after the header": lambda text: "data:image/png;base64,\r\n" + in_lines(text, "\r\n"),
+    "percent-encoded": lambda text: "data:image/png;base64," + quote(text, safe=""),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("length", range(100, 104))
+def test_spellings_of_base64(spelling: str, length: int) -> None:
+    """Line breaks, the URL-safe alphabet, missing padding, and data URIs with parameters are read."""
+    data = bytes(range(251, 256)) * 20 + b"\xff" * (length - 100)
+    text = base64.b64encode(data).decode()
+    assert {"+", "/"} <= set(text)
+    assert decode_base64(SPELLINGS[spelling](text)) == data
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "QQ=Q",
+        "Q",
+        "QUJ!",
+        "=",
+        "data:image/png,QUJD",
+        "data:base64,QUJD",
+        "data:;base64;x=y,QUJD",
+        "QUJD\u00a0",
+        "\ud800",
+    ],
+)
+def test_other_text_is_no_base64(text: str) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        decode_base64(text)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/jobs"])
+@pytest.mark.parametrize("spelling", ["MIME's lines", "parameters", "URL-safe"])
+async def test_every_field_reads_every_spelling(serve_generator: Serve, path: str, spelling: str) -> None:
+    """``images``, ``prompt_embeds`` and the ``inputs`` of Hugging Face's API are read alike, as jobs too."""
+    image = SPELLINGS[spelling](as_text(file_of(sample_image())))
+    embedding = SPELLINGS[spelling](as_text(dump_safetensors(torch.ones(1, 32, 384))))
+    steps = {"num_inference_steps": 1, "cache": "none"}
+    bodies = [
+        {"prompt": "a red circle", "images": [image]} | steps,
+        {"prompt_embeds": embedding, "width": 64, "height": 64} | steps,
+        {"inputs": image, "parameters": {"prompt": "a red circle"} | steps},
+    ]
+    async with serve_generator() as http:
+        statuses = [(await http.post(path, json=body)).status_code for body in bodies]
+    assert statuses == [202 if path == "/jobs" else 200] * 3
+
+
 @pytest.mark.parametrize(("mode", "options"), [("RGBA", {}), ("L", {}), ("P", {}), ("1", {}), ("LA", {})])
 def test_every_mode_becomes_rgb(mode: str, options: dict[str, Any]) -> None:
     """Transparency, grayscale and palettes are converted to RGB."""
@@ -86,6 +155,7 @@ def test_other_formats_are_415(data: bytes) -> None:
         "http://localhost/a.png",
         "https://example.com/a.png",
         "file:///etc/passwd",
+        "\n https://example.com/a.png",
         "ftp://host/a.png",
         "not base64!",
         "\u00f7",

@@ -4,9 +4,12 @@ import asyncio
 import io
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 from safetensors.torch import load
+from starlette.types import Message, Receive, Scope, Send
 from transformers import MistralModel, PreTrainedTokenizerBase
 
 from tests.conftest import Serve
@@ -73,6 +76,22 @@ async def test_safetensors_on_request(serve_encoder: Serve) -> None:
     assert torch.equal(load(safe.content)["prompt_embeds"], torch.load(io.BytesIO(plain.content)))
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("Application/VND.safetensors;q=0.9, application/octet-stream;q=0.1", "application/vnd.safetensors"),
+        ("application/vnd.safetensors;q=0, */*", "application/octet-stream"),
+        ("application/octet-stream, application/vnd.safetensors;q=0.5", "application/octet-stream"),
+        ("application/json", "application/octet-stream"),
+    ],
+)
+async def test_accept_is_parsed(serve_encoder: Serve, accept: str, kind: str) -> None:
+    """The format with the larger weight is sent; the default is ``torch.save``'s."""
+    async with serve_encoder() as http:
+        response = await http.post("/predict", json={"prompt": "a"}, headers={"Accept": accept})
+    assert (response.status_code, response.headers["content-type"]) == (200, kind)
+
+
 async def test_truncated_prompts_are_reported(serve_encoder: Serve) -> None:
     """The header lists the prompts that were truncated, whether they come from the device or from the cache."""
     long = "red " * 100
@@ -132,19 +151,30 @@ async def test_a_huge_prompt_never_reaches_the_tokenizer(serve_encoder: Serve, m
 
 
 async def test_a_body_without_a_length_is_limited_while_it_is_read(serve_encoder: Serve) -> None:
-    """A chunked body is refused as soon as it exceeds the limit, in the same form."""
+    """A chunked body is refused as soon as it exceeds the limit, in the same form; the rest is discarded."""
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def long_body() -> AsyncIterator[bytes]:
         yield b'{"prompt": "'
         for _ in range(10_000):
             yield b"x" * 1000
             sent.append(1)
 
     sent: list[int] = []
+    num_sent_before: list[int] = []
     async with serve_encoder(max_body_bytes=5000) as http:
-        response = await http.post("/predict", content=endless(), headers={"content-type": "application/json"})
+        app: FastAPI = http._transport.app  # type: ignore[attr-defined]  # httpx keeps it private
+
+        async def noting_the_start(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_and_note(message: Message) -> None:
+                num_sent_before.append(len(sent))
+                await send(message)
+
+            await app(scope, receive, send_and_note)
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(noting_the_start), base_url="http://test") as client:
+            response = await client.post("/predict", content=long_body(), headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
-    assert len(sent) < 10
+    assert num_sent_before[0] < 10
 
 
 async def test_concurrent_prompts_share_forward_passes(serve_encoder: Serve) -> None:

@@ -6,12 +6,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import Discriminator, Tag
 
+from flux2_shared.web.accept import preferred_type
 from flux2_shared.web.auth import owner_of
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.huggingface import InferenceRequest
-from generator_service.api.responses import results_while_connected, to_response
+from generator_service.api.responses import RESULT_TYPES, results_while_connected, to_response
 from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.generation import Generation, GenerationResult
@@ -21,6 +22,7 @@ from generator_service.engine.job_store import Job
 router = APIRouter(route_class=LargeBodyRoute)
 MAX_KEY_CHARS = 255
 """Longest ``Idempotency-Key``."""
+RESPONSE_TYPES = (*RESULT_TYPES, sse.MEDIA_TYPE)
 
 
 def dialect_of(value: object) -> str:
@@ -34,6 +36,14 @@ Body = Annotated[
 ]
 
 
+async def native_body(body: Body) -> GenerateRequest:
+    """Convert the body of any API that ``/generate`` and ``/jobs`` understand to the native one."""
+    return body.native() if isinstance(body, InferenceRequest) else body
+
+
+NativeBody = Annotated[GenerateRequest, Depends(native_body)]
+
+
 @router.post("/", include_in_schema=False)
 @router.post(
     "/generate",
@@ -41,47 +51,46 @@ Body = Annotated[
     responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES.values()}}},
 )
 async def generate(
-    body: Body,
+    body: NativeBody,
     http_request: Request,
     state: Annotated[GeneratorState, Depends(generator_state)],
-    accept: Annotated[str, Header()] = "",
     idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
 ) -> Response:
     """Generate images. Seed, schedule and timings are in the headers, and the parameters in the metadata of the file.
 
     The body is the native one or that of Hugging Face's inference API. Several images are sent as ``multipart/mixed``.
-    With ``Accept: application/json`` images are base64 in JSON. With ``Accept: text/event-stream`` there is an event
-    for every step, and the last events contain the images as base64. With ``on_disconnect: keep`` the request becomes
-    a job, which continues if the client disconnects.
+    If ``Accept`` prefers ``application/json`` to files, images are base64 in JSON. If it prefers ``text/event-stream``,
+    there is an event for every step, and the last events contain the images as base64. With ``on_disconnect: keep``
+    the request becomes a job, which continues if the client disconnects.
     """
-    native = body.native() if isinstance(body, InferenceRequest) else body
-    if native.on_disconnect == "keep":
-        job = await state.job(native, owner_of(http_request), idempotency_key)
-        return await respond_to_job(job, http_request, state, accept)
-    is_stream = sse.MEDIA_TYPE in accept
-    generation = await state.submit(native, is_followed=is_stream)
+    media_type = preferred_type(http_request, RESPONSE_TYPES)
+    if body.on_disconnect == "keep":
+        job = await state.job(body, owner_of(http_request), idempotency_key)
+        return await respond_to_job(job, http_request, state, media_type)
+    is_stream = media_type == sse.MEDIA_TYPE
+    generation = await state.submit(body, is_followed=is_stream)
     if is_stream:
         events = sse.native_events(generation, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)
     results = await results_while_connected(http_request, generation)
-    return await respond(generation, results, state, accept)
+    return await respond(generation, results, state, media_type)
 
 
 async def respond(
-    generation: Generation, results: Sequence[GenerationResult] | None, state: GeneratorState, accept: str
+    generation: Generation, results: Sequence[GenerationResult] | None, state: GeneratorState, media_type: str
 ) -> Response:
-    """Send ``results`` in the format of ``accept``; None: the client has disconnected."""
+    """Send ``results`` in the format of ``media_type``; None: the client has disconnected."""
     if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return await to_response(generation.request, results, accept, state.responses)
+    return await to_response(generation.request, results, media_type, state.responses)
 
 
-async def respond_to_job(job: Job, http_request: Request, state: GeneratorState, accept: str) -> Response:
-    """Return the images of a job in the format of ``accept``. The job continues if the client disconnects."""
-    if sse.MEDIA_TYPE in accept:
+async def respond_to_job(job: Job, http_request: Request, state: GeneratorState, media_type: str) -> Response:
+    """Return the images of a job in the format of ``media_type``. The job continues if the client disconnects."""
+    if media_type == sse.MEDIA_TYPE:
         response: Response = sse.stream(http_request, sse.native_events(job.generation, state.responses))
     else:
         results = await while_connected(http_request, job.generation.images())
-        response = await respond(job.generation, results, state, accept)
+        response = await respond(job.generation, results, state, media_type)
     response.headers["x-job-id"] = job.id
     return response

@@ -5,14 +5,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
+from flux2_shared.web.accept import preferred_type
 from flux2_shared.web.auth import owner_of
 from flux2_shared.web.problem import problem_of
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
-from generator_service.api.responses import to_response
-from generator_service.api.routes.generate import MAX_KEY_CHARS
+from generator_service.api.responses import RESULT_TYPES, to_response
+from generator_service.api.routes.generate import MAX_KEY_CHARS, NativeBody
 from generator_service.api.routes.large_body import LargeBodyRoute
-from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.job_store import Job
 from generator_service.errors import JobNotFinished
 
@@ -22,12 +22,15 @@ State = Annotated[GeneratorState, Depends(generator_state)]
 
 @router.post("", status_code=202)
 async def begin(
-    body: GenerateRequest,
+    body: NativeBody,
     request: Request,
     state: State,
     idempotency_key: Annotated[str | None, Header(max_length=MAX_KEY_CHARS)] = None,
 ) -> Response:
-    """Start a job, or return the one that was started with the same ``Idempotency-Key``."""
+    """Start a job, or return the one that was started with the same ``Idempotency-Key``.
+
+    The body is that of ``POST /generate``.
+    """
     job = await state.job(body, owner_of(request), idempotency_key)
     return JSONResponse(job_fields(job, request), 202, {"location": f"/jobs/{job.id}"})
 
@@ -39,13 +42,14 @@ async def show(job_id: str, request: Request, state: State) -> dict[str, Any]:
 
 
 @router.get("/{job_id}/result", response_class=Response)
-async def result(job_id: str, request: Request, state: State, accept: Annotated[str, Header()] = "") -> Response:
+async def result(job_id: str, request: Request, state: State) -> Response:
     """Return the images as ``POST /generate`` does."""
     generation = state.jobs.get(job_id, owner_of(request)).generation
     if generation.is_wanted:
         retry_after_s = generation.request.estimate_s or 1.0
         raise JobNotFinished(f"the job is {generation.status}", retry_after_s=retry_after_s)
-    return await to_response(generation.request, await generation.images(), accept, state.responses)
+    media_type = preferred_type(request, RESULT_TYPES)
+    return await to_response(generation.request, await generation.images(), media_type, state.responses)
 
 
 @router.get("/{job_id}/events", response_class=Response)
