@@ -76,7 +76,7 @@ class Fleet:
         self._queue.enter(generation, permit)
         for index, params in enumerate(request.all_params()):
             self._queue.add(generation, params, index)
-        generation.start(partial(self._with_retries, request))
+        generation.start(partial(self._with_retries, request), permit.admitted)
         return generation
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ class InvalidRequest(Flux2Error):
 
 
 class MalformedBody(Flux2Error):
-    """The body is not JSON."""
+    """The body is empty, or not what its content type says."""
 
     status = 400
     code = "malformed_body"
@@ -56,6 +56,14 @@ class Unauthorized(Flux2Error):
 
     status = 401
     code = "unauthorized"
+    is_worth_retrying = False
+
+
+class UnsupportedMediaType(Flux2Error):
+    """The body has another content type than this route reads."""
+
+    status = 415
+    code = "unsupported_media_type"
     is_worth_retrying = False
 
 
@@ -75,7 +83,7 @@ class Busy(Flux2Error):
 
 
 class DeadlineExceeded(Flux2Error):
-    """The request's deadline passed before it ran."""
+    """The request's deadline passed before it was finished."""
 
     status = 504
     code = "deadline_exceeded"

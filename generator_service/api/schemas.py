@@ -1,13 +1,37 @@
 """Request body of ``POST /generate``."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
 from flux2_shared.schemas import Strict, Text
 from generator_service.engine.imaging import ImageFormat
 
 MAX_SEED = 2**63 - 1
+MAX_MS = 24 * 60 * 60 * 1000
+"""Longest time that a client may give, in milliseconds: a day."""
+
+
+def validate_prompt(prompt: str) -> str:
+    """Return ``prompt``; raise ``ValueError`` if nothing of it is visible."""
+    if not any(character.isprintable() and not character.isspace() for character in prompt):
+        raise ValueError("must not be blank")
+    return prompt
+
+
+Prompt = Annotated[Text, AfterValidator(validate_prompt)]
+
+
+class RequestBody(Strict):
+    """Base class of request bodies. Many clients send null for a field that is not set, so null means the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {k: v for k, v in data.items() if v is not None or k not in fields or fields[k].is_required()}
 
 
 class MaxError(Strict):
@@ -16,14 +40,14 @@ class MaxError(Strict):
     max_error: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
 
 
-class LoraUse(Strict):
+class LoraUse(RequestBody):
     """A LoRA adapter and its scale."""
 
-    name: StrictStr
+    name: Text
     scale: Annotated[StrictFloat | StrictInt, Field(ge=-4, le=4, allow_inf_nan=False)] = 1.0
 
 
-class Sampling(Strict):
+class Sampling(RequestBody):
     """Sampling parameters, common to the bodies of all APIs."""
 
     num_inference_steps: Annotated[StrictInt, Field(ge=1, le=100)] = 50
@@ -32,14 +56,14 @@ class Sampling(Strict):
         StrictInt | None, Field(ge=0, le=MAX_SEED, description="Random if absent; the response returns it.")
     ] = None
     cache: Annotated[
-        StrictStr | StrictInt | MaxError | None,
+        Text | StrictInt | MaxError | None,
         Field(
             description="none, slow, medium, fast, ultra, the name of a schedule, or the number of computed steps.",
             examples=["fast", 12, {"max_error": 0.01}],
         ),
     ] = None
     lora: Annotated[
-        StrictStr | Annotated[list[LoraUse], Field(min_length=1, max_length=4)] | None,
+        Text | Annotated[list[LoraUse], Field(min_length=1, max_length=4)] | None,
         Field(description="Name of a LoRA adapter of the service, or a list of adapters with scales."),
     ] = None
     upsample_prompt: Annotated[
@@ -50,9 +74,9 @@ class Sampling(Strict):
 class GenerateRequest(Sampling):
     """A request for images. Every field except the prompt has a default."""
 
-    prompt: Annotated[Text | None, Field(description="What the image shows.", examples=["a large red circle"])] = None
+    prompt: Annotated[Prompt | None, Field(description="What the image shows.", examples=["a large red circle"])] = None
     prompt_embeds: Annotated[
-        StrictStr | None,
+        Text | None,
         Field(description="Embedding of the prompt, instead of the prompt: a safetensors file as base64 or data URI."),
     ] = None
     width: Annotated[StrictInt | None, Field(description="Pixels, a multiple of 16.")] = None
@@ -62,7 +86,7 @@ class GenerateRequest(Sampling):
         StrictInt | None, Field(ge=0, le=100, description="Quality of a JPEG or WebP file. Default: 95.")
     ] = None
     images: Annotated[
-        list[StrictStr],
+        list[Text],
         Field(
             default_factory=list,
             description="Reference images to edit: PNG, JPEG or WebP files as base64 or data URIs.",
@@ -70,10 +94,15 @@ class GenerateRequest(Sampling):
     ]
     max_latency_ms: Annotated[
         StrictInt | None,
-        Field(ge=1, description="Instead of cache: compute as many steps as fit into this time, without waiting time."),
+        Field(
+            ge=1,
+            le=MAX_MS,
+            description="Instead of cache: compute as many steps as fit into this time, without waiting time.",
+        ),
     ] = None
     deadline_ms: Annotated[
-        StrictInt | None, Field(ge=1, description="Fail with 504 if the generation has not started within this time.")
+        StrictInt | None,
+        Field(ge=1, le=MAX_MS, description="Fail with 504 if the images are not finished within this time."),
     ] = None
     previews: Annotated[
         StrictInt, Field(ge=0, le=10, description="Number of preview images in a stream of events.")

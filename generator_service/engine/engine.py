@@ -141,7 +141,7 @@ class Engine:
         """
         generation = Generation(request, on_end=self.queue.leave)
         self.queue.enter(generation, permit)
-        generation.start(self._generate)
+        generation.start(self._generate, permit.admitted)
         return generation
 
     def close(self) -> None:

@@ -102,23 +102,19 @@ class Generation:
         self._driver: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def start(self, work: "GenerationWork") -> None:
-        """Run ``work`` in a task, and end with its results or its error.
+    def start(self, work: "GenerationWork", admitted: float) -> None:
+        """Run ``work`` in a task, and end with its results or its error, at the latest at the request's deadline.
 
         Args:
             work: returns the results. It is a function, because a task that is cancelled before its first step would
                 never await a coroutine.
+            admitted: when the request was admitted, by ``time.monotonic``; the deadline counts from then.
         """
         self._driver = asyncio.create_task(self._drive(work))
         deadline_s = self.request.deadline_s
         if deadline_s is not None:
-            error = DeadlineExceeded("the deadline passed before the generation started")
-            self._timer = self._loop.call_later(deadline_s, self.fail, error)
-
-    def begin(self) -> None:
-        """Stop the deadline's timer, because the device has started."""
-        if self._timer is not None:
-            self._timer.cancel()
+            error = DeadlineExceeded("the deadline passed before the images were finished")
+            self._timer = self._loop.call_at(admitted + deadline_s, self.fail, error)
 
     @property
     def num_bytes(self) -> int:
@@ -203,7 +199,8 @@ class Generation:
         # Jobs are kept for long, so previews and positions are dropped. Readers count events, so None replaces them.
         self._history = [None if isinstance(event, Preview | Queued) else event for event in self._history]
         self.request = self.request.without_tensors()
-        self.begin()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._driver is not None and self._driver is not asyncio.current_task():
             self._driver.cancel()
         self._on_end(self)

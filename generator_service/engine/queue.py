@@ -30,6 +30,8 @@ class Permit:
 
     number: int
     """Order of admission."""
+    admitted: float
+    """When it was issued, by the queue's clock."""
     is_taken: bool = False
     """Whether a generation holds it, and frees the slot when it ends."""
 
@@ -128,7 +130,7 @@ class Queue(Generic[Image]):
         if len(self._permits) >= self._capacity():
             seconds = self._forecast().seconds_of_all(len(self._permits))
             raise Busy("the service is busy: the queue is full", retry_after_s=seconds)
-        permit = Permit(next(self._numbers))
+        permit = Permit(next(self._numbers), self._clock())
         self._permits.add(permit)
         try:
             yield permit
@@ -160,7 +162,6 @@ class Queue(Generic[Image]):
         slot = self._slots.get(generation)
         if slot is not None and not slot.has_begun:
             slot.has_begun = True
-            generation.begin()
             self._report()
 
     def leave(self, generation: Generation) -> None:

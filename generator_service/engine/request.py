@@ -19,7 +19,7 @@ class Request:
     quality: int = DEFAULT_QUALITY
     """Quality of JPEG and WebP files, 0 to 100."""
     deadline_s: float | None = None
-    """Time within which the device must have started, in seconds."""
+    """Time within which all images must be finished, in seconds after the admission."""
     preview_steps: tuple[int, ...] = ()
     """Steps after which a preview is emitted."""
     is_upsampled: bool = False

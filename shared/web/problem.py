@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +17,10 @@ from flux2_shared.schemas import ErrorDetail, Problem
 logger = logging.getLogger("flux2")
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
+MAX_DETAIL_CHARS = 1000
+MAX_PARAM_CHARS = 100
+NESTING_FIELD = "parameters"
+"""The field of Hugging Face's API that contains most of its fields."""
 
 
 def problem_schema() -> dict[str, Any]:
@@ -33,17 +38,40 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
+def name_fields(request: Request, names: Mapping[str, str]) -> None:
+    """Report errors of native fields under the names that the client's API has for them."""
+    request.state.field_names = names
+
+
+def in_terms_of_client(request: Request, error: Flux2Error) -> tuple[str, str | None]:
+    """Return an error's message and field with the names of the client's API; see ``name_fields``."""
+    message, param = str(error), error.param
+    if param is not None:
+        names = request.scope.get("state", {}).get("field_names", {})
+        field, bracket, index = param.partition("[")
+        param = names.get(param) or names.get(field, field) + bracket + index
+        if message.startswith(f"{error.param}: "):
+            message = f"{param}: {message.removeprefix(f'{error.param}: ')}"
+    return printable(message, MAX_DETAIL_CHARS), None if param is None else printable(param, MAX_PARAM_CHARS)
+
+
+def printable(text: str, max_chars: int) -> str:
+    """Shorten ``text``, and replace lone surrogates, which cannot be encoded as UTF-8."""
+    return text[:max_chars].encode("utf-8", "replace").decode()
+
+
 def problem_of(request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None) -> Problem:
     """Build the body of an error, in the formats of RFC 9457 and of OpenAI's and Hugging Face's clients."""
     status, code = status or error.status, code or error.code
+    message, param = in_terms_of_client(request, error)
     kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     return Problem(
         title=code.replace("_", " "),
         status=status,
-        detail=str(error),
+        detail=message,
         code=code,
         request_id=request.scope.get("state", {}).get("request_id", ""),
-        error=ErrorDetail(message=str(error), type=kind, param=error.param, code=code),
+        error=ErrorDetail(message=message, type=kind, param=param, code=code),
     )
 
 
@@ -76,9 +104,9 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
         return problem_response(request, MalformedBody("the body is not valid JSON"))
     # A union reports an error for each branch, with the branch's name after the field's.
     fields = _fields(first)
-    param = fields[0] if fields else None
+    param = next((field for field in fields if field != NESTING_FIELD), None)
     detail = "; ".join(dict.fromkeys(f"{'.'.join(_fields(e)) or 'body'}: {e['msg']}" for e in error.errors()))
-    return problem_response(request, InvalidRequest(detail[:1000], param=param))
+    return problem_response(request, InvalidRequest(detail, param=param))
 
 
 def _fields(error: Any) -> list[str]:

@@ -119,26 +119,22 @@ def test_openai_models(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"size": "100x100"}, "width"),
+        ({"size": "100x100"}, "size"),
         ({"size": "huge"}, "size"),
-        ({"n": 9}, "num_images"),
+        ({"n": 9}, "n"),
+        ({"partial_images": 4}, "partial_images"),
+        ({"prompt": " "}, "prompt"),
+        ({"prompt": ""}, "prompt"),
         ({"extra_body": {"colour": 1}}, "colour"),
         ({"extra_body": {"cache": "x"}}, "cache"),
-        ({"response_format": "url"}, "response_format"),
     ],
 )
 def test_openai_errors(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
     """Invalid values raise the client's own error with our code and the field."""
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        client.images.generate(prompt=PROMPT, **fields)
+        client.images.generate(**{"prompt": PROMPT} | fields)
     assert (caught.value.code, caught.value.param) == ("invalid_request", param)
-
-
-def test_openai_masks_are_refused(client: openai.OpenAI) -> None:
-    """A mask is 400 ``unsupported_parameter``; it is never silently ignored."""
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.images.edit(image=file_of(), mask=file_of(), prompt=PROMPT)
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "mask")
+    assert param in caught.value.message
 
 
 @pytest.mark.parametrize("fields", [{"n": "two"}, {"seed": "-1"}, {"guidance_scale": "much"}, {"colour": "red"}])
@@ -170,3 +166,16 @@ def test_hugging_face_errors(inference: InferenceClient) -> None:
         inference.text_to_image(PROMPT, negative_prompt="ugly")
     with pytest.raises(HfHubHTTPError, match="width: must be a multiple of 16"):
         inference.text_to_image(PROMPT, width=65)
+    with pytest.raises(HfHubHTTPError, match="inputs: Value error, must not be blank"):
+        inference.text_to_image(" ")
+
+
+@pytest.mark.parametrize("options", [{"num_inference_steps": 4}, {"guidance_scale": 3.0}])
+def test_hugging_face_edits_need_a_prompt(inference: InferenceClient, options: dict[str, Any]) -> None:
+    """``image_to_image`` without a prompt is refused; the image's base64 is never used as a prompt."""
+    with pytest.raises(HfHubHTTPError, match=r"prompt: parameters\.prompt is needed to edit the image in inputs"):
+        inference.image_to_image(file_of(), **options)
+    with pytest.raises(
+        HfHubHTTPError, match=r"content-type: is missing; send JSON .* with images as base64 beside a prompt"
+    ):
+        inference.image_to_image(file_of())

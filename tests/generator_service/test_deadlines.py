@@ -1,4 +1,4 @@
-"""``deadline_ms``: how long a request may take until its generation begins."""
+"""``deadline_ms``: how long a request may take until its images are finished."""
 
 import asyncio
 import json
@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from flux2_shared.wire import dump_torch
+from generator_service.api.resolve import Resolver
+from generator_service.api.schemas import GenerateRequest
+from generator_service.engine.request import Request
 from tests.conftest import Serve
-from tests.control import Clock, ModelControl, until_queued
+from tests.control import Clock, ModelControl
 from tests.generator_service.test_generate import SMALL, events
 
 pytestmark = pytest.mark.anyio
@@ -43,18 +46,58 @@ async def test_embedding_counts_towards_the_deadline(
     assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
 
-async def test_a_running_request_is_finished(serve_generator: Serve, clock: Clock, model_control: ModelControl) -> None:
-    """Once the first image of a request is generated, the others are not subject to its deadline.
+async def test_a_running_generation_is_stopped(
+    serve_generator: Serve, clock: Clock, model_control: ModelControl
+) -> None:
+    """On an idle device, too, a generation ends with 504 at its deadline; the next one runs no later than a step after.
 
-    Another request is queued between them, so that they have to wait.
+    The deadline is that of all images of a request together.
     """
-    async with serve_generator() as http:
-        with model_control.holding():
-            job = (await http.post("/jobs", json=HURRIED | {"num_images": 3})).headers["location"]
-            await model_control.is_held()
-            other = asyncio.create_task(http.post("/generate", json=SMALL))
-            await until_queued(http, 2)
+    num_steps = 0
+
+    def on_step() -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 6:  # in the second image
             clock.advance(DEADLINE_S + 1)
-        job_events = events((await http.get(f"{job}/events")).text)
-        assert (await other).status_code == 200
-    assert [name for name, _ in job_events if name != "step"] == ["completed"] * 3
+
+    model_control.on_step = on_step
+    async with serve_generator() as http:
+        job = (await http.post("/jobs", json=HURRIED | {"num_images": 3, "num_inference_steps": 4})).headers["location"]
+        name, data = events((await http.get(f"{job}/events")).text)[-1]
+        assert (name, data["code"]) == ("error", "deadline_exceeded")
+        assert (await http.get(job)).json()["status"] == "failed"
+        assert (await http.post("/generate", json=SMALL | {"num_inference_steps": 1})).status_code == 200
+    assert num_steps <= 6 + 2  # one more step at most, and that of the last request
+
+
+async def test_the_deadline_counts_from_the_admission(
+    serve_generator: Serve, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time for decoding reference images counts, too."""
+    resolve = Resolver.resolve
+
+    def slow(resolver: Resolver, body: GenerateRequest, is_followed: bool) -> Request:
+        clock.advance(DEADLINE_S + 1)
+        return resolve(resolver, body, is_followed)
+
+    async with serve_generator() as http:
+        monkeypatch.setattr(Resolver, "resolve", slow)
+        late = await http.post("/generate", json=HURRIED)
+    assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
+
+
+async def test_upsampling_counts_towards_the_deadline(serve_generator: Serve, clock: Clock) -> None:
+    """A request whose prompt takes too long to rewrite gets 504 at its deadline, not when the chat model answers."""
+
+    async def chat_model(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        clock.advance(DEADLINE_S + 1)
+        await reader.read()  # until the client leaves
+        writer.close()
+
+    async with await asyncio.start_server(chat_model, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with serve_generator(upsampler_url=url, upsampler_timeout_s=1000.0) as http:
+            late = await http.post("/generate", json=HURRIED | {"upsample_prompt": True})
+    assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")

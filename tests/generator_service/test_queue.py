@@ -226,7 +226,7 @@ async def test_a_task_is_cancelled_before_its_first_run() -> None:
         has_run.append(True)
         return []
 
-    generation.start(work)
+    generation.start(work, admitted=0.0)
     generation.cancel()
     await asyncio.sleep(0)
     assert (has_run, generation.status, harness.queue.num_in_flight) == ([], "cancelled", 0)

@@ -1,79 +1,49 @@
 """OpenAI's images API, for its clients with ``base_url=http://.../v1``."""
 
 import base64
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
-from pydantic import Field, StrictInt, StrictStr, ValidationError
+from pydantic import ValidationError
 from sse_starlette import ServerSentEvent
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 
-from flux2_shared.errors import InvalidRequest
-from flux2_shared.schemas import Text
+from flux2_shared.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST
+from flux2_shared.web.json_route import media_type_of
+from flux2_shared.web.problem import name_fields
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
+from generator_service.api.dialects.form import form_fields
+from generator_service.api.dialects.openai_schemas import FIELD_NAMES, ImagesRequest
 from generator_service.api.responses import results_while_connected
 from generator_service.api.routes.large_body import LargeBodyRoute
-from generator_service.api.schemas import GenerateRequest, Sampling
+from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.events import Preview
 from generator_service.engine.generation import Generation, GenerationResult
-from generator_service.engine.imaging import ImageFormat
 from generator_service.engine.queue import Permit
 from generator_service.engine.request import Request
-from generator_service.errors import UnsupportedParameter
 
 router = APIRouter(prefix="/v1", route_class=LargeBodyRoute)
 State = Annotated[GeneratorState, Depends(generator_state)]
 Prefix = Literal["image_generation", "image_edit"]
+FORM_MEDIA_TYPE = "multipart/form-data"
 EDIT_FORM = {
     "type": "object",
     "required": ["prompt", "image"],
     "properties": {"prompt": {"type": "string"}, "image": {"type": "string", "format": "binary"}},
 }
 """OpenAPI schema of the required fields of an edit; the others are those of ``ImagesRequest``."""
-INTEGERS = ("n", "num_inference_steps", "output_compression", "partial_images", "seed")
-
-
-class ImagesRequest(Sampling):
-    """Body of ``/v1/images/generations``, and the text fields of ``/v1/images/edits``."""
-
-    prompt: Text
-    model: StrictStr | None = None
-    n: Annotated[StrictInt, Field(ge=1)] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] = "auto"
-    output_format: ImageFormat = "png"
-    output_compression: Annotated[StrictInt | None, Field(ge=0, le=100)] = None
-    response_format: Literal["b64_json"] | None = None
-    stream: bool = False
-    partial_images: Annotated[StrictInt, Field(ge=0, le=3)] = 0
-    # Accepted for compatibility, and ignored.
-    background: str | None = None
-    input_fidelity: str | None = None
-    moderation: str | None = None
-    quality: str | None = None
-    style: str | None = None
-    user: str | None = None
-
-    def native(self, images: Sequence[bytes] = ()) -> GenerateRequest:
-        """Convert to the body of ``POST /generate``."""
-        width, height = (None, None) if self.size == "auto" else map(int, self.size.split("x"))
-        return GenerateRequest(
-            **{name: getattr(self, name) for name in Sampling.model_fields},
-            prompt=self.prompt,
-            width=width,
-            height=height,
-            output_format=self.output_format,
-            output_compression=self.output_compression,
-            previews=self.partial_images,
-            num_images=self.n,
-            images=[base64.b64encode(data).decode() for data in images],
-        )
+IMAGE_FIELD = re.compile(r"image(\[\d*\])?", re.ASCII)
+"""Names of the files of an edit: ``image``, ``image[]`` or ``image[0]``."""
 
 
 @router.get("/models")
@@ -95,24 +65,47 @@ def model_object(state: GeneratorState) -> dict[str, Any]:
 @router.post("/images/generations")
 async def generations(body: ImagesRequest, http_request: HTTPRequest, state: State) -> Response:
     """Generate images from a prompt."""
+    name_fields(http_request, FIELD_NAMES)
     with state.engine.admit() as permit:
         generation = await submit(body, body.native(), state, permit)
     return await respond(generation, body, http_request, state, "image_generation")
 
 
-@router.post(
-    "/images/edits", openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": EDIT_FORM}}}}
-)
+@router.post("/images/edits", openapi_extra={"requestBody": {"content": {FORM_MEDIA_TYPE: {"schema": EDIT_FORM}}}})
 async def edits(http_request: HTTPRequest, state: State) -> Response:
     """Generate images from reference images: multipart parts ``image`` or ``image[]``."""
+    check_is_form(http_request)
     with state.engine.admit() as permit:  # before the files are read
-        async with http_request.form() as form:
+        async with readable_form(http_request) as form:
             body = form_request(form)
-            images = [await part.read() for name in ("image", "image[]") for part in files(form, name)]
-        if not images:
-            raise InvalidRequest("image: at least one file is required", param="image")
+            images = [await file.read() for file in image_files(form)]
+        name_fields(http_request, FIELD_NAMES | ({"images[0]": "image"} if len(images) == 1 else {}))
         generation = await submit(body, await state.requests.run(body.native, images), state, permit)
     return await respond(generation, body, http_request, state, "image_edit")
+
+
+def check_is_form(http_request: HTTPRequest) -> None:
+    """Raise ``UnsupportedMediaType`` if the body is not declared as a multipart form."""
+    content_type = media_type_of(http_request)
+    if content_type != FORM_MEDIA_TYPE:
+        found = f", not {content_type[:100]}" if content_type else ""
+        raise UnsupportedMediaType(f"content-type: must be {FORM_MEDIA_TYPE} with the files as parts `image`{found}")
+
+
+@asynccontextmanager
+async def readable_form(http_request: HTTPRequest) -> AsyncIterator[FormData]:
+    """Parse a multipart form; raise ``MalformedBody`` if that fails."""
+    try:
+        form = await http_request.form()
+    except (HTTPException, ValueError) as error:  # ValueError: charsets that are not text encodings
+        if isinstance(error, HTTPException) and error.status_code != MalformedBody.status:
+            raise
+        reason = error.detail if isinstance(error, HTTPException) else "a field has an unknown charset"
+        raise MalformedBody(f"the multipart form cannot be read: {reason}") from None
+    try:
+        yield form
+    finally:
+        await form.close()
 
 
 def form_request(form: FormData) -> ImagesRequest:
@@ -120,39 +113,29 @@ def form_request(form: FormData) -> ImagesRequest:
 
     Raises:
         InvalidRequest: a field is invalid.
-        UnsupportedParameter: there is a mask.
+        UnsupportedParameter: there is a mask, or another argument that cannot be served.
     """
-    if "mask" in form:
-        raise UnsupportedParameter("mask: not supported by this model; describe the change in the prompt", param="mask")
-    fields: dict[str, Any] = {k: v for k, v in form.items() if k not in ("image", "image[]")}
-    for name, text in fields.items():
-        if name in INTEGERS or (name == "cache" and str(text).isdigit()):
-            fields[name] = number(name, text, int)
-        elif name == "guidance_scale":
-            fields[name] = number(name, text, float)
-        elif name in ("stream", "upsample_prompt"):
-            fields[name] = text == "true"
+    fields = form_fields(form, [name for name in form if IMAGE_FIELD.fullmatch(name)])
     try:
         return ImagesRequest(**fields)
     except ValidationError as error:
         first = error.errors()[0]
-        param = str(first["loc"][0])
+        param = str(first["loc"][0]) if first["loc"] else "body"  # a field's name may be invalid text
         raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
 
 
-def number(name: str, text: Any, kind: type[int] | type[float]) -> int | float:
-    try:
-        return kind(text)
-    except (TypeError, ValueError):
-        raise InvalidRequest(f"{name}: must be a number", param=name) from None
+def image_files(form: FormData) -> list[UploadFile]:
+    """Return the files to edit, in order.
 
-
-def files(form: FormData, name: str) -> list[UploadFile]:
-    """Return the files of all parts with one name."""
-    parts = form.getlist(name)
-    if not all(isinstance(part, UploadFile) for part in parts):
-        raise InvalidRequest(f"{name}: must be a file", param=name)
-    return cast("list[UploadFile]", parts)
+    Raises:
+        InvalidRequest: there is none, or one is not a file.
+    """
+    files = [value for name, value in form.multi_items() if IMAGE_FIELD.fullmatch(name)]
+    if not files:
+        raise InvalidRequest("image: at least one file is required", param="image")
+    if not all(isinstance(file, UploadFile) for file in files):
+        raise InvalidRequest("image: must be a file", param="image")
+    return cast("list[UploadFile]", files)
 
 
 async def submit(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:

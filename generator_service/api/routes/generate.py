@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag
 from flux2_shared.web.accept import preferred_type
 from flux2_shared.web.auth import owner_of
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
+from flux2_shared.web.problem import name_fields
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.huggingface import InferenceRequest
@@ -36,9 +37,13 @@ Body = Annotated[
 ]
 
 
-async def native_body(body: Body) -> GenerateRequest:
+async def native_body(body: Body, http_request: Request) -> GenerateRequest:
     """Convert the body of any API that ``/generate`` and ``/jobs`` understand to the native one."""
-    return body.native() if isinstance(body, InferenceRequest) else body
+    if not isinstance(body, InferenceRequest):
+        return body
+    native = body.native()
+    name_fields(http_request, body.field_names)
+    return native
 
 
 NativeBody = Annotated[GenerateRequest, Depends(native_body)]

@@ -32,7 +32,7 @@ class ModesQuery(BaseModel):
             RequestValidationError: a field is outside its limits.
         """
         try:
-            return GenerateRequest(prompt="", **self.model_dump(exclude_none=True))
+            return GenerateRequest(prompt="-", **self.model_dump(exclude_none=True))
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from None
 
@@ -83,7 +83,7 @@ async def modes(
 
 def defaults(state: GeneratorState) -> Defaults:
     """Return the defaults that ``Resolver`` fills in."""
-    side, blank = state.engine.info.default_side, GenerateRequest(prompt="", images=[])
+    side, blank = state.engine.info.default_side, GenerateRequest(prompt="-", images=[])
     return Defaults(
         width=side,
         height=side,
