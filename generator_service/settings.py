@@ -6,17 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, FilePath, SecretStr
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from flux2_shared.settings import ServiceSettings, read_keys
+from flux2_shared.settings import ServiceSettings, read_keys, read_names
 
 CacheName = str
 """``none`` or the name of a schedule."""
 ProfileName = Literal["auto", "exact", "fast", "fastest", "offload"]
 Optimization = Literal["attention", "compile", "fp8", "fused_qkv", "offload", "vae"]
-
-
-def read_names(text: Any) -> Any:
-    """Split ``a,b`` into a list; a value that is not a string is returned unchanged."""
-    return [name.strip() for name in text.split(",") if name.strip()] if isinstance(text, str) else text
 
 
 def read_sizes(text: Any) -> Any:
