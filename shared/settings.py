@@ -31,16 +31,34 @@ def read_path_prefix(text: Any) -> Any:
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
-    """Read one key per line, skipping empty lines and comments."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    """Read one key per line, skipping empty lines and comments; editors may have added a byte order mark."""
+    lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def read_token(text: Any) -> Any:
+    """Remove whitespace around a token, such as the line break of a file; other values are returned unchanged.
+
+    A blank token is refused, because an empty one would mean that none is required.
+    """
+    if isinstance(text, str) and text and not text.strip():
+        raise ValueError("the token is blank")
+    return text.strip() if isinstance(text, str) else text
+
+
+Token = Annotated[SecretStr, BeforeValidator(read_token)]
 
 
 class ServiceSettings(BaseSettings):
     """Common settings. Names without an alias get the service's prefix (``TEXT_ENCODER_``, ``GENERATOR_``)."""
 
     model_config = SettingsConfigDict(
-        frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", populate_by_name=True
+        frozen=True,
+        env_file=".env",
+        env_file_encoding="utf-8-sig",  # with or without a byte order mark
+        env_ignore_empty=True,
+        extra="ignore",
+        populate_by_name=True,
     )
 
     model: str = Field(FLUX2_DEV, validation_alias="FLUX2_MODEL")
@@ -58,7 +76,7 @@ class ServiceSettings(BaseSettings):
     """Requests that may wait for the device; further ones are rejected with 429."""
     max_prompt_chars: int = Field(20_000, ge=1)
     embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
-    token: SecretStr | None = None
+    token: Token | None = None
     """If set, requests need it as ``Authorization: Bearer``; health and metrics stay open."""
     keys_file: FilePath | None = None
     """A file with one API key per line. Each is accepted like ``token``, and sees only its own jobs."""
