@@ -6,17 +6,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, FilePath, SecretStr
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from flux2_shared.settings import ServiceSettings, read_keys
+from flux2_shared.settings import ServiceSettings, Token, read_keys, read_names
 
 CacheName = str
 """``none`` or the name of a schedule."""
 ProfileName = Literal["auto", "exact", "fast", "fastest", "offload"]
 Optimization = Literal["attention", "compile", "fp8", "fused_qkv", "offload", "vae"]
-
-
-def read_names(text: Any) -> Any:
-    """Split ``a,b`` into a list; a value that is not a string is returned unchanged."""
-    return [name.strip() for name in text.split(",") if name.strip()] if isinstance(text, str) else text
 
 
 def read_sizes(text: Any) -> Any:
@@ -82,14 +77,14 @@ class GeneratorSettings(ServiceSettings):
     """Base URL of an OpenAI-compatible chat API, which rewrites prompts of requests with ``upsample_prompt``."""
     upsampler_model: str = "default"
     """Name of the chat model."""
-    upsampler_token: SecretStr | None = None
+    upsampler_token: Token | None = None
     """Bearer token for the chat API."""
     upsampler_timeout_s: float = Field(30.0, gt=0)
     """Timeout for one prompt, in seconds."""
 
     text_encoder_url: AnyHttpUrl = Field(AnyHttpUrl("http://127.0.0.1:8006"), validation_alias="TEXT_ENCODER_URL")
     """URL of the text encoder service, or of another service with the same protocol; ``/predict`` is optional."""
-    text_encoder_token: SecretStr | None = Field(None, validation_alias="TEXT_ENCODER_TOKEN")
+    text_encoder_token: Token | None = Field(None, validation_alias="TEXT_ENCODER_TOKEN")
     text_encoder_keys_file: FilePath | None = Field(None, validation_alias="TEXT_ENCODER_KEYS_FILE")
     """The encoder's key file; without ``text_encoder_token``, its first key is sent."""
     text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")

@@ -1,10 +1,11 @@
 """Settings of both services, read from the environment or a ``.env`` file at startup."""
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, FilePath, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, FilePath, IPvAnyNetwork, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux2_shared.observability.logs import LogFormat
 
@@ -12,19 +13,52 @@ if TYPE_CHECKING:
     import torch
 
 FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
+PATH_PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[\w.~@+-]+)+", re.ASCII)
+"""Path segments without a trailing slash. None is empty, or a link with it could lead to another host."""
+
+
+def read_names(text: Any) -> Any:
+    """Split ``a,b`` into a list; a value that is not a string is returned unchanged."""
+    return [name.strip() for name in text.split(",") if name.strip()] if isinstance(text, str) else text
+
+
+def read_path_prefix(text: Any) -> Any:
+    """Remove trailing slashes of a path prefix, and check it; a value that is not a string is returned unchanged."""
+    prefix = text.strip().rstrip("/") if isinstance(text, str) else text
+    if isinstance(prefix, str) and prefix and not PATH_PREFIX.fullmatch(prefix):
+        raise ValueError("give a path like /flux2, whose segments consist of letters, digits and _.~@+-")
+    return prefix
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
-    """Read one key per line, skipping empty lines and comments."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    """Read one key per line, skipping empty lines and comments; editors may have added a byte order mark."""
+    lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def read_token(text: Any) -> Any:
+    """Remove whitespace around a token, such as the line break of a file; other values are returned unchanged.
+
+    A blank token is refused, because an empty one would mean that none is required.
+    """
+    if isinstance(text, str) and text and not text.strip():
+        raise ValueError("the token is blank")
+    return text.strip() if isinstance(text, str) else text
+
+
+Token = Annotated[SecretStr, BeforeValidator(read_token)]
 
 
 class ServiceSettings(BaseSettings):
     """Common settings. Names without an alias get the service's prefix (``TEXT_ENCODER_``, ``GENERATOR_``)."""
 
     model_config = SettingsConfigDict(
-        frozen=True, env_file=".env", env_ignore_empty=True, extra="ignore", populate_by_name=True
+        frozen=True,
+        env_file=".env",
+        env_file_encoding="utf-8-sig",  # with or without a byte order mark
+        env_ignore_empty=True,
+        extra="ignore",
+        populate_by_name=True,
     )
 
     model: str = Field(FLUX2_DEV, validation_alias="FLUX2_MODEL")
@@ -42,10 +76,14 @@ class ServiceSettings(BaseSettings):
     """Requests that may wait for the device; further ones are rejected with 429."""
     max_prompt_chars: int = Field(20_000, ge=1)
     embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
-    token: SecretStr | None = None
+    token: Token | None = None
     """If set, requests need it as ``Authorization: Bearer``; health and metrics stay open."""
     keys_file: FilePath | None = None
     """A file with one API key per line. Each is accepted like ``token``, and sees only its own jobs."""
+    root_path: Annotated[str | None, BeforeValidator(read_path_prefix)] = None
+    """Path prefix under which a proxy publishes the service, like ``/flux2``; every link starts with it."""
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(read_names)] = ()
+    """Addresses or networks of proxies whose ``X-Forwarded-Prefix``, ``-For`` and ``-Proto`` are used."""
     drain_s: int = Field(300, ge=1)
     """Seconds for running requests to complete after SIGTERM. A container's grace period must be longer."""
     log_format: LogFormat = Field("text", validation_alias="LOG_FORMAT")

@@ -75,7 +75,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     Raises:
         InvalidRequest: the file has no prompts.
     """
-    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     if not prompts:
         raise InvalidRequest(f"{file.name} contains no prompts; write one prompt per line")
     return prompts

@@ -68,7 +68,7 @@ def stream_generate(
 
 @contextmanager
 def _connection(url: str, token: str | None, transport: httpx.BaseTransport | None) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
     timeout = httpx.Timeout(RESPONSE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport) as http:

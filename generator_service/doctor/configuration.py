@@ -56,7 +56,7 @@ def check_env_file() -> Iterator[Check]:
     names = dict.fromkeys(os.environ)
     if ENV_FILE.is_file():
         try:
-            with ENV_FILE.open(encoding="utf-8") as file:
+            with ENV_FILE.open(encoding="utf-8-sig") as file:
                 bindings = list(parse_stream(file))
         except (OSError, UnicodeDecodeError) as error:
             yield failed(".env", f"it cannot be read: {describe(error)}", "make it a readable text file in UTF-8")

@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from fastapi import FastAPI
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.observability.tracing import tracing_of
@@ -13,6 +14,7 @@ from flux2_shared.web.draining import DrainUnreadBody
 from flux2_shared.web.health import Health, add_health_routes
 from flux2_shared.web.middleware import BodyLimit, RequestContext
 from flux2_shared.web.problem import PROBLEM_MEDIA_TYPE, add_error_handlers, problem_schema
+from flux2_shared.web.routing import HeadLikeGet, ProxyPrefix
 
 
 def make_app(
@@ -26,14 +28,23 @@ def make_app(
     errors: dict[int | str, dict[str, Any]] = {
         "default": {"description": "Any error", "content": {PROBLEM_MEDIA_TYPE: {"schema": problem_schema()}}}
     }
-    app = FastAPI(title=title, version=version, lifespan=lifespan, responses=errors)
+    app = FastAPI(title=title, version=version, lifespan=lifespan, responses=errors, redirect_slashes=False)
     app.state.metrics = metrics
     app.state.tracing = tracing_of(title)
     app.state.health = Health()
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(RequestContext, metrics=app.state.metrics)
     add_error_handlers(app)
     add_health_routes(app, app.state.health, app.state.metrics.registry)
-    app.state.tracing.trace_app(app)
-    app.add_middleware(DrainUnreadBody)
+    add_middleware(app, settings)
     return app
+
+
+def add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
+    """Add what every request passes, from the innermost to the outermost."""
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(HeadLikeGet)
+    app.add_middleware(RequestContext, metrics=app.state.metrics)
+    app.state.tracing.trace_app(app)
+    app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[str(proxy) for proxy in settings.trusted_proxies])
+    # Before the client's address replaces the proxy's.
+    app.add_middleware(ProxyPrefix, root_path=settings.root_path or "", trusted_proxies=settings.trusted_proxies)
+    app.add_middleware(DrainUnreadBody)

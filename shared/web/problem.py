@@ -123,7 +123,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     phrase = HTTPStatus(error.status_code).phrase
     problem = InvalidRequest(f"{phrase}: {request.method} {request.url.path}")
     response = problem_response(request, problem, status=error.status_code, code=phrase.lower().replace(" ", "_"))
-    response.headers.update(error.headers or {})  # such as Allow of a 405
+    response.headers.update(error.headers or {})
+    allowed = response.headers.get("allow", "").split(", ")
+    if "GET" in allowed:  # and then HEAD, by ``HeadLikeGet``
+        response.headers["allow"] = ", ".join(sorted({*allowed, "HEAD"}))
     return response
 
 

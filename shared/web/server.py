@@ -79,6 +79,7 @@ async def _serve(app: FastAPI, bound: socket.socket, drain_s: int) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # the app reads them, from the proxies in its settings
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=drain_s + CLOSING_S,
     )

@@ -143,6 +143,19 @@ def test_a_transparent_reference_is_shown_on_white(visit: Visit) -> None:
     expect(visit.page.locator("#thumbnails img")).to_have_css("background-color", "rgb(255, 255, 255)")
 
 
+def test_the_page_works_below_a_path_prefix(browser: Browser, encoder_url: str) -> None:
+    """Opened at its prefix, even without the slash, the page requests nothing outside it."""
+    prefix = "/tools/flux2"
+    settings = GeneratorSettings(model=str(WEIGHTS), text_encoder_url=encoder_url, root_path=prefix)
+    with listening(create_generator(settings)) as url, visiting(browser, f"{url}{prefix}") as visit:
+        visit.generate(width="64", height="64", num_inference_steps="4")
+        visit.wait_until_done()
+        requested = visit.page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
+        paths = [urlsplit(address).path for address in requested if address.startswith("http")]
+    assert {f"{prefix}/generate", f"{prefix}/modes", f"{prefix}/page/page.js"} <= set(paths)
+    assert all(path.startswith(f"{prefix}/") for path in paths)
+
+
 def test_progress_is_shown(visit: Visit) -> None:
     """While an image is generated the timeline fills, its two types of steps look different, and previews appear."""
     visit.fill(**LONG | {"prompt": PROMPT})

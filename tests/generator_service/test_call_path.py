@@ -24,7 +24,8 @@ from tests.conftest import served
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parents[2]
-OURS = (f"{ROOT}/generator_service/", f"{ROOT}/shared/")
+OURS = (f"{ROOT}/generator_service/", f"{ROOT}/flux2_shared/")
+"""The package in ``shared/`` is imported through the link ``flux2_shared``."""
 BODY = {"prompt": "a large red circle", "num_inference_steps": 2, "cache": "none"}
 MAX_FUNCTIONS = 80
 """The limit for a new prompt."""

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from pydantic import ValidationError
 
 from flux2_shared.errors import InvalidRequest, ModelRefused
-from generator_service.cli.calibration import resolve_storage
+from generator_service.cli.calibration import read_prompts, resolve_storage
+from generator_service.cli.client import post_generate
+from generator_service.doctor.configuration import check_env_file
 from generator_service.settings import GeneratorSettings
 from text_encoder_service.settings import TextEncoderSettings
 
@@ -46,6 +50,51 @@ def test_the_encoders_keys_file_authenticates_the_generator(tmp_path: Path) -> N
     assert sent.get_secret_value() == "own"
     keys.write_text("# none\n")
     assert GeneratorSettings(text_encoder_keys_file=keys).token_to_send() is None
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_keys_files_of_any_editor(tmp_path: Path, mark: str, newline: str) -> None:
+    """A byte order mark, line breaks of any system, spaces, empty lines and indented comments are no part of a key."""
+    keys = tmp_path / "keys"
+    for first in ("# keys", "first-key"):
+        lines = [first, "", "  ", "first-key  ", "  # old: third-key", "\t#", "\tsecond-key\t"]
+        keys.write_bytes((mark + newline.join(lines)).encode())
+        assert tuple(dict.fromkeys(GeneratorSettings(keys_file=keys).tokens())) == ("first-key", "second-key")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_env_files_of_any_editor(tmp_path: Path, newline: str) -> None:
+    """The first setting of a ``.env`` file with a byte order mark is read, and ``flux2 doctor`` sees no misspelling."""
+    lines = ["GENERATOR_PORT=8123", "", "  # a comment", " GENERATOR_TOKEN = secret ", "TEXT_ENCODER_PORT=8124", ""]
+    (tmp_path / ".env").write_bytes(("\ufeff" + newline.join(lines)).encode())
+    settings = GeneratorSettings()
+    assert (settings.port, settings.tokens(), TextEncoderSettings().port) == (8123, ("secret",), 8124)
+    assert [check.detail for check in check_env_file()] == ["3 variables"]
+
+
+@pytest.mark.parametrize("name", ["GENERATOR_TOKEN", "TEXT_ENCODER_TOKEN", "GENERATOR_UPSAMPLER_TOKEN"])
+def test_whitespace_around_tokens_is_removed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A token may come from a file with a line break; a blank one is refused, rather than taken for none."""
+    monkeypatch.setenv(name, " secret\r\n")
+    settings = GeneratorSettings()
+    tokens = (settings.token, settings.text_encoder_token, settings.upsampler_token)
+    assert [token.get_secret_value() for token in tokens if token] == ["secret"]
+    monkeypatch.setenv(name, " \n")
+    with pytest.raises(ValidationError, match="the token is blank"):
+        GeneratorSettings()
+
+
+def test_other_text_files_and_tokens_are_read_alike(tmp_path: Path) -> None:
+    """The prompts of a calibration and the token of the command line may come from any editor too."""
+    (tmp_path / "prompts").write_bytes("\ufeffa red circle \r\n\r\n a blue one\r\n".encode())
+    assert read_prompts(tmp_path / "prompts") == ("a red circle", "a blue one")
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, text=request.headers["authorization"])
+
+    response = post_generate("http://test", {}, " secret\r\n", httpx.MockTransport(respond))
+    assert response.data == b"Bearer secret"
 
 
 def has_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -32,7 +32,8 @@ async def begin(
     The body is that of ``POST /generate``.
     """
     job = await state.job(body, owner_of(request), idempotency_key)
-    return JSONResponse(job_fields(job, request), 202, {"location": f"/jobs/{job.id}"})
+    location = f"{request.scope['root_path']}/jobs/{job.id}"
+    return JSONResponse(job_fields(job, request), 202, {"location": location})
 
 
 @router.get("/{job_id}")
