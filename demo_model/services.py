@@ -54,7 +54,7 @@ def port_setting(name: str, default: int) -> int:
         DemoError: the port is invalid or in use.
     """
     text = os.environ.get(name, str(default))
-    if not text.isdigit() or not 0 < int(text) < 65536:
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 65536:
         raise DemoError(f"{name} is {text!r}: give a port number from 1 to 65535")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -73,9 +73,13 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     """Read one prompt per line, skipping empty lines.
 
     Raises:
-        InvalidRequest: the file has no prompts.
+        InvalidRequest: the file has no prompts, or is not UTF-8.
     """
-    prompts = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{file.name} is not UTF-8 text") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise InvalidRequest(f"{file.name} contains no prompts; write one prompt per line")
     return prompts

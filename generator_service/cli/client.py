@@ -11,6 +11,7 @@ import httpx
 
 CONNECT_TIMEOUT_S = 5.0
 RESPONSE_TIMEOUT_S = 600.0
+REQUIRED_HEADERS = ("x-steps-computed", "x-steps-total", "x-schedule", "x-denoise-ms")
 
 
 class GeneratorError(RuntimeError):
@@ -56,18 +57,30 @@ def stream_generate(
         if response.status_code != httpx.codes.OK:
             response.read()
             raise GeneratorError(_detail(response))
-        for name, data in _events(response):
-            if name == "step":
-                on_step(data["step"], data["computed"])
-            elif name == "error":
-                raise GeneratorError(data["detail"])
-            elif name == "completed":
-                return GeneratedFile(base64.b64decode(data.pop("image")), data)
+        try:
+            for name, data in _events(response):
+                if name == "step":
+                    on_step(data["step"], data["computed"])
+                elif name == "error":
+                    raise GeneratorError(data["detail"])
+                elif name == "completed":
+                    return GeneratedFile(base64.b64decode(data.pop("image")), _with_headers(data))
+        except (ValueError, KeyError, TypeError) as error:
+            raise GeneratorError(f"the response of {url} is not that of a generator") from error
     raise GeneratorError("the generator's response is incomplete")
+
+
+def _with_headers(data: dict[str, str]) -> dict[str, str]:
+    """Return the headers of an image; raise ``KeyError`` if one that is always there is missing."""
+    for name in REQUIRED_HEADERS:
+        data[name]
+    return data
 
 
 @contextmanager
 def _connection(url: str, token: str | None, transport: httpx.BaseTransport | None) -> Iterator[httpx.Client]:
+    if token and not (token.isascii() and token.strip().isprintable()):
+        raise GeneratorError("the token contains characters that a header cannot have")
     headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
     timeout = httpx.Timeout(RESPONSE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     try:

@@ -1,6 +1,8 @@
 """``flux2 generate`` and ``flux2 inspect``: images from a running generator or, with ``--local``, this process."""
 
 import base64
+import json
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flux2_shared.model.compile_cache import replace_unwritable_caches
-from generator_service.cli.console import one_line_errors, parse_size, step_timeline
+from generator_service.cli.console import finite, one_line_errors, parse_size, step_timeline
+from generator_service.cli.output_file import output_file
 
 if TYPE_CHECKING:
     from generator_service.engine.imaging import ImageFormat
@@ -23,6 +26,13 @@ err = Console(stderr=True)
 SUFFIXES: "dict[str, ImageFormat]" = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 RANDOM_SEEDS = 2**32
 """Random seeds are below this."""
+DEFAULT_OUTPUT = Path("flux2.png")
+DEFAULT_SIDE = 1024
+BYTES_PER_PIXEL = 3
+MAX_PIXELS = 2**24
+"""Larger sizes are refused by any service, and need no space."""
+MAX_IMAGE_BYTES = 48 * 2**20
+"""Largest reference image: the service's default limit of bodies."""
 
 
 def generate(
@@ -34,7 +44,11 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="4.0")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A reference image to edit; repeatable.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA adapter, NAME or NAME:SCALE; repeatable.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .png, .jpg or .webp file.")] = Path("flux2.png"),
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="A .png, .jpg or .webp file.", show_default=str(DEFAULT_OUTPUT)),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help=f"Replace {DEFAULT_OUTPUT} if it exists.")] = False,
     like: Annotated[
         Path | None, typer.Option(help="Repeat the generation of this image; other options override its parameters.")
     ] = None,
@@ -44,25 +58,28 @@ def generate(
 ) -> None:
     """Generate an image and save it with its parameters as metadata."""
     with one_line_errors():
+        file = choose_output(output, force=force)
         body = body_like(like, has_images=bool(image)) if like else {}
         fields = {
             "prompt": prompt,
             "num_inference_steps": steps,
             "seed": seed,
-            "guidance_scale": guidance,
-            "images": [base64.b64encode(file.read_bytes()).decode() for file in image] if image else None,
+            "guidance_scale": guidance if guidance is None else finite("--guidance", guidance),
+            "images": [base64.b64encode(read_image(each)).decode() for each in image] if image else None,
             "lora": [lora_use(text) for text in lora] if lora else None,
-            "cache": int(cache) if cache and cache.isdigit() else cache,
-            "output_format": format_of(output),
+            "cache": int(cache) if cache and re.fullmatch("[0-9]{1,9}", cache) else cache,
+            "output_format": format_of(file),
         }
         body |= {name: value for name, value in fields.items() if value is not None}
         body |= dict(zip(("width", "height"), parse_size(size), strict=True)) if size else {}
         if "prompt" not in body:
             raise typer.BadParameter("give a prompt, or --like FILE")
+        check_text(body)
         body.setdefault("seed", secrets.randbelow(RANDOM_SEEDS))
-        data, summary = generate_locally(body) if local else generate_remotely(url, body, token)
-        write_file(output, data)
-        out.print(f"[bold]{output}[/bold]  seed {body['seed']}  {summary}", highlight=False)
+        with output_file(file, num_bytes=largest_file(body)) as write:
+            data, summary = generate_locally(body) if local else generate_remotely(url, body, token)
+            write(data)
+        out.print(Text(str(file), "bold"), f" seed {body['seed']}  {summary}", highlight=False, markup=False)
 
 
 def inspect(file: Annotated[Path, typer.Argument(help="An image that this service generated.")]) -> None:
@@ -72,6 +89,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="An image that this servic
     from generator_service.engine.imaging import read_provenance  # noqa: PLC0415 - --help needs no Pillow
 
     with one_line_errors():
+        check_is_file(file)
         table = Table("parameter", "value", title=f"{file.name}: AI generated")
         for name, value in asdict(read_provenance(file)).items():
             if value is not None:
@@ -83,6 +101,7 @@ def body_like(file: Path, *, has_images: bool) -> dict[str, Any]:
     """Return the request body that repeats the generation of ``file``, without its reference images."""
     from generator_service.engine.imaging import NoProvenance, read_provenance  # noqa: PLC0415 - as in ``inspect``
 
+    check_is_file(file)
     record = read_provenance(file)
     if record.references_sha256 and not has_images:
         count = len(record.references_sha256)
@@ -97,9 +116,44 @@ def lora_use(text: str) -> dict[str, Any]:
     """Parse ``NAME`` or ``NAME:SCALE``."""
     name, _, scale = text.partition(":")
     try:
-        return {"name": name} | ({"scale": float(scale)} if scale else {})
+        return {"name": name} | ({"scale": finite("--lora", float(scale))} if scale else {})
     except ValueError:
         raise typer.BadParameter(f"--lora must be NAME or NAME:SCALE, not {text!r}") from None
+
+
+def choose_output(output: Path | None, *, force: bool) -> Path:
+    """Return the file to write; the default file is not replaced unless ``force`` is set."""
+    if output is None and DEFAULT_OUTPUT.exists() and not force:
+        raise FileExistsError(f"{DEFAULT_OUTPUT} exists; give a name with -o, or replace it with --force")
+    return DEFAULT_OUTPUT if output is None else output
+
+
+def largest_file(body: dict[str, Any]) -> int:
+    """Return the size of the image without compression, in bytes."""
+    width, height = (int(body.get(name, DEFAULT_SIDE)) for name in ("width", "height"))
+    return BYTES_PER_PIXEL * min(width * height, MAX_PIXELS)
+
+
+def read_image(file: Path) -> bytes:
+    """Read a reference image."""
+    check_is_file(file)
+    if file.stat().st_size > MAX_IMAGE_BYTES:
+        raise OSError(f"{file} is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
+    return file.read_bytes()
+
+
+def check_is_file(file: Path) -> None:
+    """Raise ``OSError`` if ``file`` is missing or something else."""
+    if not file.is_file():
+        raise OSError(f"{file} is not a file" if file.exists() else f"{file} does not exist")
+
+
+def check_text(body: dict[str, Any]) -> None:
+    """Raise ``BadParameter`` if an argument is not UTF-8, as bytes of another encoding in a terminal are not."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise typer.BadParameter("the prompt and all names must be UTF-8") from None
 
 
 def format_of(file: Path) -> "ImageFormat":
@@ -107,17 +161,6 @@ def format_of(file: Path) -> "ImageFormat":
     if file.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"the output's name must end in one of {', '.join(SUFFIXES)}")
     return SUFFIXES[file.suffix.lower()]
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def generate_remotely(url: str, body: dict[str, Any], token: str | None) -> tuple[bytes, str]:

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from generator_service.cli.console import one_line_errors, parse_size, step_timeline
+from generator_service.cli.console import finite, one_line_errors, parse_size, step_timeline
+from generator_service.cli.output_file import check_writable
 from generator_service.lemica import (
     PREDICTORS,
     SHIPPED,
@@ -55,6 +56,8 @@ def calibrate(
     with one_line_errors():
         if predictor not in PREDICTORS:
             raise typer.BadParameter(f"--predictor must be one of {', '.join(PREDICTORS)}")
+        finite("--guidance", guidance)
+        check_writable(output)
         from generator_service.cli import calibration as work  # noqa: PLC0415 - torch takes seconds to import
         from generator_service.settings import GeneratorSettings  # noqa: PLC0415
 
@@ -122,6 +125,8 @@ def plan(
     with one_line_errors():
         from generator_service.cli.calibration import plan_all  # noqa: PLC0415 - torch takes seconds to import
 
+        if output is not None:
+            check_writable(output)
         loaded = ErrorGraph.load(graph)
         measured = loaded.planned_for(statistic) if loaded.samples else loaded
         planned = plan_one(measured, budget, max_error) or plan_all(measured)
@@ -155,6 +160,7 @@ def refine_schedules(
         from generator_service.cli import calibration as work  # noqa: PLC0415 - torch takes seconds to import
         from generator_service.settings import GeneratorSettings  # noqa: PLC0415
 
+        check_writable(output)
         loaded = [ErrorGraph.load(graph) for graph in graphs]
         guidance = loaded[0].signature.guidance_scale if loaded[0].signature else None
         settings = GeneratorSettings(model=model) if model else GeneratorSettings()
@@ -177,4 +183,4 @@ def plan_one(graph: ErrorGraph, budget: int | None, max_error: float | None) -> 
         raise NoSuchPath("give --budget or --max-error, not both")
     if budget is not None:
         return [lexicographic_minimax_path(graph, budget)]
-    return [] if max_error is None else [cheapest_within(graph, max_error)]
+    return [] if max_error is None else [cheapest_within(graph, finite("--max-error", max_error))]

@@ -1,6 +1,10 @@
 """The command ``flux2`` against services in this process, over a real socket."""
 
+import errno
+import http.server
+import os
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +126,119 @@ def test_the_timeline_distinguishes_computed_from_predicted_steps() -> None:
     for step, is_computed in enumerate((True, True, False, True)):
         timeline.on_step(step, is_computed)
     assert str(timeline._timeline) == "██·█"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--guidance", "nan"), "--guidance must be a finite number, not nan"),
+        (("--guidance", "inf"), "--guidance must be a finite number, not inf"),
+        (("--lora", "ink:nan"), "--lora must be a finite number, not nan"),
+        (("--lora", "ink:²"), "--lora must be NAME or NAME:SCALE, not 'ink:²'"),
+        (("--size", "²x²"), "--size must be WIDTHxHEIGHT"),
+        (("--size", "٣٢x٣٢"), "--size must be WIDTHxHEIGHT"),
+        (("--image", "missing.png"), "missing.png does not exist"),
+        (("--image", "."), ". is not a file"),
+        (("--like", "missing.png"), "missing.png does not exist"),
+        (("--token", "²"), "the token contains characters that a header cannot have"),
+        (("-o", "missing/x.png"), "missing/x.png cannot be written: No such file or directory"),
+        (("-o", "folder.png"), "folder.png is a folder; give the name of a file"),
+        (("-o", "x.gif"), "the output's name must end in one of .png, .jpg, .jpeg, .webp"),
+        (("-o", "x" * 300 + ".png"), "cannot be written: File name too long"),
+        (("--url", "nothing"), "no response from nothing"),
+        (("--url", "http://[::1"), "no response from http://[::1"),
+    ],
+)
+def test_mistakes_are_found_before_the_generation(
+    options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names the option and what would be right; nothing is requested and no file is left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    result = run("generate", PROMPT, *QUICK, "--url", "http://127.0.0.1:1", *options)
+    assert result.exit_code in (1, 2)
+    assert re.fullmatch(rf"flux2: .*{re.escape(message)}[^\n]*\n", result.stderr), result.stderr
+    assert "Traceback" not in result.output
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_an_unknown_cache_is_the_services_error(generator_url: str, tmp_path: Path) -> None:
+    """A digit that is not ASCII is not a number; the service says that there is no such schedule."""
+    result = run("generate", PROMPT, *QUICK, "--cache", "²", "-o", tmp_path / "x.png", "--url", generator_url)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "cache: " in result.stderr
+
+
+@pytest.mark.parametrize("broken", ["folder", "disk"])
+def test_a_file_that_cannot_be_written_is_found_before_the_generation(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a folder without write permission nor a full disk costs a generation, nor the file that is there."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC if broken == "disk" else errno.EACCES, "reason")
+
+    (tmp_path / "x.png").write_bytes(b"before")
+    if broken == "disk":
+        monkeypatch.setattr(os, "posix_fallocate", fail)
+    else:
+        monkeypatch.setattr(Path, "open", fail)
+    result = run("generate", PROMPT, *QUICK, "-o", tmp_path / "x.png", "--url", "http://127.0.0.1:1")
+    monkeypatch.undo()
+    assert (result.exit_code, result.stderr) == (1, f"flux2: {tmp_path}/x.png cannot be written: reason\n")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x.png", b"before")]
+
+
+def test_the_default_file_is_not_replaced(generator_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``-o``, an existing ``flux2.png`` is kept unless ``--force`` is given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flux2.png").write_bytes(b"before")
+    refused = run("generate", PROMPT, *QUICK, "--url", generator_url)
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "flux2: flux2.png exists; give a name with -o, or replace it with --force\n",
+    )
+    assert (tmp_path / "flux2.png").read_bytes() == b"before"
+    assert run("generate", PROMPT, *QUICK, "--url", generator_url, "--force").exit_code == 0
+    assert pixels(tmp_path / "flux2.png").shape == (64, 64, 3)
+    assert run("generate", PROMPT, *QUICK, "--url", generator_url, "-o", "flux2.png").exit_code == 0
+
+
+def test_a_prompt_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    """Bytes of another encoding in the terminal, which Python reads as lone surrogates, are refused."""
+    result = run("generate", "\udcff", "-o", tmp_path / "x.png")
+    assert (result.exit_code, result.stderr) == (2, "flux2: the prompt and all names must be UTF-8\n")
+
+
+def test_invalid_settings_are_one_line(tmp_path: Path) -> None:
+    """An invalid variable of the environment is named, also with ``--local``."""
+    result = run("generate", PROMPT, "--local", "-o", tmp_path / "x.png", GENERATOR_DRAIN_S="soon")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"flux2: bad setting: (generator_)?drain_s: [^\n]*\n", result.stderr, re.IGNORECASE), (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "answer", [b"{}", b"event: completed\ndata: {}\n\n", b"event: step\ndata: x\n\n", b"data: 1\n\n"]
+)
+def test_another_server_is_one_line(answer: bytes, tmp_path: Path) -> None:
+    """The response of something that is not a generator is reported, whatever it is."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        result = run("generate", PROMPT, *QUICK, "-o", tmp_path / "x.png", "--url", url)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"flux2: [^\n]*(not that of a generator|is incomplete)\n", result.stderr), result.stderr
+    assert list(tmp_path.iterdir()) == []
