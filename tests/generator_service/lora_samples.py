@@ -57,6 +57,12 @@ def lokr(prefix: str, *modules: str, alpha: float | None = None) -> Tensors:
     return tensors
 
 
+def lokr_of_qkv(*modules: str, seed: int = 3) -> Tensors:
+    """Kronecker factors for fused projections."""
+    shapes = {"lokr_w1": (8, 8), "lokr_w2_a": (60, 2), "lokr_w2_b": (2, 20)}
+    return {f"{module}.{name}": noise(*shape, seed=seed) for module in modules for name, shape in shapes.items()}
+
+
 BFL = {
     "double_blocks.0.img_attn.qkv": (480, 160),
     "double_blocks.1.txt_attn.proj": (160, 160),

@@ -11,6 +11,7 @@ from diffusers import Flux2Pipeline
 from peft import LoraConfig
 
 from demo_model.services import WEIGHTS
+from flux2_shared.errors import InvalidRequest
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
 from tests.generator_service.lora_samples import (
@@ -25,6 +26,7 @@ from tests.generator_service.lora_samples import (
     latents_of,
     load,
     lokr,
+    lokr_of_qkv,
     lora,
     noise,
     request,
@@ -78,6 +80,11 @@ KINDS: dict[str, tuple[Tensors, dict[str, Any] | None]] = {
     "LoKr with alpha": (lokr("", QUERY, "transformer_blocks.1.attn.to_k", alpha=1.0), None),
     "LoKr of LyCORIS": (lokr("lycoris_", "transformer_blocks_0_attn_to_q", alpha=8.0), None),
     "LoKr of BFL": (lokr("diffusion_model.", "double_blocks.0.txt_attn.proj", alpha=0.5), None),
+    "LoKr of BFL's fused projections": (
+        lokr("diffusion_model.", "double_blocks.1.img_attn.proj", alpha=0.5)
+        | lokr_of_qkv("diffusion_model.double_blocks.0.img_attn.qkv", "diffusion_model.double_blocks.1.txt_attn.qkv"),
+        None,
+    ),
     "LoKr with metadata": (lokr("transformer.", QUERY), LOKR_META | {"alpha": 8}),
     "LoKr with a pattern": (lokr("transformer.", QUERY), LOKR_META | {"alpha": 2, "alpha_pattern": {"to_q": 16}}),
     "LoKr without decomposition": (
@@ -129,6 +136,7 @@ def latents_of_library(library: Flux2Pipeline, folder: Path, *adapters: Adapter)
         callback_on_step_end=keep,
     )
     library.unload_lora_weights()
+    library.transformer.unfuse_qkv_projections()
     return latents[-1]
 
 
@@ -143,7 +151,7 @@ def test_images_equal_the_librarys(tmp_path: Path, library: Flux2Pipeline, kind:
     assert torch.equal(image, latents_of_library(library, tmp_path, adapter))
     assert torch.equal(image, plain) == ("alpha 0" in kind)
     assert torch.equal(latents_of(model), plain)
-    model.adapters._unload("it")
+    model.adapters._unload_all()
     assert structure(model) == before
 
 
@@ -154,16 +162,32 @@ def test_lora_and_lokr_take_turns(tmp_path: Path, library: Flux2Pipeline, plain:
     write(tmp_path / "ink.safetensors", lora(SHAPES))
     write(tmp_path / "wool.safetensors", lora(SHAPES, 2), {"r": 2, "lora_alpha": 4})
     write(tmp_path / "kron.safetensors", lokr("transformer.", QUERY))
+    write(tmp_path / "fused.safetensors", lokr_of_qkv("diffusion_model.double_blocks.0.img_attn.qkv"))
+    write(tmp_path / "end.safetensors", lora({OUT: (32, 160)}))
     model = load(tmp_path)
     model.adapters._keeps = keeps
     before = structure(model)
-    ink, wool, kron = (Adapter(name, scale) for name, scale in (("ink", 1.0), ("wool", 0.3), ("kron", -0.5)))
-    uses = ([ink], [kron], [ink, kron], [kron, ink], [wool, kron, ink], [ink, wool], [wool, ink], [kron, wool], [wool])
+    ink, wool, kron, fused, end = map(Adapter, ("ink", "wool", "kron", "fused", "end"), (1.0, 0.3, -0.5, 0.8, -1.0))
+    uses = [[ink], [kron], [fused], [ink, kron], [kron, ink], [wool, kron, ink], [fused], [ink, wool], [wool, ink]]
+    uses += [[end, fused], [kron, wool], [fused, end], [wool], [end]]
     for adapters in (*uses, *reversed(uses)):
         assert torch.equal(latents_of(model, *adapters), latents_of_library(library, tmp_path, *adapters))
         assert torch.equal(latents_of(model), plain)
     model.adapters._unload_all()
     assert structure(model) == before
+
+
+def test_fused_and_separate_projections_are_not_combined(tmp_path: Path, plain: torch.Tensor) -> None:
+    """A request with adapters of fused and of separate projections is refused, in any order and after any image."""
+    write(tmp_path / "ink.safetensors", lora(SHAPES))
+    write(tmp_path / "fused.safetensors", lokr_of_qkv("diffusion_model.double_blocks.1.txt_attn.qkv"))
+    model, ink, fused = load(tmp_path), Adapter("ink"), Adapter("fused")
+    for adapters in ([ink, fused], [fused, ink]):
+        for previous in ([], [ink], [fused]):
+            latents_of(model, *previous)
+            with pytest.raises(InvalidRequest, match="cannot be used with this model: projections would have to be"):
+                latents_of(model, *adapters)
+    assert torch.equal(latents_of(model), plain)
 
 
 def test_dropout_is_for_training(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.generator_service.lora_samples import (
     latents_of,
     load,
     lokr,
+    lokr_of_qkv,
     lora,
     noise,
     structure,
@@ -136,7 +137,10 @@ OF_REASON: dict[str, dict[str, Tensors]] = {
         "a block's attention": lora({"transformer_blocks.0.attn": (160, 160)}),
         "a norm": lora({"transformer_blocks.0.attn.norm_q": (32, 32)}),
         "a layer of the loaded adapter": lora({"proj_out.base_layer": (32, 160)}),
-        "projections that are not fused here": lokr("diffusion_model.", "double_blocks.0.img_attn.qkv"),
+        "LoRA of fused projections": lora({"transformer_blocks.0.attn.to_qkv": (480, 160)}),
+    },
+    "projections would have to be fused": {
+        "fused and separate": KRONECKER | lokr_of_qkv("transformer.transformer_blocks.1.attn.to_added_qkv")
     },
     "6 of the 7 modules that it changes are in this model": {
         "block 9": LEGACY | kohya({"single_blocks_9_linear2": (160, 640)})

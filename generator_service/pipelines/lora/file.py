@@ -1,6 +1,6 @@
 """Reads LoRA and LoKr files as diffusers does, and refuses those of which diffusers would leave out a part.
 
-Knows the names of the weights in a file, but not the transformer: ``lora`` checks that they match it.
+Knows the names of the weights in a file, but not the transformer: ``layers`` checks that they match it.
 """
 
 import json
@@ -9,17 +9,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 
-from generator_service.pipelines.lora_metadata import LoraRefused, parse_metadata
+from generator_service.pipelines.lora.metadata import LoraRefused, parse_metadata
 
 logger = logging.getLogger("flux2")
 Weights = dict[str, torch.Tensor]
+Kind = Literal["LoRA", "LoKr", "fused LoKr"]
+
+FUSED = frozenset(["to_qkv", "to_added_qkv"])
+"""Names of fused projections."""
 
 PREFIX = "transformer."
 PREFIXES = (PREFIX, "diffusion_model.", "base_model.model.", "lora_unet_", "lycoris_")
@@ -53,9 +57,11 @@ class LoraFile:
     """None if PEFT's configuration is inferred from the weights."""
 
     @property
-    def is_lokr(self) -> bool:
-        """Whether the factors are LoKr's, not LoRA's."""
-        return any(name.startswith("lokr_") for factors in self.modules.values() for name in factors)
+    def kind(self) -> Kind:
+        """The kind of the file's layers. LoKr for fused projections makes diffusers fuse those of all blocks."""
+        if not any(name.startswith("lokr_") for factors in self.modules.values() for name in factors):
+            return "LoRA"
+        return "fused LoKr" if any(name.rpartition(".")[2] in FUSED for name in self.modules) else "LoKr"
 
     @property
     def weights(self) -> Weights:
@@ -76,7 +82,7 @@ def read_lora(file: Path, max_bytes: int) -> LoraFile:
     check_alphas(tensors)
     modules = by_module(convert(tensors))
     lora = LoraFile(modules, None)
-    return replace(lora, metadata=parse_metadata(header, modules, is_lokr=lora.is_lokr))
+    return replace(lora, metadata=parse_metadata(header, modules, is_lokr=lora.kind != "LoRA"))
 
 
 def read_file(file: Path, max_bytes: int) -> tuple[Weights, Mapping[str, str]]:
