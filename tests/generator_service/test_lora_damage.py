@@ -1,6 +1,7 @@
 """Adapter files by unusual names, and files that are damaged or fail to load."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from flux2_shared.errors import InvalidRequest
+from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.lora import Adapter
-from tests.generator_service.lora_samples import OUT, SHAPES, latents_of, load, lora, structure, write
+from tests.generator_service.lora_samples import OUT, SHAPES, latents_of, load, lora, request, structure, write
 
 
 @pytest.fixture
@@ -115,6 +117,18 @@ def test_files_that_are_damaged_later_are_refused(folder: Path, plain: torch.Ten
     assert torch.equal(latents_of(model), plain)
     write(folder / "other.safetensors", lora({OUT: (32, 160)}))
     assert torch.equal(latents_of(model, Adapter("other")), other)
+
+
+def test_an_adapter_that_is_too_strong_is_refused(folder: Path, plain: torch.Tensor) -> None:
+    """Finite weights and alphas with which the latents become infinite or NaN are refused, with and without a cache."""
+    write(folder / "weights.safetensors", {key: tensor * 1e19 for key, tensor in lora(SHAPES).items()})
+    write(folder / "alpha.safetensors", lora(SHAPES), {"r": 4, "lora_alpha": 1e38})
+    model = load(folder)
+    for params in (request(Adapter("weights")), request(Adapter("ink"), Adapter("alpha"))):
+        for each in (params, replace(params, schedule=schedule_for("fast", 8))):
+            with pytest.raises(InvalidRequest, match=f"the image with .*'{params.adapters[-1].name}' is not finite"):
+                model.generate(each)
+    assert torch.equal(latents_of(model), plain)
 
 
 @pytest.mark.parametrize("stage", ["inject_adapter_in_model", "set_peft_model_state_dict"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flux2_shared.errors import InvalidRequest
+from generator_service.errors import NonFiniteOutput
 from generator_service.pipelines.lora.file import Kind, LoraFile, read_lora
 from generator_service.pipelines.lora.layers import add_adapter, check_adapter, check_together, remove_adapter
 from generator_service.pipelines.lora.metadata import LoraRefused
@@ -138,6 +139,18 @@ def refusing(name: str) -> Iterator[None]:
     except LoraRefused as error:
         logger.warning("the adapter %r is refused: %s", name, error, exc_info=error.__cause__)
         raise InvalidRequest(f"lora: {name!r} cannot be used with this model: {error}", param="lora") from error
+
+
+@contextmanager
+def refusing_overflow(adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Raise ``InvalidRequest`` for ``NonFiniteOutput`` of an image with adapters: finite weights can be too large."""
+    try:
+        yield
+    except NonFiniteOutput as error:
+        if not adapters:
+            raise
+        names = ", ".join(repr(each.name) for each in adapters)
+        raise InvalidRequest(f"lora: the image with {names} is not finite; try smaller scales", param="lora") from error
 
 
 def adapter_files(folder: Path) -> dict[str, Path]:

@@ -134,4 +134,4 @@ def unfuse(transformer: Any) -> None:
         for name in FUSED:
             if hasattr(block.attn, name):
                 delattr(block.attn, name)
-        block.attn.fused_projections = False
+        vars(block.attn).pop("fused_projections", None)  # False by its class; compiled code depends on attributes
