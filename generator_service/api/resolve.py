@@ -103,7 +103,7 @@ class Resolver:
         cache = self.settings.default_cache if body.cache is None else body.cache
         if body.max_latency_ms is not None:
             cache = self._cache_within(body, body.max_latency_ms, latency)
-        adapters = resolve_adapters(body.lora, self.model.adapters) if body.lora else ()
+        adapters = resolve_adapters(body.lora, self.model.adapters)
         signature = self.model.signature(
             num_steps=body.num_inference_steps,
             width=width,

@@ -39,7 +39,7 @@ from generator_service.pipelines.components import (
     describe_model,
     load_components,
 )
-from generator_service.pipelines.lora import Adapters
+from generator_service.pipelines.lora import Adapters, refusing_overflow
 from generator_service.pipelines.optimizations.apply import Optimizations
 from generator_service.pipelines.optimizations.compiled_model import ShapeKind
 from generator_service.pipelines.optimizations.profiles import EXACT, Performance
@@ -168,17 +168,18 @@ class Flux2Model:
         Raises:
             OutOfMemory: the device has too little memory for an image of this size.
             NonFiniteOutput: the latents are not finite, even with every step computed.
-            InvalidRequest: a LoRA adapter does not match this model.
+            InvalidRequest: a LoRA adapter does not match this model, or makes the latents infinite or NaN.
         """
         attempt = partial(self._generate, on_step=on_step, previews=previews)
         refusal = f"an image of {params.width}x{params.height} {TOO_LARGE}"
-        try:
-            return run_within_memory(partial(attempt, [params]), refusal, num_attempts=ATTEMPTS)[0]
-        except (NonFiniteOutput, OutOfMemory) as error:
-            if params.is_uncached:
-                raise
-            logger.warning("%s; trying again with every step computed, instead of %s", error, params.schedule)
-        return run_within_memory(partial(attempt, [params.uncached()]), refusal)[0]
+        with refusing_overflow(params.adapters):
+            try:
+                return run_within_memory(partial(attempt, [params]), refusal, num_attempts=ATTEMPTS)[0]
+            except (NonFiniteOutput, OutOfMemory) as error:
+                if params.is_uncached:
+                    raise
+                logger.warning("%s; trying again with every step computed, instead of %s", error, params.schedule)
+            return run_within_memory(partial(attempt, [params.uncached()]), refusal)[0]
 
     def generate_batch(self, batch: Sequence[Params], on_step: StepCallback | None = None) -> list[GeneratedImage]:
         """Generate images with equal ``batch_key`` in one run. Each equals the image of a single run up to rounding.

@@ -199,6 +199,7 @@ async def test_negative_scales_are_applied(serve_generator: Serve, folder: Path,
     [
         ("unknown", "there is no adapter 'unknown'; available are clay, damaged, half, ink, narrow, other-model, wool"),
         ("../ink", "there is no adapter '../ink'"),
+        ("", "there is no adapter ''"),
         ([{"name": "ink"}, {"name": "ink"}], "names an adapter twice"),
         ([{"name": "ink", "scale": 5}], "less than or equal to 4"),
         ([{"name": "ink", "weight": 1}], "weight"),
