@@ -15,10 +15,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from flux2_shared.errors import Busy, DeviceLost, Flux2Error, ShuttingDown
-from flux2_shared.observability.metrics import Metrics
 from generator_service.engine.events import ProgressEvent, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.latency import LatencyModel
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
 from generator_service.errors import GeneratorUnavailable
@@ -40,7 +40,7 @@ class Fleet:
         latencies: estimates the time of an image.
         num_generators: returns the number of running generators.
         max_waiting: largest number of waiting requests, in addition to the running ones.
-        metrics: receives the number of requests in flight.
+        metrics: receives the number of requests in flight, and how generations ended.
     """
 
     def __init__(
@@ -50,12 +50,13 @@ class Fleet:
         latencies: LatencyModel,
         num_generators: Callable[[], int],
         max_waiting: int,
-        metrics: Metrics,
+        metrics: GeneratorMetrics,
     ) -> None:
         self.info = info
         self.latencies = latencies
         self._handle = handle.options(stream=True)
         self._queue = Queue[None](lambda: num_generators() + max_waiting, num_devices=num_generators)
+        self._metrics = metrics
         metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
 
     def admit(self) -> AbstractContextManager[Permit]:
@@ -72,12 +73,16 @@ class Fleet:
 
         The generation fails with ``GeneratorUnavailable`` if ``MAX_ATTEMPTS`` generators are lost in a row.
         """
-        generation = Generation(request, on_end=self._queue.leave)
+        generation = Generation(request, on_end=self._end)
         self._queue.enter(generation, permit)
         for index, params in enumerate(request.all_params()):
             self._queue.add(generation, params, index)
         generation.start(partial(self._with_retries, request), permit.admitted)
         return generation
+
+    def _end(self, generation: Generation) -> None:
+        self._queue.leave(generation)
+        self._metrics.record_end(generation)
 
     def close(self) -> None:
         """Fail all live generations with ``ShuttingDown`` and stop admitting requests."""

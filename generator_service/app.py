@@ -34,6 +34,7 @@ from generator_service.engine.engine import Engine, ImageGenerator, PromptEncode
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.worker import Batching
+from generator_service.lemica import ScheduleRegistry
 from generator_service.pipelines.components import ComponentsReader, load_components
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.model_info import ModelInfo
@@ -52,6 +53,8 @@ class Backend:
     engine: ImageGenerator
     embedding_shape: tuple[int, int]
     ready: ReadyCheck
+    profile: str = "unknown"
+    """The optimization profile, for the metrics."""
 
 
 def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport | None = None) -> FastAPI:
@@ -68,7 +71,8 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
             encoder = with_retries(client, settings)
             upsampler = make_upsampler(settings, transport)
             async with client, running_engine(settings, model, shape, encoder, runtime, upsampler) as engine:
-                yield Backend(engine, shape, Readiness(encoder, model.info, shape))
+                app.state.metrics.circuit_open.set_function(lambda: encoder.is_circuit_open)
+                yield Backend(engine, shape, Readiness(encoder, model.info, shape), model.performance.profile)
 
     return build_app(open_backend, settings)
 
@@ -90,6 +94,7 @@ def build_app(
             registry = await asyncio.to_thread(open_registry, settings, engine.info)
             resolver = Resolver(settings, engine.info, registry, backend.embedding_shape, engine.latencies)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
+            watch(app.state.metrics, backend, registry, jobs, settings)
             app.state.generator = GeneratorState(settings, engine, resolver, jobs, requests, responses)
             app.state.health.start_serving(backend.ready, engine.close)
             yield
@@ -100,6 +105,27 @@ def build_app(
         app.include_router(routes.router, dependencies=[require_token(settings.tokens())])
     app.include_router(page.router)
     return app
+
+
+def watch(
+    metrics: GeneratorMetrics,
+    backend: Backend,
+    registry: ScheduleRegistry,
+    jobs: JobStore,
+    settings: GeneratorSettings,
+) -> None:
+    """Export what the service runs, and the jobs that it keeps."""
+    metrics.jobs.set_function(lambda: jobs.num_jobs)
+    metrics.job_bytes.set_function(lambda: jobs.num_bytes)
+    metrics.describe_build(
+        {
+            "version": product_version(),
+            "model": backend.engine.info.name,
+            "revision": backend.engine.info.revision,
+            "profile": backend.profile,
+            "schedules": f"{len(registry.schedules)} calibrated, default {settings.default_cache}",
+        }
+    )
 
 
 @asynccontextmanager

@@ -363,10 +363,10 @@ def test_no_private_file_is_in_the_build_context() -> None:
 
 def exported_metrics() -> set[str]:
     """Every time series of the services' metrics, and those that Prometheus adds."""
+    endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "info": ("_info",)}
     exported = set()
     for metric in GeneratorMetrics().registry.collect():
-        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
-        exported |= {metric.name + ending for ending in endings}
+        exported |= {metric.name + ending for ending in endings.get(metric.type, ("",))}
     return exported
 
 

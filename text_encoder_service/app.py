@@ -64,6 +64,15 @@ async def running_encoder(
     )
     metrics.queue_depth.set_function(lambda: queue.depth)
     metrics.watch_memory(settings.torch_device())
+    metrics.describe_build(
+        {
+            "version": info.version,
+            "model": info.model,
+            "revision": info.revision,
+            "profile": settings.profile(),
+            "weights": settings.weights,
+        }
+    )
     async with queue:
         with queue.admit():
             await queue.submit(WARM_UP_PROMPT)

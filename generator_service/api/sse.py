@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from flux2_shared.errors import Flux2Error
 from flux2_shared.thread_pool import ThreadPool
-from flux2_shared.web.problem import problem_of, unknown_error
+from flux2_shared.web.problem import note_outcome, problem_of, unknown_error
 from generator_service.api.responses import as_json
 from generator_service.engine.events import (
     EncodingPrompt,
@@ -52,10 +52,10 @@ def stream(request: Request, events: Events, on_end: Callable[[], None] = do_not
             async for event in events:
                 yield event
         except Flux2Error as error:
-            yield json_event("error", problem_of(request, error).model_dump())
+            yield error_event(request, error)
         except Exception as error:
             logger.exception("a streamed generation failed")
-            yield json_event("error", problem_of(request, unknown_error(error)).model_dump())
+            yield error_event(request, unknown_error(error))
 
     return _EventStream(messages(), on_end)
 
@@ -76,6 +76,12 @@ class _EventStream(EventSourceResponse):
 
 def json_event(name: str, data: dict[str, Any]) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(data), event=name)
+
+
+def error_event(request: Request, error: Flux2Error) -> ServerSentEvent:
+    """Return the last event of a stream that fails, whose code is also that of the request in metrics and logs."""
+    note_outcome(request, error.code)
+    return json_event("error", problem_of(request, error).model_dump())
 
 
 def queue_fields(queued: Queued) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Adds a cache, retries and a circuit breaker to a text encoder."""
 
 import asyncio
+import logging
 from typing import Protocol
 
 import stamina
@@ -11,6 +12,8 @@ from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.schemas import EncoderInfo
 from generator_service.clients.breaker import OPEN_S, CircuitBreaker
 from generator_service.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable
+
+logger = logging.getLogger("flux2")
 
 MAX_ATTEMPTS = 4
 MAX_BACKOFF_S = 1.0
@@ -50,6 +53,11 @@ class RetryingEncoder:
         self._max_attempts = max_attempts
         self._cache = ByteBoundedCache[Embedding](cache_bytes)
         self._breaker = CircuitBreaker()
+
+    @property
+    def is_circuit_open(self) -> bool:
+        """Whether requests fail fast, because the last ones failed."""
+        return self._breaker.is_open
 
     async def info(self) -> EncoderInfo | None:
         """Call ``encoder.info``. Any response closes the circuit, so readiness probes detect a recovered encoder."""
@@ -95,9 +103,11 @@ class RetryingEncoder:
 
     async def _embed_with_retries(self, prompt: str) -> Embedding:
         num_bad_responses = 0
+        last_error: Exception | None = None
 
         def is_worth_retrying(error: Exception) -> bool:
-            nonlocal num_bad_responses
+            nonlocal num_bad_responses, last_error
+            last_error = error
             is_bad = isinstance(error, BadEncoderResponse)
             num_bad_responses += is_bad
             return isinstance(error, EncoderUnavailable) or (is_bad and num_bad_responses == 1)
@@ -110,6 +120,10 @@ class RetryingEncoder:
             wait_max=MAX_BACKOFF_S,
             wait_jitter=0.1,
         ):
+            if last_error is not None:
+                logger.warning(
+                    "embedding a prompt: attempt %d, because the last one failed: %s", attempt.num, last_error
+                )
             with attempt:
                 return await self._encoder.embed(prompt)
         raise AssertionError  # the loop returns or raises

@@ -122,6 +122,7 @@ class Engine:
         self._sampler = QualitySampler(self.queue, self._files, runtime.metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._metrics.queue_depth.set_function(lambda: self.queue.num_in_flight)
+        model.adapters.on_load = self._metrics.lora_loads.inc
 
     async def __aenter__(self) -> Self:
         await self._files.__aenter__()
@@ -139,10 +140,14 @@ class Engine:
         Raises:
             DeviceLost, ShuttingDown: the device has failed, or the engine was closed, after the permit was issued.
         """
-        generation = Generation(request, on_end=self.queue.leave)
+        generation = Generation(request, on_end=self._end)
         self.queue.enter(generation, permit)
         generation.start(self._generate, permit.admitted)
         return generation
+
+    def _end(self, generation: Generation) -> None:
+        self.queue.leave(generation)
+        self._metrics.record_end(generation)
 
     def close(self) -> None:
         """Fail all live generations with ``ShuttingDown`` and stop admitting requests."""
@@ -213,13 +218,16 @@ class Engine:
             self._spawn(self._sampler.sample(work, image), "quality sample")
         self._thread.refuse_if_lost()  # if it was lost meanwhile, the image may be wrong
         timings = Timings(work.queue_s, encode_s, image.denoise_s, image.decode_s)
-        self._observe(timings, params)
+        self._observe(timings, params, request.seconds_left(params.schedule))
         return GenerationResult(params.without_tensors(), data, timings, comparison, side_by_side)
 
-    def _observe(self, timings: Timings, params: Params) -> None:
+    def _observe(self, timings: Timings, params: Params, estimate_s: float | None) -> None:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        self._metrics.images.labels(mode_of(params)).observe(timings.denoise_s + timings.decode_s)
+        seconds = timings.denoise_s + timings.decode_s
+        self._metrics.images.labels(mode_of(params)).observe(seconds)
+        if estimate_s is not None and seconds > 0:
+            self._metrics.estimate_errors.observe(abs(estimate_s - seconds) / seconds)
 
     def _file(self, image: Image, params: Params, request: Request) -> bytes:
         return encode_image(image, request.output_format, Provenance.of(params, self.model), request.quality)

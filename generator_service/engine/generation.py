@@ -89,6 +89,7 @@ class Generation:
         self.status = Status.QUEUED
         self.results: list[GenerationResult] = []
         self.error: Flux2Error | None = None
+        self.admitted = time.monotonic()
         self.ended: float | None = None
         self.is_wanted = True
         """Whether the generation has not ended; may be read from any thread."""
@@ -110,11 +111,17 @@ class Generation:
                 never await a coroutine.
             admitted: when the request was admitted, by ``time.monotonic``; the deadline counts from then.
         """
+        self.admitted = admitted
         self._driver = asyncio.create_task(self._drive(work))
         deadline_s = self.request.deadline_s
         if deadline_s is not None:
             error = DeadlineExceeded("the deadline passed before the images were finished")
             self._timer = self._loop.call_at(admitted + deadline_s, self.fail, error)
+
+    @property
+    def seconds(self) -> float:
+        """Time from the admission to the end, or until now."""
+        return (time.monotonic() if self.ended is None else self.ended) - self.admitted
 
     @property
     def num_bytes(self) -> int:

@@ -74,6 +74,16 @@ class JobStore:
         """Return a lock to hold from ``repeated`` to ``add``, so that concurrent requests start one job."""
         return asyncio.Lock() if key is None else self._locks.setdefault((owner, key), asyncio.Lock())
 
+    @property
+    def num_jobs(self) -> int:
+        """Number of jobs that are kept."""
+        return len(self._jobs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the results of all jobs."""
+        return sum(job.generation.num_bytes for job in self._jobs.values())
+
     def close(self) -> None:
         """Cancel all jobs."""
         for job in self._jobs.values():

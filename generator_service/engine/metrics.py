@@ -1,11 +1,19 @@
 """The generator's Prometheus metrics: steps, images, and the quality of sampled images."""
 
-from prometheus_client import Counter, Histogram
+import logging
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter, Gauge, Histogram
 
 from flux2_shared.observability.metrics import DURATION_BUCKETS_S, Metrics
 
+if TYPE_CHECKING:
+    from generator_service.engine.generation import Generation
+
 PSNR_BUCKETS_DB = (10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 120)
 SSIM_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1)
+ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1, 2, 5)
+logger = logging.getLogger("flux2")
 
 
 class GeneratorMetrics(Metrics):
@@ -33,3 +41,33 @@ class GeneratorMetrics(Metrics):
             buckets=DURATION_BUCKETS_S,
         )
         self.steps = Counter("flux2_steps_total", "Denoising steps", ["kind"], registry=self.registry)
+        self.generations = Counter(
+            "flux2_generations_total", "Generations that ended", ["status", "code"], registry=self.registry
+        )
+        self.generation_seconds = Histogram(
+            "flux2_generation_seconds",
+            "Time of completed generations from their admission",
+            registry=self.registry,
+            buckets=DURATION_BUCKETS_S,
+        )
+        self.estimate_errors = Histogram(
+            "flux2_estimate_error_ratio",
+            "Difference of an image's estimated and measured time, relative to the measured one",
+            registry=self.registry,
+            buckets=ERROR_BUCKETS,
+        )
+        self.lora_loads = Counter("flux2_lora_loads_total", "LoRA adapters loaded", registry=self.registry)
+        self.circuit_open = Gauge(
+            "flux2_encoder_circuit_open", "Whether requests to the text encoder fail fast", registry=self.registry
+        )
+        self.jobs = Gauge("flux2_jobs", "Jobs that are kept", registry=self.registry)
+        self.job_bytes = Gauge("flux2_job_bytes", "Size of the results of kept jobs", registry=self.registry)
+
+    def record_end(self, generation: "Generation") -> None:
+        """Count and log how a generation ended, whether its client waited, followed a stream, or started a job."""
+        code = "ok" if generation.error is None else generation.error.code
+        self.generations.labels(generation.status, code).inc()
+        if generation.status == "completed":
+            self.generation_seconds.observe(generation.seconds)
+        fields = {"status": str(generation.status), "code": code, "ms": round(1000 * generation.seconds)}
+        logger.info("generation %s (%s) after %s ms", *fields.values(), extra={"fields": fields})

@@ -31,7 +31,7 @@ class Permit:
     number: int
     """Order of admission."""
     admitted: float
-    """When it was issued, by the queue's clock."""
+    """When it was issued, by ``time.monotonic``."""
     is_taken: bool = False
     """Whether a generation holds it, and frees the slot when it ends."""
 
@@ -130,7 +130,7 @@ class Queue(Generic[Image]):
         if len(self._permits) >= self._capacity():
             seconds = self._forecast().seconds_of_all(len(self._permits))
             raise Busy("the service is busy: the queue is full", retry_after_s=seconds)
-        permit = Permit(next(self._numbers), self._clock())
+        permit = Permit(next(self._numbers), time.monotonic())
         self._permits.add(permit)
         try:
             yield permit

@@ -48,5 +48,6 @@ def set_up_logs(level: str, log_format: LogFormat) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # its line says neither what is retried nor why; ours does
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every outgoing request at INFO
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it logs startup and shutdown at INFO

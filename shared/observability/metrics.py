@@ -1,9 +1,11 @@
 """Prometheus metrics. Each app has its own registry, so that several apps can run in one process."""
 
-import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Mapping
 
-DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80)
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+
+DURATION_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 300, 600)
 
 
 class Metrics:
@@ -11,8 +13,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.build = Info("flux2_build", "The service's version and model", registry=self.registry)
         self.requests = Counter(
-            "flux2_requests_total", "Requests answered", ["route", "status"], registry=self.registry
+            "flux2_requests_total", "Requests that ended", ["route", "status", "code"], registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "flux2_request_seconds",
+            "Time from a request to the end of its response",
+            ["route"],
+            registry=self.registry,
+            buckets=DURATION_BUCKETS_S,
         )
         self.seconds = Histogram(
             "flux2_stage_seconds", "Time in each stage", ["stage"], registry=self.registry, buckets=DURATION_BUCKETS_S
@@ -24,6 +35,10 @@ class Metrics:
         self.device_memory = Gauge(
             "flux2_device_memory_bytes", "Memory of the GPU, of all processes", ["kind"], registry=self.registry
         )
+
+    def describe_build(self, labels: Mapping[str, str]) -> None:
+        """Export constant labels, such as version and model."""
+        self.build.info(dict(labels))
 
     def watch_memory(self, device: torch.device) -> None:
         """Export the GPU's used and total memory at every scrape; does nothing for a CPU."""

@@ -13,19 +13,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flux2_shared.errors import PayloadTooLarge
 from flux2_shared.observability import logs
 from flux2_shared.observability.metrics import Metrics
-from flux2_shared.web.problem import problem_response, unknown_error
+from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST
+from flux2_shared.web.problem import note_outcome, problem_response, unknown_error
 
 logger = logging.getLogger("flux2")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """Request ids that are accepted from clients."""
+MAX_METHOD_CHARS = 20
 
 
 class RequestContext:
     """Middleware that sets the request id, logs and counts requests, and handles unexpected exceptions.
 
-    A valid ``x-request-id`` of the client is kept. Unexpected exceptions become a 500 here, because the response of
-    starlette's own handler would bypass this middleware.
+    Requests are counted and logged when their response ends, with the code of their error, because a stream has the
+    status 200 however it ends. A valid ``x-request-id`` of the client is kept. Unexpected exceptions become a 500 here,
+    because the response of starlette's own handler would bypass this middleware.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -41,28 +44,39 @@ class RequestContext:
         logs.request_id.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.monotonic()
-        has_started = False
+        status, is_complete = 0, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_started
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
-                has_started = True
+                status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-                route = getattr(scope.get("route"), "path", "unknown")
-                self._metrics.requests.labels(route, message["status"]).inc()
-                milliseconds = round(1e3 * (time.monotonic() - began))
-                fields = {"method": scope["method"], "route": route, "status": message["status"], "ms": milliseconds}
-                logger.info("%s %s %s %s ms", *fields.values(), extra={"fields": fields})
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            if has_started:
+            request = Request(scope)
+            if status:
+                note_outcome(request, unknown_error(error).code)
                 raise  # the response is incomplete: the server closes the connection
             logger.exception("a request failed")
-            response = problem_response(Request(scope), unknown_error(error))
+            response = problem_response(request, unknown_error(error))
             await response(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status, time.monotonic() - began, is_complete=is_complete)
+
+    def _record(self, scope: Scope, status: int, seconds: float, *, is_complete: bool) -> None:
+        """Count and log a request that has ended."""
+        has_left = not is_complete or status == CLIENT_CLOSED_REQUEST
+        code = scope["state"].get("outcome") or ("disconnected" if has_left else "ok")
+        route = getattr(scope.get("route"), "path", "unknown")
+        self._metrics.requests.labels(route, status, code).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        fields = {"method": scope["method"][:MAX_METHOD_CHARS], "route": route, "status": status, "code": code}
+        fields["ms"] = round(1000 * seconds)
+        logger.info("%s %s %s %s %s ms", *fields.values(), extra={"fields": fields})
 
 
 class BodyLimit:
@@ -77,7 +91,7 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         declared = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
-        if declared.isdigit() and int(declared) > self._max_bytes:
+        if declared.isascii() and declared.isdigit() and int(declared) > self._max_bytes:
             response = problem_response(Request(scope), self._too_large())
             await response(scope, receive, send)
             return

@@ -75,11 +75,17 @@ def problem_of(request: Request, error: Flux2Error, *, status: int | None = None
     )
 
 
+def note_outcome(request: Request, code: str) -> None:
+    """Note the code of the error that ends a request, for the metrics and the log."""
+    request.scope.setdefault("state", {})["outcome"] = code
+
+
 def problem_response(
     request: Request, error: Flux2Error, *, status: int | None = None, code: str | None = None
 ) -> JSONResponse:
     """Build the response to a failed request."""
     problem = problem_of(request, error, status=status, code=code)
+    note_outcome(request, problem.code)
     headers = {}
     if error.asks_to_retry or not error.is_worth_retrying:
         headers["x-should-retry"] = str(error.asks_to_retry).lower()

@@ -9,10 +9,10 @@ from typing import Any, Self
 import pytest
 
 from flux2_shared.errors import Busy, DeadlineExceeded, DeviceLost, Flux2Error, OutOfMemory
-from flux2_shared.observability.metrics import Metrics
 from generator_service.engine.events import EncodingPrompt, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult, Timings
 from generator_service.engine.latency import LatencyModel
+from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.request import Request
 from generator_service.errors import GeneratorUnavailable
 from generator_service.lemica import schedule_for
@@ -90,7 +90,7 @@ def lost() -> Exception:
 def fleet_of(handle: FakeHandle, max_waiting: int = 8) -> Any:
     from flux2_ray.fleet import Fleet  # noqa: PLC0415 - optional
 
-    return Fleet(handle, INFO, LatencyModel(), lambda: 1, max_waiting, Metrics())
+    return Fleet(handle, INFO, LatencyModel(), lambda: 1, max_waiting, GeneratorMetrics())
 
 
 def submit(fleet: Any, *, request: Request = REQUEST, is_followed: bool = False) -> Generation:

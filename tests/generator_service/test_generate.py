@@ -277,7 +277,9 @@ async def test_an_unexpected_failure_reveals_nothing(
     assert problem["request_id"] == failed.headers["x-request-id"]
     assert "secret" not in failed.text
     assert after.status_code == 200
-    assert counted[f'flux2_requests_total{{route="/generate",status="{failed.status_code}"}}'] == 1
+    labels = f'code="internal_error",route="/generate",status="{failed.status_code}"'
+    assert counted[f"flux2_requests_total{{{labels}}}"] == 1
+    assert counted['flux2_generations_total{code="internal_error",status="failed"}'] == 1
 
 
 async def test_ready_with_a_matching_encoder(serve_generator: Serve) -> None:
@@ -411,7 +413,7 @@ async def test_steps_and_embeddings_are_counted(serve_generator: Serve) -> None:
     assert counted['flux2_steps_total{kind="reused"}'] == 5
     assert counted['flux2_embedding_cache_total{result="miss"}'] == 1
     assert counted['flux2_embedding_cache_total{result="hit"}'] == 1
-    assert counted['flux2_requests_total{route="/generate",status="200"}'] == 2
+    assert counted['flux2_requests_total{code="ok",route="/generate",status="200"}'] == 2
     assert counted['flux2_stage_seconds_count{stage="denoise"}'] == 2
     assert counted["flux2_queue_depth"] == 0
     assert "circle" not in text

@@ -66,5 +66,5 @@ async def test_an_id_goes_through_both_services(serve_generator: Serve, caplog: 
     assert response.headers["x-request-id"] == "request-77"
     assert len(strange.headers["x-request-id"]) == 32
     routes = [message.split()[1] for id_, message in seen if id_ == "request-77"]
-    assert set(routes) == {"/predict", "/generate"}
+    assert set(routes) == {"/predict", "/generate", "completed"}
     assert "secret" not in caplog.text

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,8 @@ class Adapters:
         self._keeps = keeps
         self._loaded: dict[str, Kind] = {}
         """Names, least recently used first, and their kinds."""
+        self.on_load: Callable[[], None] = lambda: None
+        """Called after an adapter was loaded."""
 
     @property
     def names(self) -> list[str]:
