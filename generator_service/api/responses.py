@@ -71,9 +71,8 @@ def result_headers(request: Request, result: GenerationResult) -> dict[str, str]
     """Return the seed, schedule, timings and optional fields of an image as headers."""
     params, timings = result.params, result.timings
     optional: dict[str, str] = {}
-    estimate_s = request.seconds_left(params.schedule)
-    if estimate_s is not None:
-        optional["x-estimate-ms"] = f"{1000 * estimate_s:.1f}"
+    if timings.expected_s is not None:
+        optional["x-estimate-ms"] = f"{1000 * timings.expected_s:.1f}"
     if request.is_upsampled and params.prompt is not None:
         optional["x-revised-prompt"] = quote(params.prompt, safe=" ,;:'()!?")
     if params.is_truncated:

@@ -217,17 +217,17 @@ class Engine:
         elif random.random() < self._quality_sampling:  # noqa: S311 - not a secret
             self._spawn(self._sampler.sample(work, image), "quality sample")
         self._thread.refuse_if_lost()  # if it was lost meanwhile, the image may be wrong
-        timings = Timings(work.queue_s, encode_s, image.denoise_s, image.decode_s)
-        self._observe(timings, params, request.seconds_left(params.schedule))
+        timings = Timings(work.queue_s, encode_s, image.denoise_s, image.decode_s, work.expected_s)
+        self._observe(timings, params)
         return GenerationResult(params.without_tensors(), data, timings, comparison, side_by_side)
 
-    def _observe(self, timings: Timings, params: Params, estimate_s: float | None) -> None:
+    def _observe(self, timings: Timings, params: Params) -> None:
         for stage in ("queue", "encode", "denoise", "decode"):
             self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
         seconds = timings.denoise_s + timings.decode_s
         self._metrics.images.labels(mode_of(params)).observe(seconds)
-        if estimate_s is not None and seconds > 0:
-            self._metrics.estimate_errors.observe(abs(estimate_s - seconds) / seconds)
+        if timings.expected_s is not None and seconds > 0:
+            self._metrics.estimate_errors.observe(abs(timings.expected_s - seconds) / seconds)
 
     def _file(self, image: Image, params: Params, request: Request) -> bytes:
         return encode_image(image, request.output_format, Provenance.of(params, self.model), request.quality)

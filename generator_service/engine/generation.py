@@ -42,6 +42,8 @@ class Timings:
     encode_s: float
     denoise_s: float
     decode_s: float
+    expected_s: float | None = None
+    """Estimate of denoising and decoding when the device began."""
 
 
 @dataclass(frozen=True)

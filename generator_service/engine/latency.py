@@ -1,18 +1,36 @@
-"""Estimates the time of an image from its number of tokens and of computed and reused steps."""
+"""Estimates the time of an image from its number of tokens and of computed and reused steps.
 
+The time of a run is ``pace * (computed + share * reused)``. The share is a property of the model and its predictor, and
+is learned from many runs. The pace is that of the device now, and follows the last runs. One slow image therefore
+changes neither the ratio of the modes nor, alone, the pace.
+"""
+
+import math
+import statistics
 import threading
-from dataclasses import dataclass, field
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from generator_service.lemica import Schedule
 
-DECAY = 0.8
-"""Factor by which each image of a size reduces the weight of the earlier ones."""
 REUSED_SHARE = 0.05
 """Assumed time of a reused step relative to a computed one, until measurements replace it."""
-SHARE_WEIGHT = 1.0
-"""Weight of this assumption, in steps."""
+PRIOR_WEIGHT = 0.1
+"""Weight of this assumption, relative to that of a pair of runs."""
+SHARES = np.geomspace(0.002, 1.0, 200)
+"""Shares to choose from."""
+NUM_RUNS = 40
+"""Runs of one size that the share is learned from."""
+NUM_PACES = 3
+"""Runs that the pace is the median of, so that it follows a change after two of them."""
+MAX_PACE_STEPS = 6.0
+"""Runs with more computed steps do not count more for the pace; the short ones of the warm-up count less."""
+NUM_DECODES = 8
+MAX_BATCH_EXPONENT = 1.2
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,8 @@ class LatencyEstimate:
     computed_step_s: float
     reused_step_s: float
     decode_s: float
+    batch_exponent: float = 1.0
+    """A step of n images takes n to the power of this times as long as that of one."""
 
     def denoise_s(self, num_computed: int, num_steps: int) -> float:
         return num_computed * self.computed_step_s + (num_steps - num_computed) * self.reused_step_s
@@ -37,29 +57,104 @@ class LatencyEstimate:
 
     def scaled(self, factor: float) -> "LatencyEstimate":
         """Return the estimate for ``factor`` times as many tokens, assuming proportional times."""
-        return LatencyEstimate(self.computed_step_s * factor, self.reused_step_s * factor, self.decode_s * factor)
+        return self._times(factor, factor)
+
+    def for_batch(self, num_images: int) -> "LatencyEstimate":
+        """Return the estimate for a run of several images, which are decoded one by one."""
+        return self._times(num_images**self.batch_exponent, num_images)
+
+    def _times(self, steps: float, decoding: float) -> "LatencyEstimate":
+        return replace(
+            self,
+            computed_step_s=self.computed_step_s * steps,
+            reused_step_s=self.reused_step_s * steps,
+            decode_s=self.decode_s * decoding,
+        )
+
+
+class RunPace:
+    """The remaining time of a run, at the run's own pace as soon as it is known.
+
+    Args:
+        estimate: of the run; None if there is none.
+        schedule: the run's steps.
+        clock: monotonic, in seconds.
+    """
+
+    def __init__(
+        self, estimate: LatencyEstimate | None, schedule: Schedule, clock: Callable[[], float] | None = None
+    ) -> None:
+        self.estimate = estimate
+        self._schedule = schedule
+        self._clock = clock or time.perf_counter
+        self._began = 0.0
+
+    def seconds_left(self, step: int) -> float | None:
+        """Return the remaining time at the start of ``step``; None if it is unknown."""
+        if self.estimate is None:
+            return None
+        if step == 0:
+            self._began = self._clock()
+        left = self.estimate.seconds_left(self._schedule, step)
+        expected = self.estimate.seconds_left(self._schedule) - left
+        known = self.estimate.computed_step_s  # the estimate counts as much as one computed step
+        return left * (self._clock() - self._began + known) / (expected + known) if known > 0 else left
+
+
+@dataclass(frozen=True)
+class _Run:
+    num_computed: int
+    num_reused: int
+    denoise_s: float
+    decode_s: float
+
+    def pace(self, share: float) -> float:
+        """Return the time of a computed step."""
+        return self.denoise_s / (self.num_computed + share * self.num_reused)
 
 
 @dataclass
 class _Size:
-    """Normal equations of a weighted least-squares fit to the images with one number of tokens."""
+    """Runs with one number of tokens, and the estimate from them."""
 
-    products: np.ndarray = field(default_factory=lambda: np.zeros((2, 2)))
-    totals: np.ndarray = field(default_factory=lambda: np.zeros(2))
-    decode_s: float = 0.0
+    runs: deque[_Run] = field(default_factory=lambda: deque(maxlen=NUM_RUNS))
     estimate: LatencyEstimate | None = None
 
-    def observe(self, num_computed: int, num_reused: int, denoise_s: float, decode_s: float) -> None:
-        steps = np.array([num_computed, num_reused], dtype=float)
-        self.products = DECAY * self.products + np.outer(steps, steps)
-        self.totals = DECAY * self.totals + steps * denoise_s
-        is_first = self.estimate is None
-        self.decode_s = decode_s if is_first else DECAY * self.decode_s + (1 - DECAY) * decode_s
-        prior = np.array([-REUSED_SHARE, 1.0])  # reused - share * computed = 0
-        computed, reused = np.linalg.solve(self.products + SHARE_WEIGHT * np.outer(prior, prior), self.totals)
-        if reused > computed:  # noise: otherwise running without a cache would seem the fastest
-            computed = reused = self.totals.sum() / self.products.sum()
-        self.estimate = LatencyEstimate(float(computed), max(float(reused), 0.0), self.decode_s)
+    def observe(self, run: _Run) -> None:
+        self.runs.append(run)
+        share = fit_share(self.runs)
+        recent = list(self.runs)[-NUM_PACES:]
+        weights = [min(each.num_computed + share * each.num_reused, MAX_PACE_STEPS) for each in recent]
+        pace = weighted_median([each.pace(share) for each in recent], weights)
+        decodes = [each.decode_s / each.pace(share) for each in list(self.runs)[-NUM_DECODES:] if each.denoise_s > 0]
+        decode_s = statistics.median(decodes) * pace if decodes else run.decode_s
+        self.estimate = LatencyEstimate(pace, share * pace, decode_s)
+
+
+def fit_share(runs: Sequence[_Run]) -> float:
+    """Return the share of a reused step with which the paces of successive runs differ least.
+
+    The sum of the absolute logarithms of their ratios is minimized, so that a slow run, or a device that becomes slower
+    for good, adds the same to every share.
+    """
+    timed = [run for run in runs if run.denoise_s > 0]
+    costs = PRIOR_WEIGHT * np.abs(np.log((SHARES + REUSED_SHARE) / (2 * REUSED_SHARE)))
+    if len(timed) > 1:
+        steps = np.array([run.num_computed for run in timed]), np.array([run.num_reused for run in timed])
+        seconds = np.array([run.denoise_s for run in timed])
+        paces = np.log(seconds) - np.log(steps[0] + SHARES[:, None] * steps[1])
+        costs = costs + np.abs(np.diff(paces)).sum(axis=1)
+    return float(SHARES[np.argmin(costs)])
+
+
+def weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the smallest value with at least half of the weight at or below it."""
+    covered = 0.0
+    for value, weight in sorted(zip(values, weights, strict=True)):
+        covered += weight
+        if covered >= sum(weights) / 2:
+            return value
+    raise ValueError("no values")
 
 
 class LatencyModel:
@@ -67,13 +162,25 @@ class LatencyModel:
 
     def __init__(self) -> None:
         self._sizes: dict[int, _Size] = {}
+        self._exponents: deque[float] = deque(maxlen=NUM_DECODES)
         self._lock = threading.Lock()
 
     def observe(self, num_tokens: int, *, num_computed: int, num_steps: int, denoise_s: float, decode_s: float) -> None:
         """Record the times of an image. ``num_tokens`` includes its reference images."""
         with self._lock:
             size = self._sizes.setdefault(num_tokens, _Size())
-            size.observe(num_computed, num_steps - num_computed, denoise_s, decode_s)
+            size.observe(_Run(num_computed, num_steps - num_computed, denoise_s, decode_s))
+
+    def observe_batch(
+        self, num_tokens: int, num_images: int, *, num_computed: int, num_steps: int, denoise_s: float
+    ) -> None:
+        """Record the denoising time of a run of several images."""
+        alone = self.estimate(num_tokens)
+        if alone is None or denoise_s <= 0 or alone.denoise_s(num_computed, num_steps) <= 0:
+            return
+        exponent = math.log(denoise_s / alone.denoise_s(num_computed, num_steps)) / math.log(num_images)
+        with self._lock:
+            self._exponents.append(min(max(exponent, 0.0), MAX_BATCH_EXPONENT))
 
     def estimate(self, num_tokens: int) -> LatencyEstimate | None:
         """Estimate an image, in proportion to the nearest observed size; None before the first image."""
@@ -82,4 +189,8 @@ class LatencyModel:
                 return None
             nearest = min(self._sizes, key=lambda tokens: max(tokens / num_tokens, num_tokens / tokens))
             estimate = self._sizes[nearest].estimate
-            return estimate if estimate is None or nearest == num_tokens else estimate.scaled(num_tokens / nearest)
+            if estimate is None:
+                return None
+            exponent = statistics.median(self._exponents) if self._exponents else 1.0
+            scaled = estimate if nearest == num_tokens else estimate.scaled(num_tokens / nearest)
+            return replace(scaled, batch_exponent=exponent)

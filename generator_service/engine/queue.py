@@ -47,6 +47,8 @@ class Work(Generic[Image]):
     result: "asyncio.Future[Image]"
     added: float
     started: float | None = None
+    expected_s: float | None = None
+    """Time of its run as estimated when the run began, in seconds."""
 
     @property
     def estimate_s(self) -> float | None:

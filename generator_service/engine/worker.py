@@ -15,7 +15,7 @@ from flux2_shared.device.thread import DeviceThread, refuse_lost_device
 from flux2_shared.errors import DeviceLost, OutOfMemory
 from flux2_shared.report import Report
 from generator_service.engine.events import Preview, StepStarted
-from generator_service.engine.latency import LatencyModel
+from generator_service.engine.latency import LatencyModel, RunPace
 from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.queue import Queue, Work
 from generator_service.errors import NonFiniteOutput
@@ -105,34 +105,47 @@ class Worker:
 
     def _run_together(self, works: Sequence[ImageWork]) -> Sequence[GeneratedImage | Exception] | None:
         """Generate all images in one run; return None if they have to be generated one by one."""
+        pace = self._pace_of(works)
         try:
-            return self.model.generate_batch([work.params for work in works], partial(self._on_step, works))
+            images = self.model.generate_batch([work.params for work in works], partial(self._on_step, works, pace))
         except (OutOfMemory, NonFiniteOutput) as error:
             logger.warning("%d images are generated one by one: %s", len(works), error)
         except GenerationCancelled:
             pass  # each of them is checked again by itself
+        else:
+            self._learn_batch(works, images)
+            return images
         return None
 
     def _run_alone(self, work: ImageWork) -> GeneratedImage | Exception:
         try:
             previews = previews_of(work) if work.generation.request.preview_steps else None
-            image = self.model.generate(work.params, partial(self._on_step, [work]), previews)
+            on_step = partial(self._on_step, [work], self._pace_of([work]))
+            image = self.model.generate(work.params, on_step, previews)
         except Exception as error:  # noqa: BLE001 - fails only the generation of this image
             return error
         if not work.params.adapters and image.schedule is work.params.schedule:  # other images take longer
             self._learn(work.params, work.generation.request.num_tokens, image)
         return image
 
-    def _on_step(self, works: Sequence[ImageWork], step: int, is_computed: bool) -> None:
+    def _pace_of(self, works: Sequence[ImageWork]) -> RunPace:
+        """Estimate a run that begins now."""
+        first = works[0]
+        estimate = self._latencies.estimate(first.generation.request.num_tokens)
+        pace = RunPace(None if estimate is None else estimate.for_batch(len(works)), first.params.schedule)
+        for work in works:
+            work.expected_s = pace.estimate and pace.estimate.seconds_left(first.params.schedule)
+        return pace
+
+    def _on_step(self, works: Sequence[ImageWork], pace: RunPace, step: int, is_computed: bool) -> None:
         """Emit the start of a step; raise ``GenerationCancelled`` if all generations of the run have ended."""
         wanted = [work for work in works if work.generation.is_wanted]
         if not wanted:
             raise GenerationCancelled
         self._metrics.steps.labels("computed" if is_computed else "reused").inc(len(wanted))
+        left = pace.seconds_left(step)
         for work in wanted:
-            request = work.generation.request
-            if work.index is not None and request.is_followed:
-                left = request.seconds_left(work.params.schedule, step)
+            if work.index is not None and work.generation.request.is_followed:
                 work.generation.emit_threadsafe(StepStarted(work.index, step, is_computed, left))
 
     def warm_up(self, embedding_shape: tuple[int, int], sizes: Sequence[tuple[int, int]], report: Report) -> None:
@@ -190,6 +203,16 @@ class Worker:
             num_steps=params.schedule.num_steps,
             denoise_s=image.denoise_s - image.previews_s,
             decode_s=image.decode_s,
+        )
+
+    def _learn_batch(self, works: Sequence[ImageWork], images: Sequence[GeneratedImage]) -> None:
+        schedule = works[0].params.schedule
+        self._latencies.observe_batch(
+            works[0].generation.request.num_tokens,
+            len(works),
+            num_computed=schedule.num_computed,
+            num_steps=schedule.num_steps,
+            denoise_s=images[0].denoise_s,
         )
 
 
