@@ -27,8 +27,11 @@ class ProxyPrefix:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            prefix = self._forwarded_prefix(scope) or self._root_path or scope.get("root_path", "").rstrip("/")
-            path: str = scope["path"].removeprefix(prefix) if is_below(scope["path"], prefix) else scope["path"]
+            forwarded = self._forwarded_prefix(scope) if self._trusted_proxies else ""
+            prefix = forwarded or self._root_path or scope.get("root_path", "").rstrip("/")
+            path: str = scope["path"]
+            if f"{path}/".startswith(f"{prefix}/"):
+                path = path.removeprefix(prefix)
             # In place, because the middleware around this one reads the route that will be added.
             scope.update(root_path=prefix, path=prefix + (path.rstrip("/") or "/"))
         await self._app(scope, receive, send)
@@ -36,16 +39,11 @@ class ProxyPrefix:
     def _forwarded_prefix(self, scope: Scope) -> str:
         """Return the prefixes that a trusted proxy has removed, joined; empty if there are none, or one is invalid."""
         host = (scope.get("client") or ("", 0))[0]
-        if not self._trusted_proxies or not is_in(host, self._trusted_proxies):
+        if not is_in(host, self._trusted_proxies):
             return ""
         parts = ",".join(Headers(scope=scope).getlist("x-forwarded-prefix")).split(",")
         prefix = "".join(part.strip().rstrip("/") for part in parts)
         return prefix if PATH_PREFIX.fullmatch(prefix) else ""
-
-
-def is_below(path: str, prefix: str) -> bool:
-    """Return whether ``path`` is the prefix or starts with it and a slash."""
-    return path == prefix or path.startswith(f"{prefix}/")
 
 
 def is_in(host: str, networks: Sequence[Network]) -> bool:
