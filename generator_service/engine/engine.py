@@ -151,9 +151,18 @@ class Engine:
             task.cancel()
 
     async def _generate(self, generation: Generation) -> list[GenerationResult]:
-        """Embed the prompt, wait for the images, and encode them."""
+        """Upsample the prompt if requested, embed it, wait for the images, and encode them."""
         began = time.monotonic()
-        request = await self._embedded(generation)
+        request = generation.request
+        params = await self._upsampled(generation) if request.is_upsampled else request.params
+        if params.prompt_embeds is None:
+            assert params.prompt is not None
+            generation.emit(EncodingPrompt())
+            with self._tracing.span("encode"):
+                embedding, was_cached = await self._encoder.embed(params.prompt)
+            self._metrics.cache.labels("hit" if was_cached else "miss").inc()
+            params = replace(params, prompt_embeds=embedding.tensor, is_truncated=embedding.is_truncated)
+        request = replace(request, params=params)
         encode_s = time.monotonic() - began
         works = [self.queue.add(generation, params, index) for index, params in enumerate(request.all_params())]
         references = [self._add_reference(work) if request.compare else None for work in works]
@@ -164,21 +173,6 @@ class Engine:
         finally:
             for work in (*works, *filter(None, references)):
                 abandon(work)
-
-    async def _embedded(self, generation: Generation) -> Request:
-        """Return the request with the embedding of its prompt, which is upsampled before if requested."""
-        request = generation.request
-        params = request.params
-        if request.is_upsampled:
-            params = await self._upsampled(generation)
-        if params.prompt_embeds is None:
-            assert params.prompt is not None
-            generation.emit(EncodingPrompt())
-            with self._tracing.span("encode"):
-                embedding, was_cached = await self._encoder.embed(params.prompt)
-            self._metrics.cache.labels("hit" if was_cached else "miss").inc()
-            params = replace(params, prompt_embeds=embedding.tensor, is_truncated=embedding.is_truncated)
-        return replace(request, params=params)
 
     async def _upsampled(self, generation: Generation) -> Params:
         """Return the generation's parameters with the rewritten prompt."""
