@@ -98,7 +98,7 @@ class Resolver:
         cache = self.settings.default_cache if body.cache is None else body.cache
         if body.max_latency_ms is not None:
             cache = cache_within(body, body.max_latency_ms, latency)
-        adapters = resolve_adapters(body.lora, self.model.adapters) if body.lora else ()
+        adapters = () if body.lora is None else resolve_adapters(body.lora, self.model.adapters)
         signature = self.model.signature(
             num_steps=body.num_inference_steps,
             width=width,
@@ -193,9 +193,9 @@ def cache_within(body: GenerateRequest, limit_ms: int, latency: LatencyEstimate 
     raise InvalidRequest(f"max_latency_ms: {bound}", param="max_latency_ms")
 
 
-def resolve_adapters(lora: str | list[LoraUse] | None, known: Sequence[str]) -> tuple[Adapter, ...]:
+def resolve_adapters(lora: str | list[LoraUse], known: Sequence[str]) -> tuple[Adapter, ...]:
     """Return the LoRA adapters of a request; raise ``InvalidRequest`` if one is not ``known`` or is named twice."""
-    uses = [LoraUse(name=lora)] if isinstance(lora, str) else lora or []
+    uses = [LoraUse(name=lora)] if isinstance(lora, str) else lora
     names = [use.name for use in uses]
     for name in names:
         if name not in known:
