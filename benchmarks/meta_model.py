@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.synthetic import empty_components
+from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.folder import ModelFolder
 from generator_service.pipelines.components import Components
 from generator_service.pipelines.flux2 import Flux2Model
@@ -87,11 +88,11 @@ class Fp8Linear(nn.Module):
         return output
 
 
-class MetaModel(Flux2Model):
-    """The service's model for square images, whose token positions are computed without reading values."""
+class MetaComponents(Components):
+    """Components for square images, whose token positions are computed without reading values."""
 
-    def pipeline(self, transformer: Any, scheduler: Any) -> Any:
-        pipeline = super().pipeline(transformer, scheduler)
+    def new_pipeline(self, reference_cache: ByteBoundedCache[torch.Tensor]) -> Any:
+        pipeline = super().new_pipeline(reference_cache)
         pipeline._unpack_latents_with_ids = unpack_square  # noqa: SLF001 - only on this object
         return pipeline
 
@@ -103,7 +104,7 @@ def unpack_square(tokens: torch.Tensor, _ids: torch.Tensor) -> torch.Tensor:
     return squares
 
 
-def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) -> MetaModel:
+def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) -> Flux2Model:
     """Create the model of a folder's architecture. Run it within ``on_meta``.
 
     Args:
@@ -114,7 +115,7 @@ def meta_model(path: Path, profile: str, dtype: torch.dtype = torch.bfloat16) ->
     folder = ModelFolder(path.name, "local", path)
     performance = Performance(profile, PROFILES[profile] & APPLIED)
     with on_meta():
-        model = MetaModel.load(folder, META, dtype, performance=performance, read=read_no_weights)
+        model = Flux2Model.load(folder, META, dtype, performance=performance, read=read_no_weights)
     if "fp8" in PROFILES[profile]:
         store_in_fp8(model.components.transformer)
     return model
@@ -125,7 +126,7 @@ def read_no_weights(
 ) -> Components:
     """Create components on the meta device; a ``ComponentsReader``."""
     del device, transformer_device
-    return empty_components(folder.path, dtype)
+    return MetaComponents(**vars(empty_components(folder.path, dtype)))
 
 
 def store_in_fp8(transformer: Any) -> None:

@@ -33,7 +33,7 @@ from generator_service.clients.upsampler import Upsampler
 from generator_service.engine.engine import Engine, ImageGenerator, PromptEncoder, Runtime
 from generator_service.engine.job_store import JobStore
 from generator_service.engine.metrics import GeneratorMetrics
-from generator_service.engine.worker import Batching
+from generator_service.engine.warm_up import Batching
 from generator_service.lemica import ScheduleRegistry
 from generator_service.pipelines.components import ComponentsReader, load_components
 from generator_service.pipelines.flux2 import Flux2Model

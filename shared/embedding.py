@@ -28,8 +28,3 @@ class Embedding:
 def truncated_indices(embeddings: Iterable[Embedding]) -> str:
     """Return the value of ``TRUNCATED_HEADER``; empty if no prompt was truncated."""
     return ",".join(str(index) for index, each in enumerate(embeddings) if each.is_truncated)
-
-
-def is_first_truncated(header: str) -> bool:
-    """Return whether a value of ``TRUNCATED_HEADER`` names the first prompt."""
-    return "0" in (index.strip() for index in header.split(","))

@@ -123,7 +123,9 @@ def test_the_example_is_a_valid_dotenv_file() -> None:
 
 def test_every_metric_is_documented() -> None:
     """``docs/run.md`` has exactly the metrics that the services export."""
-    metrics = {m.name + ("_total" if m.type == "counter" else "") for m in GeneratorMetrics().registry.collect()}
+    endings = {"counter": "_total", "info": "_info"}
+    families = [family for family in GeneratorMetrics().registry.collect() if family.name.startswith("flux2_")]
+    metrics = {family.name + endings.get(family.type, "") for family in families}
     assert {row[0].strip("`") for row in rows(text_of("docs/run.md")) if "`flux2_" in row[0]} == metrics
 
 

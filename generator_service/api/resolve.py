@@ -18,10 +18,8 @@ from generator_service.engine.latency import LatencyEstimate, LatencyModel
 from generator_service.engine.request import Request
 from generator_service.lemica import (
     SHIPPED,
-    Schedule,
     ScheduleMismatch,
     ScheduleRegistry,
-    Signature,
     load_registry,
     published_size,
 )
@@ -30,6 +28,7 @@ from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.params import Params, Reference
 from generator_service.settings import GeneratorSettings
 
+References = tuple[Reference, ...]
 RANDOM_SEEDS = 2**32
 """Seeds of requests without ``seed`` are random numbers below this."""
 
@@ -79,7 +78,7 @@ class Resolver:
         width, height, num_tokens = self._size(body, references)
         latency = self.latencies.estimate(num_tokens)
         return Request(
-            params=self._params(body, width, height, references, latency),
+            params=self._params(body, (width, height), references, latency),
             num_images=body.num_images,
             output_format=body.output_format,
             quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
@@ -93,17 +92,13 @@ class Resolver:
         )
 
     def _params(
-        self,
-        body: GenerateRequest,
-        width: int,
-        height: int,
-        references: tuple[Reference, ...],
-        latency: LatencyEstimate | None,
+        self, body: GenerateRequest, size: tuple[int, int], references: References, latency: LatencyEstimate | None
     ) -> Params:
+        width, height = size
         cache = self.settings.default_cache if body.cache is None else body.cache
         if body.max_latency_ms is not None:
-            cache = self._cache_within(body, body.max_latency_ms, latency)
-        adapters = resolve_adapters(body.lora, self.model.adapters)
+            cache = cache_within(body, body.max_latency_ms, latency)
+        adapters = () if body.lora is None else resolve_adapters(body.lora, self.model.adapters)
         signature = self.model.signature(
             num_steps=body.num_inference_steps,
             width=width,
@@ -112,13 +107,22 @@ class Resolver:
             is_edit=bool(references),
             adapters=adapters,
         )
+        embeds = body.prompt_embeds
+        prompt_embeds = None if embeds is None else parse_embeds(embeds, self.embedding_shape)
+        try:
+            if isinstance(cache, MaxError):
+                schedule = self.registry.cheapest_within(cache.max_error, signature)
+            else:
+                schedule = self.registry.find(cache, signature)
+        except ScheduleMismatch as error:
+            raise InvalidRequest(f"cache: {error}".replace("cache: cache:", "cache:"), param="cache") from None
         return Params(
-            prompt_embeds=parse_embeds(body.prompt_embeds, self.embedding_shape),
+            prompt_embeds=prompt_embeds,
             width=width,
             height=height,
             guidance_scale=body.guidance_scale,
             seed=secrets.randbelow(RANDOM_SEEDS) if body.seed is None else body.seed,
-            schedule=find_schedule(cache, self.registry, signature),
+            schedule=schedule,
             references=references,
             adapters=adapters,
             prompt=body.prompt,
@@ -128,6 +132,8 @@ class Resolver:
     def _check(self, body: GenerateRequest) -> None:
         """Check numbers and lengths before any image or tensor is decoded."""
         settings, prompt = self.settings, body.prompt
+        if (prompt is None) == (body.prompt_embeds is None):
+            raise InvalidRequest("prompt: give either prompt or prompt_embeds", param="prompt")
         if prompt is not None and len(prompt) > settings.max_prompt_chars:
             limit = f"at most {settings.max_prompt_chars} characters, not {len(prompt)}"
             raise InvalidRequest(f"prompt: {limit}", param="prompt")
@@ -169,26 +175,27 @@ class Resolver:
             raise InvalidRequest(message, param="images")
         return width, height, num_tokens
 
-    def _cache_within(self, body: GenerateRequest, limit_ms: int, latency: LatencyEstimate | None) -> str | int:
-        """Return the cache mode with the most computed steps that keeps all images of the request within the limit."""
-        if body.cache is not None:
-            raise InvalidRequest("max_latency_ms: cannot be combined with cache", param="max_latency_ms")
-        if latency is None:
-            reason = "the speed of this device is not known yet; generate one image first"
-            raise InvalidRequest(f"max_latency_ms: {reason}", param="max_latency_ms")
-        num_steps = body.num_inference_steps
-        fewest = published_size("ultra", num_steps)
-        for num_computed in range(num_steps, fewest - 1, -1):
-            if 1000 * body.num_images * latency.total_s(num_computed, num_steps) <= limit_ms:
-                return "none" if num_computed == num_steps else num_computed
-        least = math.ceil(1000 * body.num_images * latency.total_s(fewest, num_steps))
-        bound = f"{num_steps} steps of this size take at least {least} ms, with {fewest} of them computed"
-        raise InvalidRequest(f"max_latency_ms: {bound}", param="max_latency_ms")
+
+def cache_within(body: GenerateRequest, limit_ms: int, latency: LatencyEstimate | None) -> str | int:
+    """Return the cache mode with the most computed steps that keeps all images of the request within the limit."""
+    if body.cache is not None:
+        raise InvalidRequest("max_latency_ms: cannot be combined with cache", param="max_latency_ms")
+    if latency is None:
+        reason = "the speed of this device is not known yet; generate one image first"
+        raise InvalidRequest(f"max_latency_ms: {reason}", param="max_latency_ms")
+    num_steps = body.num_inference_steps
+    fewest = published_size("ultra", num_steps)
+    for num_computed in range(num_steps, fewest - 1, -1):
+        if 1000 * body.num_images * latency.total_s(num_computed, num_steps) <= limit_ms:
+            return "none" if num_computed == num_steps else num_computed
+    least = math.ceil(1000 * body.num_images * latency.total_s(fewest, num_steps))
+    bound = f"{num_steps} steps of this size take at least {least} ms, with {fewest} of them computed"
+    raise InvalidRequest(f"max_latency_ms: {bound}", param="max_latency_ms")
 
 
-def resolve_adapters(lora: str | list[LoraUse] | None, known: Sequence[str]) -> tuple[Adapter, ...]:
+def resolve_adapters(lora: str | list[LoraUse], known: Sequence[str]) -> tuple[Adapter, ...]:
     """Return the LoRA adapters of a request; raise ``InvalidRequest`` if one is not ``known`` or is named twice."""
-    uses = [LoraUse(name=lora)] if isinstance(lora, str) else lora or []
+    uses = [LoraUse(name=lora)] if isinstance(lora, str) else lora
     names = [use.name for use in uses]
     for name in names:
         if name not in known:
@@ -206,20 +213,8 @@ def preview_steps(count: int, num_steps: int) -> tuple[int, ...]:
     )
 
 
-def find_schedule(cache: str | int | MaxError, registry: ScheduleRegistry, signature: Signature) -> Schedule:
-    """Return the schedule for ``cache``; raise ``InvalidRequest`` if there is none for the signature."""
-    try:
-        if isinstance(cache, MaxError):
-            return registry.cheapest_within(cache.max_error, signature)
-        return registry.find(cache, signature)
-    except ScheduleMismatch as error:
-        raise InvalidRequest(f"cache: {error}".replace("cache: cache:", "cache:"), param="cache") from None
-
-
-def parse_embeds(text: str | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """Decode a tensor ``[1, L, D]`` from a base64 safetensors file; return None for None."""
-    if text is None:
-        return None
+def parse_embeds(text: str, shape: tuple[int, int]) -> torch.Tensor:
+    """Decode a tensor ``[1, L, D]`` from a base64 safetensors file."""
     try:
         return parse_safetensors(decode_base64(text), (1, *shape))
     except ValueError as error:  # from base64, or a WireError

@@ -5,14 +5,12 @@ import secrets
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from fastapi import Request as HTTPRequest
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.accept import JSON_MEDIA_TYPE
-from flux2_shared.web.connection import while_connected
-from generator_service.engine.generation import Generation, GenerationResult
+from generator_service.engine.generation import GenerationResult
 from generator_service.engine.imaging import MEDIA_TYPES
 from generator_service.engine.request import Request
 
@@ -29,14 +27,6 @@ async def to_response(
     if len(results) == 1:
         return one_file(request, results[0])
     return await threads.run(multipart, request, results)
-
-
-async def results_while_connected(http_request: HTTPRequest, generation: Generation) -> list[GenerationResult] | None:
-    """Wait for the results; if the client disconnects, cancel the generation and return None."""
-    try:
-        return await while_connected(http_request, generation.images())
-    finally:
-        generation.cancel()  # does nothing if the generation has ended
 
 
 def json_response(request: Request, results: Sequence[GenerationResult]) -> Response:

@@ -118,9 +118,3 @@ class GenerateRequest(Sampling):
     num_images: Annotated[
         StrictInt, Field(ge=1, description="Number of images, with the seeds seed, seed + 1, ...")
     ] = 1
-
-    @model_validator(mode="after")
-    def _has_one_prompt(self) -> "GenerateRequest":
-        if (self.prompt is None) == (self.prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds")
-        return self

@@ -121,10 +121,10 @@ def find_chunk(image: PngImagePlugin.PngImageFile, name: bytes) -> bytes | None:
     try:
         file.seek(8)
         while len(head := file.read(8)) == 8:
-            length, found = struct.unpack(">I4s", head)
-            if found == name:
+            length, chunk = struct.unpack(">I4s", head)
+            if chunk == name:
                 return file.read(length)
-            if found == b"IDAT":
+            if chunk == b"IDAT":
                 return None
             file.seek(length + 4, io.SEEK_CUR)
         return None

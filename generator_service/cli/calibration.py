@@ -188,12 +188,12 @@ def record(
         feature: feature to record at each step.
         storage: device or folder for the features; None for the model's device.
     """
-    scheduler = model.components.new_scheduler()
-    recorder = TrajectoryRecorder(model.components.transformer, feature, storage or model.device)
+    pipeline = model.components.new_pipeline(model.reference_cache)
+    pipeline.transformer = recorder = TrajectoryRecorder(model.components.transformer, feature, storage or model.device)
     callback = DenoisingCallback(params.schedule.num_steps, model.device)
     arguments = pipeline_arguments([params], model.device, model.dtype)
-    model.pipeline(recorder, scheduler)(**arguments, callback_on_step_end=callback, output_type="latent")
-    return recorder.trajectory(callback.latents, scheduler.sigmas)
+    pipeline(**arguments, callback_on_step_end=callback, output_type="latent")
+    return recorder.trajectory(callback.latents, pipeline.scheduler.sigmas)
 
 
 def calibrate(

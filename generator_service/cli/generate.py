@@ -64,22 +64,25 @@ def generate(
             "prompt": prompt,
             "num_inference_steps": steps,
             "seed": seed,
-            "guidance_scale": guidance if guidance is None else finite("--guidance", guidance),
-            "images": [base64.b64encode(read_image(each)).decode() for each in image] if image else None,
+            "guidance_scale": guidance and finite("--guidance", guidance),
+            "images": [read_image(each) for each in image] if image else None,
             "lora": [lora_use(text) for text in lora] if lora else None,
             "cache": int(cache) if cache and re.fullmatch("[0-9]{1,9}", cache) else cache,
             "output_format": format_of(file),
         }
         body |= {name: value for name, value in fields.items() if value is not None}
         body |= dict(zip(("width", "height"), parse_size(size), strict=True)) if size else {}
-        if "prompt" not in body:
-            raise typer.BadParameter("give a prompt, or --like FILE")
-        check_text(body)
+        check_prompt(body)
         body.setdefault("seed", secrets.randbelow(RANDOM_SEEDS))
-        with output_file(file, num_bytes=largest_file(body)) as write:
-            data, summary = generate_locally(body) if local else generate_remotely(url, body, token)
-            write(data)
-        out.print(Text(str(file), "bold"), f" seed {body['seed']}  {summary}", highlight=False, markup=False)
+        generate_file(file, body, None if local else (url, token))
+
+
+def generate_file(file: Path, body: dict[str, Any], service: tuple[str, str | None] | None) -> None:
+    """Generate the image of ``body`` with the service at a URL and with a token, or in this process (None)."""
+    with output_file(file, num_bytes=largest_file(body)) as write:
+        data, summary = generate_locally(body) if service is None else generate_remotely(*service, body)
+        write(data)
+    out.print(Text(str(file), "bold"), f" seed {body['seed']}  {summary}", highlight=False, markup=False)
 
 
 def inspect(file: Annotated[Path, typer.Argument(help="An image that this service generated.")]) -> None:
@@ -134,12 +137,12 @@ def largest_file(body: dict[str, Any]) -> int:
     return BYTES_PER_PIXEL * min(width * height, MAX_PIXELS)
 
 
-def read_image(file: Path) -> bytes:
-    """Read a reference image."""
+def read_image(file: Path) -> str:
+    """Read a reference image as base64."""
     check_is_file(file)
     if file.stat().st_size > MAX_IMAGE_BYTES:
         raise OSError(f"{file} is larger than {MAX_IMAGE_BYTES // 2**20} MiB")
-    return file.read_bytes()
+    return base64.b64encode(file.read_bytes()).decode()
 
 
 def check_is_file(file: Path) -> None:
@@ -148,8 +151,10 @@ def check_is_file(file: Path) -> None:
         raise OSError(f"{file} is not a file" if file.exists() else f"{file} does not exist")
 
 
-def check_text(body: dict[str, Any]) -> None:
-    """Raise ``BadParameter`` if an argument is not UTF-8, as bytes of another encoding in a terminal are not."""
+def check_prompt(body: dict[str, Any]) -> None:
+    """Raise ``BadParameter`` if there is no prompt, or if bytes of another encoding in a terminal are not UTF-8."""
+    if "prompt" not in body:
+        raise typer.BadParameter("give a prompt, or --like FILE")
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -163,7 +168,7 @@ def format_of(file: Path) -> "ImageFormat":
     return SUFFIXES[file.suffix.lower()]
 
 
-def generate_remotely(url: str, body: dict[str, Any], token: str | None) -> tuple[bytes, str]:
+def generate_remotely(url: str, token: str | None, body: dict[str, Any]) -> tuple[bytes, str]:
     """Generate with a running generator; return the file and a summary."""
     from generator_service.cli.client import stream_generate  # noqa: PLC0415 - --help needs no httpx
 

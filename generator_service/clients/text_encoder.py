@@ -12,8 +12,8 @@ from typing import Self
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from flux2_shared.embedding import TRUNCATED_HEADER, Embedding, is_first_truncated
-from flux2_shared.errors import InvalidRequest, OutOfMemory
+from flux2_shared.embedding import TRUNCATED_HEADER, Embedding
+from flux2_shared.errors import Flux2Error, InvalidRequest, OutOfMemory
 from flux2_shared.observability.logs import request_id
 from flux2_shared.observability.tracing import Tracing
 from flux2_shared.schemas import EncoderInfo
@@ -100,7 +100,8 @@ class TextEncoderClient:
             async with asyncio.timeout(min(INFO_TIMEOUT_S, self._timeout_s)), self._request("GET", "/info") as response:
                 if response.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
                     return None
-                await _raise_for_status(response)
+                if response.status_code != HTTPStatus.OK:
+                    raise await _error_of(response)
                 return EncoderInfo.model_validate_json(await read_body(response, MAX_INFO_BYTES))
         except ValidationError as error:
             raise BadEncoderResponse("the text encoder's /info is not valid") from error
@@ -112,7 +113,8 @@ class TextEncoderClient:
         tokens, width = self._shape
         limit = tokens * width * max(dtype.itemsize for dtype in EMBEDDING_DTYPES) + MAX_HEADER_BYTES
         async with self._request("POST", "/predict", {"prompt": prompt}) as response:
-            await _raise_for_status(response)
+            if response.status_code != HTTPStatus.OK:
+                raise await _error_of(response)
             body = await read_body(response, limit)
             media_type = response.headers.get("content-type", "").split(";")[0]
         parse = parse_safetensors if media_type == SAFETENSORS_MEDIA_TYPE else parse_torch
@@ -120,7 +122,8 @@ class TextEncoderClient:
             tensor = await self._threads.run(parse, body, (1, tokens, width))
         except WireError as error:
             raise BadEncoderResponse("the text encoder's response is not a prompt embedding for this model") from error
-        return Embedding(tensor, is_first_truncated(response.headers.get(TRUNCATED_HEADER, "")))
+        truncated = [index.strip() for index in response.headers.get(TRUNCATED_HEADER, "").split(",")]
+        return Embedding(tensor, is_truncated="0" in truncated)
 
     @asynccontextmanager
     async def _request(
@@ -142,17 +145,16 @@ class TextEncoderClient:
             raise EncoderUnavailable("the text encoder cannot be reached", retry_after_s=5) from error
 
 
-async def _raise_for_status(response: httpx.Response) -> None:
+async def _error_of(response: httpx.Response) -> Flux2Error:
+    """Return the error that a status other than 200 stands for."""
     status = response.status_code
-    if status == HTTPStatus.OK:
-        return
     if status == OutOfMemory.status and await _error_code(response) == OutOfMemory.code:  # retrying would not help
-        raise OutOfMemory("the text encoder has too little memory for this prompt now")
+        return OutOfMemory("the text encoder has too little memory for this prompt now")
     if status in RETRIED_STATUSES or status == HTTPStatus.TOO_MANY_REQUESTS:
-        raise EncoderUnavailable(f"the text encoder is unavailable (status {status})", retry_after_s=5)
+        return EncoderUnavailable(f"the text encoder is unavailable (status {status})", retry_after_s=5)
     if status in (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY):
-        raise InvalidRequest("prompt: rejected by the text encoder; it may be too long", param="prompt")
-    raise BadEncoderResponse(f"the text encoder responded with status {status}")
+        return InvalidRequest("prompt: rejected by the text encoder; it may be too long", param="prompt")
+    return BadEncoderResponse(f"the text encoder responded with status {status}")
 
 
 async def _error_code(response: httpx.Response) -> str | None:

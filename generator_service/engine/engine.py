@@ -34,7 +34,8 @@ from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.quality import QualitySampler, compare
 from generator_service.engine.queue import Permit, Queue
 from generator_service.engine.request import Request
-from generator_service.engine.worker import ALONE, Batching, ImageQueue, ImageWork, Worker
+from generator_service.engine.warm_up import ALONE, Batching
+from generator_service.engine.worker import ImageQueue, ImageWork, Worker
 from generator_service.pipelines.flux2 import Flux2Model
 from generator_service.pipelines.model_info import ModelInfo
 from generator_service.pipelines.params import Params
@@ -156,9 +157,18 @@ class Engine:
             task.cancel()
 
     async def _generate(self, generation: Generation) -> list[GenerationResult]:
-        """Embed the prompt, wait for the images, and encode them."""
+        """Upsample the prompt if requested, embed it, wait for the images, and encode them."""
         began = time.monotonic()
-        request = await self._embedded(generation)
+        request = generation.request
+        params = await self._upsampled(generation) if request.is_upsampled else request.params
+        if params.prompt_embeds is None:
+            assert params.prompt is not None
+            generation.emit(EncodingPrompt())
+            with self._tracing.span("encode"):
+                embedding, was_cached = await self._encoder.embed(params.prompt)
+            self._metrics.cache.labels("hit" if was_cached else "miss").inc()
+            params = replace(params, prompt_embeds=embedding.tensor, is_truncated=embedding.is_truncated)
+        request = replace(request, params=params)
         encode_s = time.monotonic() - began
         works = [self.queue.add(generation, params, index) for index, params in enumerate(request.all_params())]
         references = [self._add_reference(work) if request.compare else None for work in works]
@@ -169,21 +179,6 @@ class Engine:
         finally:
             for work in (*works, *filter(None, references)):
                 abandon(work)
-
-    async def _embedded(self, generation: Generation) -> Request:
-        """Return the request with the embedding of its prompt, which is upsampled before if requested."""
-        request = generation.request
-        params = request.params
-        if request.is_upsampled:
-            params = await self._upsampled(generation)
-        if params.prompt_embeds is None:
-            assert params.prompt is not None
-            generation.emit(EncodingPrompt())
-            with self._tracing.span("encode"):
-                embedding, was_cached = await self._encoder.embed(params.prompt)
-            self._metrics.cache.labels("hit" if was_cached else "miss").inc()
-            params = replace(params, prompt_embeds=embedding.tensor, is_truncated=embedding.is_truncated)
-        return replace(request, params=params)
 
     async def _upsampled(self, generation: Generation) -> Params:
         """Return the generation's parameters with the rewritten prompt."""

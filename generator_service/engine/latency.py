@@ -53,7 +53,8 @@ class LatencyEstimate:
     def seconds_left(self, schedule: Schedule, step: int = 0) -> float:
         """Return the time from the start of ``step`` to the decoded image."""
         computed = sum(later >= step for later in schedule.computed_steps)
-        return self.total_s(computed, schedule.num_steps - step)
+        reused = schedule.num_steps - step - computed
+        return computed * self.computed_step_s + reused * self.reused_step_s + self.decode_s
 
     def scaled(self, factor: float) -> "LatencyEstimate":
         """Return the estimate for ``factor`` times as many tokens, assuming proportional times."""
@@ -72,33 +73,27 @@ class LatencyEstimate:
         )
 
 
+@dataclass
 class RunPace:
-    """The remaining time of a run, at the run's own pace as soon as it is known.
+    """The remaining time of a run, at the run's own pace as soon as it is known."""
 
-    Args:
-        estimate: of the run; None if there is none.
-        schedule: the run's steps.
-        clock: monotonic, in seconds.
-    """
-
-    def __init__(
-        self, estimate: LatencyEstimate | None, schedule: Schedule, clock: Callable[[], float] | None = None
-    ) -> None:
-        self.estimate = estimate
-        self._schedule = schedule
-        self._clock = clock or time.perf_counter
-        self._began = 0.0
+    estimate: LatencyEstimate | None
+    """Of the whole run; None if there is none."""
+    schedule: Schedule
+    clock: Callable[[], float] = field(default_factory=lambda: time.perf_counter)
+    """Monotonic, in seconds."""
+    began: float = 0.0
 
     def seconds_left(self, step: int) -> float | None:
         """Return the remaining time at the start of ``step``; None if it is unknown."""
         if self.estimate is None:
             return None
         if step == 0:
-            self._began = self._clock()
-        left = self.estimate.seconds_left(self._schedule, step)
-        expected = self.estimate.seconds_left(self._schedule) - left
+            self.began = self.clock()
+        left = self.estimate.seconds_left(self.schedule, step)
+        expected = self.estimate.seconds_left(self.schedule) - left
         known = self.estimate.computed_step_s  # the estimate counts as much as one computed step
-        return left * (self._clock() - self._began + known) / (expected + known) if known > 0 else left
+        return left * (self.clock() - self.began + known) / (expected + known) if known > 0 else left
 
 
 @dataclass(frozen=True)

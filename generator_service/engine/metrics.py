@@ -41,6 +41,9 @@ class GeneratorMetrics(Metrics):
             buckets=DURATION_BUCKETS_S,
         )
         self.steps = Counter("flux2_steps_total", "Denoising steps", ["kind"], registry=self.registry)
+        self._add_outcomes()
+
+    def _add_outcomes(self) -> None:
         self.generations = Counter(
             "flux2_generations_total", "Generations that ended", ["status", "code"], registry=self.registry
         )

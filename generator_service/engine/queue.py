@@ -174,15 +174,15 @@ class Queue(Generic[Image]):
 
     async def take(self) -> list[Work[Image]]:
         """Wait for the images of the next run, and take them."""
-        while not (batch := self._first_batch(self._ready())):
+        while not (batch := self._next_batch()):
             self._arrival.clear()
             await self._arrival.wait()
         for work in batch:
             work.started = self._clock()
-            self._slots[work.generation].ready.remove(work)
+            slot = self._slots[work.generation]
+            slot.ready.remove(work)
+            slot.has_begun = True
         self._running = batch
-        for work in batch:
-            self.begin(work.generation)
         self._report()
         return batch
 
@@ -214,19 +214,17 @@ class Queue(Generic[Image]):
         """Simulate the service: yield the current run, then the runs that follow."""
         if self._running:
             yield [work for work in self._running if work.generation in self._slots]
-        ready = self._ready()
-        while batch := self._first_batch(ready):
+        served: list[Work[Image]] = []
+        while batch := self._next_batch(served):
             yield batch
-            ready = [work for work in ready if work not in batch]
+            served += batch
 
-    def _first_batch(self, ready: Sequence[Work[Image]]) -> list[Work[Image]]:
-        """Return the first of ``ready`` and the works that may share its run."""
+    def _next_batch(self, served: Sequence[Work[Image]] = ()) -> list[Work[Image]]:
+        """Return the first image that is ready and not in ``served``, and those that may share its run."""
+        ready = [work for slot in self._slots.values() for work in slot.ready if work not in served]
         key = self._batch_key(ready[0]) if ready and self._max_batch > 1 else None
         compatible = (work for work in ready[1:] if key is not None and self._batch_key(work) == key)
         return [*ready[:1], *itertools.islice(compatible, self._max_batch - 1)]
-
-    def _ready(self) -> list[Work[Image]]:
-        return [work for slot in self._slots.values() for work in slot.ready]
 
 
 @dataclass(frozen=True)

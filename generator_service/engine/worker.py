@@ -2,15 +2,11 @@
 
 import itertools
 import logging
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
 
-import torch
 from PIL.Image import Image
 
-from flux2_shared.device.lock import alone_on_gpu
 from flux2_shared.device.thread import DeviceThread, refuse_lost_device
 from flux2_shared.errors import DeviceLost, OutOfMemory
 from flux2_shared.report import Report
@@ -18,33 +14,16 @@ from generator_service.engine.events import Preview, StepStarted
 from generator_service.engine.latency import LatencyModel, RunPace
 from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.queue import Queue, Work
+from generator_service.engine.warm_up import ALONE, Batching, WarmUp
 from generator_service.errors import NonFiniteOutput
-from generator_service.lemica import schedule_for
 from generator_service.pipelines.callbacks import Previews
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage, GenerationCancelled
 from generator_service.pipelines.params import Params
 
 logger = logging.getLogger("flux2")
 
-WARM_UP_STEPS = 3
-BATCHED_ROWS = 2
-"""Code compiled for this many rows also serves more rows; PyTorch specializes code for one row."""
-WarmUpStage = tuple[str, Callable[[], object]]
-"""A name for progress reports, and a function to run."""
 ImageWork = Work[GeneratedImage]
 ImageQueue = Queue[GeneratedImage]
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Limits for images that share a run."""
-
-    max_batch: int = 1
-    max_pixels: int = 0
-    """Largest image, in pixels, that may share a run; a larger one uses the whole GPU alone."""
-
-
-ALONE = Batching()
 
 
 class Worker:
@@ -132,9 +111,11 @@ class Worker:
         """Estimate a run that begins now."""
         first = works[0]
         estimate = self._latencies.estimate(first.generation.request.num_tokens)
-        pace = RunPace(None if estimate is None else estimate.for_batch(len(works)), first.params.schedule)
+        if estimate is not None and len(works) > 1:
+            estimate = estimate.for_batch(len(works))
+        pace = RunPace(estimate, first.params.schedule)
         for work in works:
-            work.expected_s = pace.estimate and pace.estimate.seconds_left(first.params.schedule)
+            work.expected_s = pace.seconds_left(0)
         return pace
 
     def _on_step(self, works: Sequence[ImageWork], pace: RunPace, step: int, is_computed: bool) -> None:
@@ -149,52 +130,8 @@ class Worker:
                 work.generation.emit_threadsafe(StepStarted(work.index, step, is_computed, left))
 
     def warm_up(self, embedding_shape: tuple[int, int], sizes: Sequence[tuple[int, int]], report: Report) -> None:
-        """Run a few computed and reused steps, to compile the model and measure its latency. Runs on the device thread.
-
-        Args:
-            embedding_shape: tokens and width of a prompt embedding.
-            sizes: image sizes (width, height) with compiled code for exactly that size; empty: the model's default.
-            report: called with the progress as text.
-        """
-        side = self.model.info.default_side
-        nothing = torch.zeros(1, *embedding_shape)
-        schedule = schedule_for(1, WARM_UP_STEPS)
-        stages: list[WarmUpStage] = []
-        for width, height in sizes or [(side, side)]:
-            params = Params(nothing, width, height, 4.0, 0, schedule)
-            stages.append((f"{width}x{height}", partial(self._warm_up_size, params)))
-        if "compile" in self.model.performance.optimizations:
-            stages.append(("other sizes", partial(self.model.warm_up, [params], "dynamic")))
-            stages += self._batch_stages(params)
-        with alone_on_gpu(self.model.device, report):
-            for number, (name, run) in enumerate(stages, 1):
-                report(f"warming up: {number} of {len(stages)}, {name}")
-                run()
-        logger.info("%s", self.model.performance)
-
-    def _warm_up_size(self, params: Params) -> None:
-        """Generate at one size with both kinds of steps. The first run is not measured."""
-        self.model.warm_up([replace(params, schedule=schedule_for("none", 1))])
-        for schedule in (schedule_for("none", WARM_UP_STEPS), params.schedule):
-            timed = replace(params, schedule=schedule)
-            num_tokens = self.model.info.num_image_tokens(params.width, params.height)
-            (image,) = self.model.warm_up([timed])
-            self._learn(timed, num_tokens, image)
-
-    def _batch_stages(self, params: Params) -> list[WarmUpStage]:
-        """Return the stages for runs of several images, at the largest size that may share a run."""
-        unit = self.model.info.pixels_per_token
-        side = min(math.isqrt(self.batching.max_pixels) // unit * unit, self.model.info.default_side)
-        if self.batching.max_batch == 1 or side == 0:
-            return []
-        return [("runs of several images", partial(self._warm_up_batch, replace(params, width=side, height=side)))]
-
-    def _warm_up_batch(self, params: Params) -> None:
-        try:
-            self.model.warm_up([params] * BATCHED_ROWS, "dynamic")
-        except OutOfMemory as error:
-            self.batching = ALONE
-            logger.warning("images will not share runs: %s", error)
+        """Compile the model and measure its latency; see ``WarmUp.run``. Runs on the device thread."""
+        self.batching = WarmUp(self.model, self.batching, self._learn).run(embedding_shape, sizes, report)
 
     def _learn(self, params: Params, num_tokens: int, image: GeneratedImage) -> None:
         self._latencies.observe(

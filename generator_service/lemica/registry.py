@@ -47,11 +47,13 @@ class ScheduleRegistry:
         Raises:
             ScheduleMismatch: there is no such schedule, or it was made for another kind of run; the message says which.
         """
-        matching = self._matching(wanted)
         num_steps = wanted.num_steps
+        if cache == "none":
+            return schedule_for(cache, num_steps)
         num_computed = published_size(cache, num_steps) if isinstance(cache, str) and cache in PUBLISHED else cache
-        for schedule in matching:
-            if num_computed in (schedule.num_computed, schedule.name):
+        for schedule in self.schedules:
+            is_candidate = num_computed in (schedule.num_computed, schedule.name)
+            if is_candidate and schedule.signature.mismatch(wanted) is None:
                 return replace(schedule, name=str(cache)) if isinstance(cache, str) else schedule
         for schedule in self.schedules:
             if schedule.name == cache and cache not in PUBLISHED:
@@ -66,14 +68,11 @@ class ScheduleRegistry:
         Raises:
             ScheduleMismatch: no calibrated schedule matches ``wanted``.
         """
-        matching = self._matching(wanted)
+        matching = [schedule for schedule in self.schedules if schedule.signature.mismatch(wanted) is None]
         if not matching:
             raise ScheduleMismatch(f"max_error needs a calibrated schedule, and there is none for {wanted}")
         good = [s for s in matching if s.max_error is not None and s.max_error <= max_error]
         return min(good, key=lambda s: s.num_computed) if good else schedule_for("none", wanted.num_steps)
-
-    def _matching(self, wanted: Signature) -> list[Schedule]:
-        return [schedule for schedule in self.schedules if schedule.signature.mismatch(wanted) is None]
 
 
 def load_registry(folders: Iterable[Path], model: str) -> ScheduleRegistry:

@@ -29,22 +29,18 @@ class Components:
     scheduler: Any
     """Only its configuration is used; each run creates a scheduler."""
 
-    def new_scheduler(self) -> Any:
-        """Create a scheduler for one run, because schedulers have state."""
-        return type(self.scheduler).from_config(self.scheduler.config)
-
-    def pipeline(
-        self, transformer: Any, scheduler: Any, reference_cache: ByteBoundedCache[torch.Tensor]
-    ) -> Flux2Pipeline:
-        """Create a pipeline for one run, without a text encoder.
+    def new_pipeline(self, reference_cache: ByteBoundedCache[torch.Tensor]) -> Flux2Pipeline:
+        """Create a pipeline for one run, without a text encoder, and with a new scheduler, which has state.
 
         Args:
-            transformer: called at each step.
-            scheduler: returned by ``new_scheduler``.
             reference_cache: latents of reference images.
         """
         pipeline = ReferenceCachingPipeline(
-            scheduler=scheduler, vae=self.vae, text_encoder=None, tokenizer=None, transformer=transformer
+            scheduler=type(self.scheduler).from_config(self.scheduler.config),
+            vae=self.vae,
+            text_encoder=None,
+            tokenizer=None,
+            transformer=self.transformer,
         )
         pipeline.set_progress_bar_config(disable=True)
         pipeline.reference_cache = reference_cache

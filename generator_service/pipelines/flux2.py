@@ -7,14 +7,14 @@ pipeline object, scheduler and ``CachedTransformer`` around the shared weights, 
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from cachetools import LRUCache
-from diffusers import Flux2Pipeline
 from PIL.Image import Image, fromarray
 
 from flux2_shared.device.memory import run_within_memory
@@ -106,7 +106,7 @@ class Flux2Model:
         self.device: torch.device = components.vae.device  # an offloaded transformer is in two places
         self.dtype: torch.dtype = components.transformer.dtype
         self._time_embeddings: LRUCache[tuple[float, float, int], torch.Tensor] = LRUCache(TIME_EMBEDDINGS)
-        self._references = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
+        self.reference_cache = ByteBoundedCache[torch.Tensor](REFERENCE_CACHE_BYTES)
         info = describe_model(folder, components)
         self._optimizations = Optimizations(components, performance, info.default_num_tokens + TEXT_TOKENS)
         self.adapters = Adapters(components.transformer, lora_dir, max_loras, keeps=not self._optimizations.is_compiled)
@@ -172,7 +172,7 @@ class Flux2Model:
         """
         attempt = partial(self._generate, on_step=on_step, previews=previews)
         refusal = f"an image of {params.width}x{params.height} {TOO_LARGE}"
-        with refusing_overflow(params.adapters):
+        with refusing_overflow(params.adapters) if params.adapters else nullcontext():
             try:
                 return run_within_memory(partial(attempt, [params]), refusal, num_attempts=ATTEMPTS)[0]
             except (NonFiniteOutput, OutOfMemory) as error:
@@ -199,18 +199,17 @@ class Flux2Model:
     ) -> list[GeneratedImage]:
         """Run the pipeline once; compile only if ``kind`` is given."""
         params = batch[0]  # for the values that all images share
-        scheduler = self.components.new_scheduler()
-        transformer = CachedTransformer(
+        pipeline = self.components.new_pipeline(self.reference_cache)
+        pipeline.transformer = CachedTransformer(
             self.components.transformer,
             params.schedule,
             self.info.num_image_tokens(params.width, params.height),
             on_step,
-            scheduler,
+            pipeline.scheduler,
             None if params.adapters else TimeEmbeddings(params.guidance_scale, self._time_embeddings),
         )
         preview = PreviewDecoder(previews, params.width // self.info.pixels_per_token) if previews else None
         callback = DenoisingCallback(params.schedule.num_steps, self.device, preview)
-        pipeline = self.pipeline(transformer, scheduler)
         compilation = self._optimizations.compiling(kind) if kind else self._optimizations.serving()
         began = time.perf_counter()
         with compilation, self.adapters.applied(params.adapters):
@@ -224,10 +223,6 @@ class Flux2Model:
             GeneratedImage(image, *seconds, latents, callback.previews_s, params.schedule)
             for image, latents in zip(images, torch.split(callback.latents, 1), strict=True)
         ]
-
-    def pipeline(self, transformer: Any, scheduler: Any) -> Flux2Pipeline:
-        """Create a pipeline that calls ``transformer`` instead of the model's transformer."""
-        return self.components.pipeline(transformer, scheduler, self._references)
 
 
 def check_reuse(components: Components) -> None:

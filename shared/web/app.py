@@ -10,11 +10,11 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.observability.tracing import tracing_of
 from flux2_shared.settings import ServiceSettings
-from flux2_shared.web.draining import DrainUnreadBody
+from flux2_shared.web.body import BodyLimit
 from flux2_shared.web.health import Health, add_health_routes
-from flux2_shared.web.middleware import BodyLimit, RequestContext
+from flux2_shared.web.middleware import RequestContext
 from flux2_shared.web.problem import PROBLEM_MEDIA_TYPE, add_error_handlers, problem_schema
-from flux2_shared.web.routing import HeadLikeGet, ProxyPrefix
+from flux2_shared.web.routing import LenientRouting, ProxyPrefix
 
 
 def make_app(
@@ -40,11 +40,11 @@ def make_app(
 
 def add_middleware(app: FastAPI, settings: ServiceSettings) -> None:
     """Add what every request passes, from the innermost to the outermost."""
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(HeadLikeGet)
-    app.add_middleware(RequestContext, metrics=app.state.metrics)
+    app.add_middleware(LenientRouting)
+    app.add_middleware(RequestContext, metrics=app.state.metrics, max_body_bytes=settings.max_body_bytes)
     app.state.tracing.trace_app(app)
     app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=[str(proxy) for proxy in settings.trusted_proxies])
-    # Before the client's address replaces the proxy's.
-    app.add_middleware(ProxyPrefix, root_path=settings.root_path or "", trusted_proxies=settings.trusted_proxies)
-    app.add_middleware(DrainUnreadBody)
+    if settings.root_path or settings.trusted_proxies:
+        # Before the client's address replaces the proxy's.
+        app.add_middleware(ProxyPrefix, root_path=settings.root_path or "", trusted_proxies=settings.trusted_proxies)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

@@ -26,7 +26,8 @@ class JSONRoute(APIRoute):
         async def handle_json(request: Request) -> Response:
             json_request = self.request_class(request.scope, request.receive)
             if reads_json:
-                check_content_type(json_request, self.hint)
+                if request.headers.get("content-type") != JSON_MEDIA_TYPE:
+                    check_content_type(json_request, self.hint)
                 if not await json_request.body():
                     raise MalformedBody(f"the body is empty: {self.hint}")
             return await handle(json_request)

@@ -1,4 +1,4 @@
-"""ASGI middleware of both services: request ids and the limit of bodies."""
+"""ASGI middleware of both services: request ids, logs, metrics, and the errors before and after the routes."""
 
 import logging
 import re
@@ -7,7 +7,6 @@ import uuid
 
 from fastapi import Request
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flux2_shared.errors import PayloadTooLarge
@@ -28,18 +27,21 @@ class RequestContext:
 
     Requests are counted and logged when their response ends, with the code of their error, because a stream has the
     status 200 however it ends. A valid ``x-request-id`` of the client is kept. Unexpected exceptions become a 500 here,
-    because the response of starlette's own handler would bypass this middleware.
+    because the response of starlette's own handler would bypass this middleware. A body that is declared too large is
+    refused before any route.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
         self._app = app
         self._metrics = metrics
+        self._max_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given, declared = headers.get("x-request-id", ""), headers.get("content-length", "0")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         logs.request_id.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -55,7 +57,11 @@ class RequestContext:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            app = self._app
+            if declared.isascii() and declared.isdigit() and int(declared) > self._max_bytes:
+                limit = f"larger than the {self._max_bytes} bytes that this service accepts"
+                app = problem_response(Request(scope), PayloadTooLarge(f"the body is {limit}"))
+            await app(scope, receive, send_with_id)
         except Exception as error:
             request = Request(scope)
             if status:
@@ -77,35 +83,3 @@ class RequestContext:
         fields = {"method": scope["method"][:MAX_METHOD_CHARS], "route": route, "status": status, "code": code}
         fields["ms"] = round(1000 * seconds)
         logger.info("%s %s %s %s %s ms", *fields.values(), extra={"fields": fields})
-
-
-class BodyLimit:
-    """Middleware that rejects bodies of more than ``max_bytes``, by their declared length or while they are read.
-
-    Unlike starlette's own middleware, it responds with problem+json.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        declared = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
-        if declared.isascii() and declared.isdigit() and int(declared) > self._max_bytes:
-            response = problem_response(Request(scope), self._too_large())
-            await response(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def receive_within_limit() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise HTTPException(PayloadTooLarge.status)
-            return message
-
-        await self._app(scope, receive_within_limit, send)
-
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body is larger than the {self._max_bytes} bytes that this service accepts")

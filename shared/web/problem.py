@@ -131,7 +131,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     response = problem_response(request, problem, status=error.status_code, code=phrase.lower().replace(" ", "_"))
     response.headers.update(error.headers or {})
     allowed = response.headers.get("allow", "").split(", ")
-    if "GET" in allowed:  # and then HEAD, by ``HeadLikeGet``
+    if "GET" in allowed:  # and then HEAD, by ``LenientRouting``
         response.headers["allow"] = ", ".join(sorted({*allowed, "HEAD"}))
     return response
 

@@ -15,9 +15,7 @@ class ProxyPrefix:
     """Middleware for a service behind a proxy that publishes it below a path prefix, whether or not it removes it.
 
     Every link starts with the scope's ``root_path``: the prefix in ``X-Forwarded-Prefix`` of a trusted proxy, else the
-    configured one, else the server's. The scope's path is completed to start with it, as ASGI requires. A trailing
-    slash is removed: instead of a redirect, whose address would contain the client's ``Host``, the resource itself is
-    sent.
+    configured one, else the server's. The scope's path is completed to start with it, as ASGI requires.
     """
 
     def __init__(self, app: ASGIApp, root_path: str, trusted_proxies: Sequence[Network]) -> None:
@@ -28,24 +26,20 @@ class ProxyPrefix:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             prefix = self._forwarded_prefix(scope) or self._root_path or scope.get("root_path", "").rstrip("/")
-            path: str = scope["path"].removeprefix(prefix) if is_below(scope["path"], prefix) else scope["path"]
-            # In place, because the middleware around this one reads the route that will be added.
-            scope.update(root_path=prefix, path=prefix + (path.rstrip("/") or "/"))
+            path: str = scope["path"]
+            if not f"{path}/".startswith(f"{prefix}/"):
+                path = prefix + path
+            scope.update(root_path=prefix, path=path)  # in place, because of the middleware around this one
         await self._app(scope, receive, send)
 
     def _forwarded_prefix(self, scope: Scope) -> str:
         """Return the prefixes that a trusted proxy has removed, joined; empty if there are none, or one is invalid."""
         host = (scope.get("client") or ("", 0))[0]
-        if not self._trusted_proxies or not is_in(host, self._trusted_proxies):
+        if not is_in(host, self._trusted_proxies):
             return ""
         parts = ",".join(Headers(scope=scope).getlist("x-forwarded-prefix")).split(",")
         prefix = "".join(part.strip().rstrip("/") for part in parts)
         return prefix if PATH_PREFIX.fullmatch(prefix) else ""
-
-
-def is_below(path: str, prefix: str) -> bool:
-    """Return whether ``path`` is the prefix or starts with it and a slash."""
-    return path == prefix or path.startswith(f"{prefix}/")
 
 
 def is_in(host: str, networks: Sequence[Network]) -> bool:
@@ -59,13 +53,21 @@ def is_in(host: str, networks: Sequence[Network]) -> bool:
     return any(address in network for network in networks)
 
 
-class HeadLikeGet:
-    """Middleware that answers HEAD wherever there is a route for GET, with its headers and without its body."""
+class LenientRouting:
+    """Middleware that ignores a trailing slash, and answers HEAD wherever there is a route for GET.
+
+    Instead of a redirect, whose address would contain the client's ``Host``, the resource itself is sent. HEAD gets the
+    headers of GET without its body.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            prefix = scope.get("root_path", "").rstrip("/")
+            # In place, because the middleware around this one reads the route that will be added.
+            scope.update(root_path=prefix, path=prefix + (scope["path"].removeprefix(prefix).rstrip("/") or "/"))
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return

@@ -149,7 +149,7 @@ def test_the_timeline_distinguishes_computed_from_predicted_steps() -> None:
         (("--url", "http://[::1"), "no response from http://[::1"),
     ],
 )
-def test_mistakes_are_found_before_the_generation(
+def test_mistakes_are_reported_before_the_generation(
     options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line names the option and what would be right; nothing is requested and no file is left."""
@@ -170,7 +170,7 @@ def test_an_unknown_cache_is_the_services_error(generator_url: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("broken", ["folder", "disk"])
-def test_a_file_that_cannot_be_written_is_found_before_the_generation(
+def test_a_file_that_cannot_be_written_is_reported_before_the_generation(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a folder without write permission nor a full disk costs a generation, nor the file that is there."""

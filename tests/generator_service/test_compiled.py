@@ -14,7 +14,8 @@ from flux2_shared.model.compilation import num_compilations
 from flux2_shared.report import ignore
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.metrics import GeneratorMetrics
-from generator_service.engine.worker import Batching, ImageWork, Worker
+from generator_service.engine.warm_up import Batching
+from generator_service.engine.worker import ImageWork, Worker
 from generator_service.errors import NonFiniteOutput
 from generator_service.pipelines.flux2 import Flux2Model, GeneratedImage
 from generator_service.pipelines.lora import Adapter

@@ -66,7 +66,7 @@ class QueueHarness:
     async def served(self) -> list[tuple[Generation, int | None]]:
         """Take and finish everything that is ready; returns the works in the order of service."""
         served_works = []
-        while self.queue._ready():
+        while self.queue._next_batch():
             works = await self.queue.take()
             served_works += [(work.generation, work.index) for work in works]
             self.queue.finish()

@@ -17,14 +17,13 @@ from starlette.exceptions import HTTPException
 
 from flux2_shared.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 from flux2_shared.thread_pool import ThreadPool
-from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST
+from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.web.json_route import media_type_of
 from flux2_shared.web.problem import name_fields
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.form import form_fields
 from generator_service.api.dialects.openai_schemas import FIELD_NAMES, ImagesRequest
-from generator_service.api.responses import results_while_connected
 from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.events import Preview
@@ -88,8 +87,8 @@ def check_is_form(http_request: HTTPRequest) -> None:
     """Raise ``UnsupportedMediaType`` if the body is not declared as a multipart form."""
     content_type = media_type_of(http_request)
     if content_type != FORM_MEDIA_TYPE:
-        found = f", not {content_type[:100]}" if content_type else ""
-        raise UnsupportedMediaType(f"content-type: must be {FORM_MEDIA_TYPE} with the files as parts `image`{found}")
+        detail = f", not {content_type[:100]}" if content_type else ""
+        raise UnsupportedMediaType(f"content-type: must be {FORM_MEDIA_TYPE} with the files as parts `image`{detail}")
 
 
 @asynccontextmanager
@@ -150,7 +149,7 @@ async def respond(
     if body.stream:
         events = openai_events(generation, prefix, common, usage, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)
-    results = await results_while_connected(http_request, generation)
+    results = await while_connected(http_request, generation.images(), on_end=generation.cancel)
     if results is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     total = usage | {"output_tokens": usage["output_tokens"] * body.n}

@@ -13,7 +13,7 @@ from flux2_shared.web.problem import name_fields
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.huggingface import InferenceRequest
-from generator_service.api.responses import RESULT_TYPES, results_while_connected, to_response
+from generator_service.api.responses import RESULT_TYPES, to_response
 from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import GenerateRequest
 from generator_service.engine.generation import Generation, GenerationResult
@@ -77,7 +77,7 @@ async def generate(
     if is_stream:
         events = sse.native_events(generation, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)
-    results = await results_while_connected(http_request, generation)
+    results = await while_connected(http_request, generation.images(), on_end=generation.cancel)
     return await respond(generation, results, state, media_type)
 
 
