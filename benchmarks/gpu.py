@@ -55,6 +55,7 @@ NEEDED = (
     "skimage",
     "sse_starlette",
     "stamina",
+    "uvicorn",
 )
 """Required modules, because the models are loaded by the services' own functions."""
 WANTED = ("cache_dit", "pynvml", "torchao")

@@ -84,7 +84,10 @@ class Worker:
 
     def _run_together(self, works: Sequence[ImageWork]) -> Sequence[GeneratedImage | Exception] | None:
         """Generate all images in one run; return None if they have to be generated one by one."""
-        pace = self._pace_of(works)
+        params, alone = works[0].params, self._latencies.estimate(works[0].generation.request.num_tokens)
+        pace = RunPace(alone and alone.for_batch(len(works)), params.schedule)
+        for work in works:
+            work.expected_s = pace.seconds_left(0)
         try:
             images = self.model.generate_batch([work.params for work in works], partial(self._on_step, works, pace))
         except (OutOfMemory, NonFiniteOutput) as error:
@@ -99,24 +102,14 @@ class Worker:
     def _run_alone(self, work: ImageWork) -> GeneratedImage | Exception:
         try:
             previews = previews_of(work) if work.generation.request.preview_steps else None
-            on_step = partial(self._on_step, [work], self._pace_of([work]))
-            image = self.model.generate(work.params, on_step, previews)
+            pace = RunPace(self._latencies.estimate(work.generation.request.num_tokens), work.params.schedule)
+            work.expected_s = pace.seconds_left(0)
+            image = self.model.generate(work.params, partial(self._on_step, [work], pace), previews)
         except Exception as error:  # noqa: BLE001 - fails only the generation of this image
             return error
         if not work.params.adapters and image.schedule is work.params.schedule:  # other images take longer
             self._learn(work.params, work.generation.request.num_tokens, image)
         return image
-
-    def _pace_of(self, works: Sequence[ImageWork]) -> RunPace:
-        """Estimate a run that begins now."""
-        first = works[0]
-        estimate = self._latencies.estimate(first.generation.request.num_tokens)
-        if estimate is not None and len(works) > 1:
-            estimate = estimate.for_batch(len(works))
-        pace = RunPace(estimate, first.params.schedule)
-        for work in works:
-            work.expected_s = pace.seconds_left(0)
-        return pace
 
     def _on_step(self, works: Sequence[ImageWork], pace: RunPace, step: int, is_computed: bool) -> None:
         """Emit the start of a step; raise ``GenerationCancelled`` if all generations of the run have ended."""

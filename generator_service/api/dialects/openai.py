@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from flux2_shared.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
-from flux2_shared.web.json_route import media_type_of
+from flux2_shared.web.json_body import media_type_of
 from flux2_shared.web.problem import name_fields
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 
-from flux2_shared.web.json_route import JSONRoute
+from flux2_shared.web.json_body import HINT as JSON_HINT
 
+HINT = f"{JSON_HINT}, with images as base64 beside a prompt"
+"""What would be right, for errors about the kind of body."""
 INLINE_BYTES = 64 * 2**10
 """A body up to this size is parsed at once, in a fraction of a millisecond."""
 
@@ -24,8 +28,13 @@ class LargeBodyRequest(Request):
         return await run(json.loads, body)
 
 
-class LargeBodyRoute(JSONRoute):
+class LargeBodyRoute(APIRoute):
     """A route that gives FastAPI a ``LargeBodyRequest``."""
 
-    request_class = LargeBodyRequest
-    hint = f"{JSONRoute.hint}, with images as base64 beside a prompt"
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_large_body(request: Request) -> Response:
+            return await handle(LargeBodyRequest(request.scope, request.receive))
+
+        return handle_large_body
