@@ -4,7 +4,7 @@ import json
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,10 +25,9 @@ from generator_service.lemica import (
 )
 from generator_service.pipelines.lora import Adapter
 from generator_service.pipelines.model_info import ModelInfo
-from generator_service.pipelines.params import Params, Reference
+from generator_service.pipelines.params import Params, ReferenceSize
 from generator_service.settings import GeneratorSettings
 
-References = tuple[Reference, ...]
 RANDOM_SEEDS = 2**32
 """Seeds of requests without ``seed`` are random numbers below this."""
 
@@ -60,12 +59,13 @@ class Resolver:
     """Tokens and width of a prompt embedding."""
     latencies: LatencyModel
 
-    def resolve(self, body: GenerateRequest, is_followed: bool) -> Request:
+    def resolve(self, body: GenerateRequest, is_followed: bool, sizes: Sequence[ReferenceSize] = ()) -> Request:
         """Fill in defaults and check every field.
 
         Args:
             body: the request body.
             is_followed: whether the client reads progress events.
+            sizes: of reference images, to estimate a request without them; by default those of the body's images.
 
         Raises:
             InvalidRequest: a field is invalid; the error names it.
@@ -75,10 +75,11 @@ class Resolver:
             parse_reference(text, f"images[{index}]", self.settings.max_reference_pixels)
             for index, text in enumerate(body.images)
         )
-        width, height, num_tokens = self._size(body, references)
+        sizes = [reference.size for reference in references] or sizes
+        width, height, num_tokens = self._size(body, sizes)
         latency = self.latencies.estimate(num_tokens)
         return Request(
-            params=self._params(body, (width, height), references, latency),
+            params=replace(self._params(body, (width, height), latency, is_edit=bool(sizes)), references=references),
             num_images=body.num_images,
             output_format=body.output_format,
             quality=DEFAULT_QUALITY if body.output_compression is None else body.output_compression,
@@ -92,7 +93,7 @@ class Resolver:
         )
 
     def _params(
-        self, body: GenerateRequest, size: tuple[int, int], references: References, latency: LatencyEstimate | None
+        self, body: GenerateRequest, size: tuple[int, int], latency: LatencyEstimate | None, *, is_edit: bool
     ) -> Params:
         width, height = size
         cache = self.settings.default_cache if body.cache is None else body.cache
@@ -104,7 +105,7 @@ class Resolver:
             width=width,
             height=height,
             guidance_scale=body.guidance_scale,
-            is_edit=bool(references),
+            is_edit=is_edit,
             adapters=adapters,
         )
         embeds = body.prompt_embeds
@@ -123,7 +124,6 @@ class Resolver:
             guidance_scale=body.guidance_scale,
             seed=secrets.randbelow(RANDOM_SEEDS) if body.seed is None else body.seed,
             schedule=schedule,
-            references=references,
             adapters=adapters,
             prompt=body.prompt,
             cache=cache.model_dump() if isinstance(cache, MaxError) else cache,
@@ -151,14 +151,14 @@ class Resolver:
         if body.upsample_prompt and prompt is None:
             raise InvalidRequest("upsample_prompt: there is no prompt to rewrite", param="upsample_prompt")
 
-    def _size(self, body: GenerateRequest, references: Sequence[Reference]) -> tuple[int, int, int]:
+    def _size(self, body: GenerateRequest, sizes: Sequence[ReferenceSize]) -> tuple[int, int, int]:
         """Return width, height, and the number of tokens including the reference images.
 
         The size is that of the body, else of the first reference image, else the model's default.
         """
         unit, settings = self.model.pixels_per_token, self.settings
         default_side = self.model.default_side
-        default = references[0].prepared_size(unit) if references else (default_side, default_side)
+        default = sizes[0].prepared(unit) if sizes else (default_side, default_side)
         width = default[0] if body.width is None else body.width
         height = default[1] if body.height is None else body.height
         for name, side in (("width", width), ("height", height)):
@@ -168,7 +168,7 @@ class Resolver:
         if width * height > settings.max_pixels:
             raise InvalidRequest(f"width: {width}x{height} is more than {settings.max_pixels} pixels", param="width")
         image_tokens = self.model.num_image_tokens(width, height)
-        num_tokens = image_tokens + sum(reference.num_tokens(unit) for reference in references)
+        num_tokens = image_tokens + sum(size.num_tokens(unit) for size in sizes)
         if num_tokens > settings.max_image_tokens:
             limit = f"({image_tokens} of the image itself) are more than {settings.max_image_tokens}"
             message = f"images: {num_tokens} image tokens {limit}; send fewer or smaller images"

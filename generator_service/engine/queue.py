@@ -51,11 +51,6 @@ class Work(Generic[Image]):
     """Time of its run as estimated when the run began, in seconds."""
 
     @property
-    def estimate_s(self) -> float | None:
-        """Estimated time on the device, in seconds."""
-        return self.generation.request.seconds_left(self.params.schedule)
-
-    @property
     def queue_s(self) -> float:
         """Time it waited for the device, in seconds."""
         return 0.0 if self.started is None else self.started - self.added
@@ -212,8 +207,8 @@ class Queue(Generic[Image]):
 
     def _runs(self) -> Iterator[list[Work[Image]]]:
         """Simulate the service: yield the current run, then the runs that follow."""
-        if self._running:
-            yield [work for work in self._running if work.generation in self._slots]
+        if running := [work for work in self._running if work.generation in self._slots]:
+            yield running
         served: list[Work[Image]] = []
         while batch := self._next_batch(served):
             yield batch
@@ -248,7 +243,7 @@ class _Forecast(Generic[Image]):
         if slot.has_begun:
             return Queued(0, 0.0)
         before = list(itertools.takewhile(lambda run: all(w.generation is not slot.generation for w in run), self.runs))
-        seconds = [self._seconds_left(work) for run in before for work in run]
+        seconds = [self._seconds_left(run) for run in before]
         others = {work.generation for run in before for work in run}
         if not slot.ready:  # its prompt is not embedded yet; earlier ones may be in the same state
             earlier = list(itertools.takewhile(lambda other: other is not slot, self._embedding()))
@@ -261,7 +256,7 @@ class _Forecast(Generic[Image]):
 
     def seconds_of_all(self, num_permits: int) -> float:
         """Estimate the time for the whole queue; unknown generations are assumed to take the mean of the others."""
-        seconds = [self._seconds_left(work) for run in self.runs for work in run]
+        seconds = [self._seconds_left(run) for run in self.runs]
         seconds += [slot.generation.request.estimate_of_all_s for slot in self._embedding()]
         known = [each for each in seconds if each is not None]
         num_unknown = num_permits - len(self.slots) + len(seconds) - len(known)
@@ -272,7 +267,10 @@ class _Forecast(Generic[Image]):
         """Return the slots whose prompt is not embedded yet."""
         return [slot for slot in self.slots if not slot.ready and not slot.has_begun]
 
-    def _seconds_left(self, work: Work[Image]) -> float | None:
-        if work.estimate_s is None or work.started is None:
-            return work.estimate_s
-        return max(0.0, work.estimate_s - (self.now - work.started))
+    def _seconds_left(self, run: Sequence[Work[Image]]) -> float | None:
+        first = run[0]
+        latency = first.generation.request.latency
+        if latency is None:
+            return None
+        expected_s = first.expected_s or latency.for_batch(len(run)).seconds_left(first.params.schedule)
+        return expected_s if first.started is None else max(0.0, expected_s - (self.now - first.started))

@@ -64,11 +64,13 @@ export class ServiceError extends Error {
 /**
  * Read the modes and their estimates for some parameters. The service has defaults for empty values.
  * @param {Record<string, string>} parameters
+ * @param {string[]} sizes of the reference images, as WIDTHxHEIGHT
  * @param {AbortSignal} signal
  * @returns {Promise<Modes>}
  */
-export async function readModes(parameters, signal) {
+export async function readModes(parameters, sizes, signal) {
   const given = Object.entries(parameters).filter(([, value]) => value !== "");
+  for (const size of sizes) given.push(["images", size]);
   const response = await request(`modes?${new URLSearchParams(given)}`, { signal });
   return response.json();
 }

@@ -15,7 +15,7 @@ const WAIT_FOR_TYPING_MS = 250;
 const element = one("#form", HTMLFormElement);
 const prompt = one("#prompt", HTMLTextAreaElement);
 const format = one("#output_format", HTMLSelectElement);
-const references = new References((text) => mark("images", text));
+const references = new References((text) => mark("images", text), refreshModes);
 
 /**
  * Find an input element by its name.
@@ -117,7 +117,7 @@ export async function refreshModes() {
   const { signal } = refreshing;
   try {
     const parameters = Object.fromEntries(NUMBERS.map((name) => [name, field(name).value]));
-    const response = await readModes(parameters, signal);
+    const response = await readModes(parameters, references.sizes, signal);
     for (const name of NUMBERS) {
       mark(name, "");
       field(name).placeholder = String(response.default[name]);

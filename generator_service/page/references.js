@@ -13,10 +13,16 @@ export class References {
   #input = one("#images", HTMLInputElement);
   /** @type {(text: string) => void} */
   #showError;
+  /** @type {() => void} */
+  #onChange;
 
-  /** @param {(text: string) => void} showError shows a problem with a file; "" clears it */
-  constructor(showError) {
+  /**
+   * @param {(text: string) => void} showError shows a problem with a file; "" clears it
+   * @param {() => void} onChange called when the images, or their sizes, have changed
+   */
+  constructor(showError, onChange) {
     this.#showError = showError;
+    this.#onChange = onChange;
     this.#input.addEventListener("change", async () => {
       await this.#add(this.#input.files ?? []);
       this.#input.value = ""; // so that the same file can be chosen again after it was removed
@@ -47,6 +53,12 @@ export class References {
     this.#show();
   }
 
+  /** @returns {string[]} the sizes of the images that are loaded, as WIDTHxHEIGHT */
+  get sizes() {
+    const images = [...this.#list.querySelectorAll("img")].filter((image) => image.naturalWidth > 0);
+    return images.map((image) => `${image.naturalWidth}x${image.naturalHeight}`);
+  }
+
   /** @param {Iterable<File>} files */
   async #add(files) {
     const refused = [...files].filter((file) => !TYPES.includes(file.type));
@@ -64,6 +76,7 @@ export class References {
 
   #show() {
     this.#list.replaceChildren(...this.#uris.map((uri, k) => this.#thumbnail(uri, k)));
+    if (!this.#uris.length) this.#onChange(); // else when the thumbnails are loaded
   }
 
   /**
@@ -75,6 +88,7 @@ export class References {
     const item = document.createElement("li");
     const image = document.createElement("img");
     const button = document.createElement("button");
+    image.addEventListener("load", () => this.#onChange());
     image.src = uri;
     image.alt = `Reference image ${position + 1}`;
     button.type = "button";

@@ -18,16 +18,15 @@ CacheChoice = str | int | dict[str, float]
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A reference image."""
+class ReferenceSize:
+    """Size of a reference image, in pixels."""
 
-    image: Image = field(repr=False)
-    sha256: str = ""
-    """Hash of the file that the client sent."""
+    width: int
+    height: int
 
-    def prepared_size(self, unit: int) -> tuple[int, int]:
+    def prepared(self, unit: int) -> tuple[int, int]:
         """Return width and height after preprocessing by ``Flux2Pipeline``, as multiples of ``unit``."""
-        width, height = self.image.size
+        width, height = self.width, self.height
         if width * height > LARGEST_AREA:
             scale = math.sqrt(LARGEST_AREA / (width * height))
             width, height = int(width * scale), int(height * scale)
@@ -35,8 +34,22 @@ class Reference:
 
     def num_tokens(self, unit: int) -> int:
         """Return the number of tokens in the transformer, with ``unit`` x ``unit`` pixels each."""
-        width, height = self.prepared_size(unit)
+        width, height = self.prepared(unit)
         return width * height // unit**2
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference image."""
+
+    image: Image = field(repr=False)
+    sha256: str = ""
+    """Hash of the file that the client sent."""
+
+    @property
+    def size(self) -> ReferenceSize:
+        """Size of the image."""
+        return ReferenceSize(*self.image.size)
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,16 @@ def test_a_transparent_reference_is_shown_on_white(visit: Visit) -> None:
     expect(visit.page.locator("#thumbnails img")).to_have_css("background-color", "rgb(255, 255, 255)")
 
 
+def test_the_modes_count_reference_images(visit: Visit) -> None:
+    """Steps, times and default size are those of an edit of the chosen image; without it, those of before."""
+    visit.fill()
+    with visit.page.expect_response(lambda response: response.url.endswith("modes?images=96x64")):
+        visit.page.locator("#images").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png_file()})
+    expect(visit.page.locator("#width")).to_have_attribute("placeholder", "96")
+    visit.page.get_by_role("button", name="Remove reference image 1").click()
+    expect(visit.page.locator("#width")).to_have_attribute("placeholder", "128")
+
+
 def test_the_page_works_below_a_path_prefix(browser: Browser, encoder_url: str) -> None:
     """Opened at its prefix, even without the slash, the page requests nothing outside it."""
     prefix = "/tools/flux2"

@@ -97,13 +97,13 @@ def test_an_unwritable_output_folder_is_one_line(environment: dict[str, str], tm
     assert "demo-output" in error_line(result.stderr)
 
 
-@pytest.mark.parametrize("module", ["text_encoder_service", "generator_service"])
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("module", "settings", "message"),
     [
-        ({"FLUX2_MODEL": str(ROOT / "tests")}, "not a diffusers pipeline"),
-        ({"FLUX2_MODEL": "nonexistent/model", "HF_HUB_OFFLINE": "1"}, "'nonexistent/model'"),
-        ({"FLUX2_MODEL": str(WEIGHTS), "LOG_LEVEL": "loud"}, "LOG_LEVEL"),
+        ("text_encoder_service", {"FLUX2_MODEL": str(ROOT / "tests")}, "not a diffusers pipeline"),
+        ("generator_service", {"FLUX2_MODEL": "nonexistent/model", "HF_HUB_OFFLINE": "1"}, "'nonexistent/model'"),
+        ("text_encoder_service", {"FLUX2_MODEL": str(WEIGHTS), "LOG_LEVEL": "loud"}, "LOG_LEVEL"),
+        ("generator_service", {"FLUX2_MODEL": str(WEIGHTS), "LOG_LEVEL": "loud"}, "LOG_LEVEL"),
     ],
 )
 def test_a_failed_start_is_reported_in_one_line(

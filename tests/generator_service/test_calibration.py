@@ -198,7 +198,7 @@ def test_a_killed_calibration_resumes(tmp_path: Path, times: Times) -> None:
         assert run("whole.json", None) == 0
         seconds = time.monotonic() - began
         num_kills = 0
-        while num_kills < times(5, 200):
+        while num_kills < times(4, 200):
             (tmp_path / "partial.json").unlink(missing_ok=True)
             while run("resumed.json", rng.uniform(0, 0.9 * seconds)) == signal.SIGKILL:
                 num_kills += 1

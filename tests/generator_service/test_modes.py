@@ -1,8 +1,11 @@
 """``GET /modes``: the expected cost of an image in each cache mode."""
 
+import base64
+import io
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.conftest import Serve
 from tests.control import ModelControl
@@ -48,6 +51,10 @@ async def test_the_defaults_are_those_of_the_service(serve_generator: Serve) -> 
         ({"num_inference_steps": 0}, "num_inference_steps", "num_inference_steps: Input should be greater than"),
         ({"guidance_scale": "nan"}, "guidance_scale", "guidance_scale: Input should be a finite number"),
         ({"depth": 3}, "depth", "depth: Extra inputs are not permitted"),
+        ({"images": "64"}, "images", "images.0: String should match pattern"),
+        ({"images": "16x16"}, "images[0]", "images[0]: must have sides of at least 64 pixels"),
+        ({"images": ["64x64", "9000x9000"]}, "images[1]", "images[1]: 9000x9000 is more than"),
+        ({"images": ["64x64"] * 20}, "images", "images: at most 8, not 20"),
     ],
 )
 async def test_bad_input_is_refused(serve_generator: Serve, query: dict[str, Any], param: str, detail: str) -> None:
@@ -72,3 +79,22 @@ async def test_modes_do_not_use_the_queue(serve_generator: Serve, model_control:
             jobs = [await http.post("/jobs", json=SMALL) for _ in range(3)]
             assert (await http.get("/modes")).status_code == 200
     assert [job.status_code for job in jobs] == [202, 202, 429]
+
+
+async def test_reference_images_are_counted(serve_generator: Serve) -> None:
+    """With the sizes of reference images, size, schedules and times are those of the edit that would run."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (160, 96)).save(buffer, "PNG")
+    edit = {"prompt": "a", "num_inference_steps": 50, "cache": "ultra"}
+    async with serve_generator() as http:
+        alone = (await http.get("/modes", params={"width": 160, "height": 96})).json()
+        payload = (await http.get("/modes", params={"images": ["160x96", "128x64"]})).json()
+        body = edit | {"images": [base64.b64encode(buffer.getvalue()).decode()]}
+        generated = await http.post("/generate", json=body)
+        one = (await http.get("/modes", params={"images": "160x96"})).json()
+    assert (payload["default"]["width"], payload["default"]["height"]) == (160, 96)
+    modes = {mode["name"]: mode for mode in one["modes"]}
+    assert modes["ultra"]["schedule"] == generated.headers["x-schedule"]
+    assert modes["ultra"]["computed"] == int(generated.headers["x-steps-computed"])
+    for with_images, without in zip(payload["modes"], alone["modes"], strict=True):
+        assert with_images["estimate_ms"] > 1.8 * without["estimate_ms"]  # 60 + 60 + 32 tokens instead of 60

@@ -232,6 +232,21 @@ async def test_a_task_is_cancelled_before_its_first_run() -> None:
     assert (has_run, generation.status, harness.queue.num_in_flight) == ([], "cancelled", 0)
 
 
+async def test_a_run_of_several_images_takes_the_time_of_one_run() -> None:
+    """The wait behind images that share a run is the time of that run, not the sum of theirs."""
+    harness = QueueHarness(max_batch=4, batch_key=lambda work: work.params.width)
+    request = request_of(10.0)
+    assert request.latency is not None
+    request = replace(request, latency=replace(request.latency, batch_exponent=0.5))
+    for _ in range(4):
+        harness.add(harness.enter(request))
+    last = harness.add(harness.enter(replace(request, params=replace(request.params, width=128))))
+    assert harness.queue.position(last).seconds == pytest.approx(10.0 * 4**0.5)
+    await harness.queue.take()
+    harness.now += 5.0
+    assert harness.queue.position(last).seconds == pytest.approx(10.0 * 4**0.5 - 5.0)
+
+
 async def test_a_closed_queue_refuses() -> None:
     """After ``close`` generations end with its error, and no permit lets another enter."""
     line = QueueHarness()

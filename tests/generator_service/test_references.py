@@ -192,8 +192,8 @@ def test_a_bomb_is_refused_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_number_of_tokens_is_predicted(size: tuple[int, int], prepared: tuple[int, int]) -> None:
     """The size at which the pipeline will encode a reference image is known without encoding it."""
     reference = read_reference(file_of(Image.new("RGB", size)), "images[0]", MAX_PIXELS)
-    assert reference.prepared_size(16) == prepared
-    assert reference.num_tokens(16) == prepared[0] * prepared[1] // 256
+    assert reference.size.prepared(16) == prepared
+    assert reference.size.num_tokens(16) == prepared[0] * prepared[1] // 256
 
 
 async def test_an_edit_equals_the_pipelines(serve_generator: Serve, demo: Flux2Model) -> None:
