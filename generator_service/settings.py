@@ -3,10 +3,10 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, FilePath, SecretStr
+from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, SecretStr
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from flux2_shared.settings import ServiceSettings, Token, read_keys, read_names
+from flux2_shared.settings import KeysFile, ServiceSettings, Token, read_keys, read_names
 
 CacheName = str
 """``none`` or the name of a schedule."""
@@ -85,7 +85,7 @@ class GeneratorSettings(ServiceSettings):
     text_encoder_url: AnyHttpUrl = Field(AnyHttpUrl("http://127.0.0.1:8006"), validation_alias="TEXT_ENCODER_URL")
     """URL of the text encoder service, or of another service with the same protocol; ``/predict`` is optional."""
     text_encoder_token: Token | None = Field(None, validation_alias="TEXT_ENCODER_TOKEN")
-    text_encoder_keys_file: FilePath | None = Field(None, validation_alias="TEXT_ENCODER_KEYS_FILE")
+    text_encoder_keys_file: KeysFile | None = Field(None, validation_alias="TEXT_ENCODER_KEYS_FILE")
     """The encoder's key file; without ``text_encoder_token``, its first key is sent."""
     text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")
     """Timeout for one prompt including retries, in seconds."""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, FilePath, IPvAnyNetwork, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, FilePath, IPvAnyNetwork, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux2_shared.observability.logs import LogFormat
@@ -34,6 +34,20 @@ def read_keys(file: Path) -> tuple[str, ...]:
     """Read one key per line, skipping empty lines and comments; editors may have added a byte order mark."""
     lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def check_keys_file(file: Path) -> Path:
+    """Return ``file``; raise ``ValueError`` if it cannot be read as text."""
+    try:
+        read_keys(file)
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text; save it with that encoding") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    return file
+
+
+KeysFile = Annotated[FilePath, AfterValidator(check_keys_file)]
 
 
 def read_token(text: Any) -> Any:
@@ -78,7 +92,7 @@ class ServiceSettings(BaseSettings):
     embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
     token: Token | None = None
     """If set, requests need it as ``Authorization: Bearer``; health and metrics stay open."""
-    keys_file: FilePath | None = None
+    keys_file: KeysFile | None = None
     """A file with one API key per line. Each is accepted like ``token``, and sees only its own jobs."""
     root_path: Annotated[str | None, BeforeValidator(read_path_prefix)] = None
     """Path prefix under which a proxy publishes the service, like ``/flux2``; every link starts with it."""

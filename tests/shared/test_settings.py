@@ -63,6 +63,19 @@ def test_keys_files_of_any_editor(tmp_path: Path, mark: str, newline: str) -> No
         assert tuple(dict.fromkeys(GeneratorSettings(keys_file=keys).tokens())) == ("first-key", "second-key")
 
 
+@pytest.mark.parametrize("setting", ["keys_file", "text_encoder_keys_file"])
+def test_keys_files_that_cannot_be_read_are_refused(tmp_path: Path, setting: str) -> None:
+    """A keys file in another encoding, or one that is missing, is an invalid setting with the reason."""
+    keys = tmp_path / "keys"
+    for content in ("key".encode("utf-16"), b"caf\xe9"):
+        keys.write_bytes(content)
+        with pytest.raises(ValidationError, match="keys is not UTF-8 text; save it with that encoding"):
+            GeneratorSettings.model_validate({setting: keys, setting.upper(): keys})
+    keys.unlink()
+    with pytest.raises(ValidationError, match="Path does not point to a file"):
+        GeneratorSettings.model_validate({setting: keys, setting.upper(): keys})
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_env_files_of_any_editor(tmp_path: Path, newline: str) -> None:
     """The first setting of a ``.env`` file with a byte order mark is read, and ``flux2 doctor`` sees no misspelling."""

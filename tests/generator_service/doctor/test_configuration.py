@@ -128,13 +128,15 @@ def test_missing_authentication_is_a_warning(
 
 
 def test_keys_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
-    """An unreadable keys file is a failure, both for required keys and for keys that are sent."""
+    """A keys file that was damaged is a failure, both for required keys and for keys that are sent."""
     file = tmp_path / "keys"
+    file.write_text("a-key")
+    encoder, generator = TextEncoderSettings(keys_file=file), GeneratorSettings(text_encoder_keys_file=file)
     file.write_bytes(b"\xff\xfe\x00")
-    [check] = check_keys(TextEncoderSettings(keys_file=file), "text encoder")
+    [check] = check_keys(encoder, "text encoder")
     assert check.status is Status.FAILED
     assert "TEXT_ENCODER_KEYS_FILE cannot be read: UnicodeDecodeError" in check.detail
-    [check] = check_key_to_send(GeneratorSettings(text_encoder_keys_file=file))
+    [check] = check_key_to_send(generator)
     assert check.status is Status.FAILED
     assert list(check_key_to_send(GeneratorSettings())) == []
 
