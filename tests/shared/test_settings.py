@@ -67,7 +67,7 @@ def test_keys_files_of_any_editor(tmp_path: Path, mark: str, newline: str) -> No
 def test_keys_files_that_cannot_be_read_are_refused(tmp_path: Path, setting: str) -> None:
     """A keys file in another encoding, or one that is missing, is an invalid setting with the reason."""
     keys = tmp_path / "keys"
-    for content in ("key".encode("utf-16"), b"caf\xe9"):
+    for content in ("key".encode("utf-16"), b"cl\xe9"):
         keys.write_bytes(content)
         with pytest.raises(ValidationError, match="keys is not UTF-8 text; save it with that encoding"):
             GeneratorSettings.model_validate({setting: keys, setting.upper(): keys})
