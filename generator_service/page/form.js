@@ -117,16 +117,26 @@ export async function refreshModes() {
   const { signal } = refreshing;
   try {
     const parameters = Object.fromEntries(NUMBERS.map((name) => [name, field(name).value]));
-    const response = await readModes(parameters, references.sizes, signal);
-    for (const name of NUMBERS) {
-      mark(name, "");
-      field(name).placeholder = String(response.default[name]);
-    }
-    write("#model", response.model);
-    offer(response.modes, response.default.cache);
+    await showModes(parameters, references.sizes, signal);
+    for (const name of NUMBERS) mark(name, "");
   } catch (error) {
-    if (!signal.aborted) report(error); // without moving the focus while the user types
+    if (signal.aborted) return;
+    report(error); // without moving the focus while the user types
+    if (chosenMode() === undefined) await showModes({}, [], signal).catch(report); // else there is nothing to choose
   }
+}
+
+/**
+ * Show the modes and their estimates for some parameters, and the service's defaults.
+ * @param {Record<string, string>} parameters
+ * @param {string[]} sizes of the reference images
+ * @param {AbortSignal} signal
+ */
+async function showModes(parameters, sizes, signal) {
+  const response = await readModes(parameters, sizes, signal);
+  for (const name of NUMBERS) field(name).placeholder = String(response.default[name]);
+  write("#model", response.model);
+  offer(response.modes, response.default.cache);
 }
 
 /** Refresh the modes when a field changes, and submit the form by Ctrl+Enter. */

@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_type_hints
 
 import httpx
@@ -39,8 +40,9 @@ def png_file() -> bytes:
 
 
 @pytest.fixture
-def client(generator_url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{generator_url}/v1", api_key="any", max_retries=0)
+def client(generator_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{generator_url}/v1", api_key="any", max_retries=0) as client:
+        yield client
 
 
 @pytest.mark.parametrize("method", ["generate", "edit"])

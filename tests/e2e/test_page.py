@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect
 
 from demo_model.services import WEIGHTS
 from generator_service.app import create_app as create_generator
@@ -303,6 +303,24 @@ def test_errors_of_reference_images_are_shown_at_their_field(visit: Visit) -> No
         re.compile(r"images\[0\]: must have sides of at least 64 pixels")
     )
     expect(visit.page.get_by_label("Drop images here")).to_be_focused()
+    visit.expect_refusals(422)
+
+
+def test_modes_are_shown_although_a_reference_image_is_refused(visit: Visit) -> None:
+    """If the first modes that the page asks for are those of a refused reference image, it shows the default ones."""
+    requests: list[Route] = []
+
+    def hold_first(route: Route) -> None:
+        requests.append(route)
+        if len(requests) > 1:
+            route.continue_()
+
+    visit.page.route("**/modes?*", hold_first)
+    visit.page.reload()
+    file = {"name": "flat.png", "mimeType": "image/png", "buffer": png_file(96, 32)}
+    visit.page.get_by_label("Drop images here").set_input_files(file)  # type: ignore[arg-type]
+    expect(visit.page.get_by_role("radio")).to_have_count(5)
+    expect(visit.page.locator("#images-error")).to_have_text(re.compile(r"images\[0\]: must have sides of at least"))
     visit.expect_refusals(422)
 
 

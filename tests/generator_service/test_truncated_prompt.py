@@ -60,24 +60,25 @@ async def test_a_short_prompt_is_not_reported(serve_generator: Serve, tmp_path: 
 
 def test_the_openai_client_reads_it(generator_url: str) -> None:
     """Each image of OpenAI's API has ``prompt_truncated``, in JSON and in the last event of a stream."""
-    client = openai.OpenAI(base_url=f"{generator_url}/v1", api_key="none", max_retries=0)
-    options: Any = {"size": "64x64", "extra_body": {"num_inference_steps": 2, "cache": "none"}}
-    image = client.images.generate(prompt=LONG, **options).data
-    assert image is not None
-    assert image[0].model_extra == {"seed": image[0].model_extra["seed"], "prompt_truncated": True}
-    *_, completed = client.images.generate(prompt=LONG, stream=True, **options)
-    assert completed.model_extra is not None
-    assert completed.model_extra["prompt_truncated"] is True
-    short = client.images.generate(prompt=SHORT, **options).data
-    assert short is not None
-    assert "prompt_truncated" not in (short[0].model_extra or {})
+    with openai.OpenAI(base_url=f"{generator_url}/v1", api_key="none", max_retries=0) as client:
+        options: Any = {"size": "64x64", "extra_body": {"num_inference_steps": 2, "cache": "none"}}
+        image = client.images.generate(prompt=LONG, **options).data
+        assert image is not None
+        assert image[0].model_extra == {"seed": image[0].model_extra["seed"], "prompt_truncated": True}
+        *_, completed = client.images.generate(prompt=LONG, stream=True, **options)
+        assert completed.model_extra is not None
+        assert completed.model_extra["prompt_truncated"] is True
+        short = client.images.generate(prompt=SHORT, **options).data
+        assert short is not None
+        assert "prompt_truncated" not in (short[0].model_extra or {})
 
 
 def test_hugging_faces_api_reports_it(generator_url: str, tmp_path: Path) -> None:
     """The response has the header, and the file of ``InferenceClient`` says so."""
     body = {"inputs": LONG, "parameters": FIELDS}
     assert httpx.post(generator_url, json=body, timeout=60).headers[HEADER] == "true"
-    image = InferenceClient(model=generator_url).text_to_image(LONG, width=64, height=64, num_inference_steps=2)
+    with InferenceClient(model=generator_url) as client:
+        image = client.text_to_image(LONG, width=64, height=64, num_inference_steps=2)
     assert json.loads(image.info["flux2"])["prompt_truncated"] is True
 
 
