@@ -20,13 +20,12 @@ from flux2_shared.schemas import EncoderInfo
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.version import product_version
 from flux2_shared.web.app import make_app
-from flux2_shared.web.auth import require_token
+from flux2_shared.web.auth import BEARER
 from flux2_shared.web.health import ReadyCheck
-from flux2_shared.web.json_body import require_json
 from generator_service.api.dependencies import GeneratorState
 from generator_service.api.dialects import openai
 from generator_service.api.resolve import Resolver, open_registry
-from generator_service.api.routes import generate, large_body, modes, page
+from generator_service.api.routes import generate, modes, page
 from generator_service.api.routes import jobs as job_routes
 from generator_service.clients.retrying import MAX_ATTEMPTS, RetryingEncoder, TextEncoder
 from generator_service.clients.text_encoder import TextEncoderClient
@@ -102,9 +101,8 @@ def build_app(
             jobs.close()
 
     app = make_app("FLUX.2 generator", product_version(), settings, lifespan, GeneratorMetrics())
-    checks = [require_token(settings.tokens()), require_json(large_body.HINT)]
     for routes in (generate, job_routes, modes, openai):
-        app.include_router(routes.router, dependencies=checks)
+        app.include_router(routes.router, dependencies=[BEARER])
     app.include_router(page.router)
     return app
 

@@ -4,7 +4,11 @@ Flux2Error                    500 internal_error
 ├── InvalidRequest            422 invalid_request
 ├── MalformedBody             400 malformed_body
 ├── Unauthorized              401 unauthorized
+├── CrossSiteRequest          403 cross_site_request
+├── RequestTimeout            408 request_timeout
 ├── PayloadTooLarge           413 payload_too_large
+├── UnsupportedMediaType      415 unsupported_media_type
+├── UnknownHost               421 unknown_host
 ├── Busy                      429 busy
 ├── DeadlineExceeded          504 deadline_exceeded
 ├── Starting                  503 starting
@@ -65,6 +69,29 @@ class UnsupportedMediaType(Flux2Error):
     status = 415
     code = "unsupported_media_type"
     is_worth_retrying = False
+
+
+class CrossSiteRequest(Flux2Error):
+    """A browser sent the request for a page of another site, which is not allowed."""
+
+    status = 403
+    code = "cross_site_request"
+    is_worth_retrying = False
+
+
+class UnknownHost(Flux2Error):
+    """The header ``Host`` names a host that this service is not known as."""
+
+    status = 421
+    code = "unknown_host"
+    is_worth_retrying = False
+
+
+class RequestTimeout(Flux2Error):
+    """The body of the request arrived too slowly."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class PayloadTooLarge(Flux2Error):

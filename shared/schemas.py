@@ -1,11 +1,18 @@
 """The schemas that both services share: the text encoder's API, and the body of errors."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 
 Text = Annotated[StrictStr, Field(min_length=0)]
 """Text that can be encoded as UTF-8. Pydantic rejects JSON's lone surrogates only if the field has a constraint."""
+
+
+MAX_FIELDS = 100
+"""Largest number of fields of an object. An error is built for each that is unknown, which takes microseconds."""
+MAX_PROMPTS = 1000
+"""Bounds the list of prompts before its items are checked; the text encoder's limit is a setting."""
 
 
 class Strict(BaseModel):
@@ -13,12 +20,25 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise too_many_fields(len(data))
+        return data
+
+
+def too_many_fields(count: int) -> PydanticCustomError:
+    """Return the error about an object with more than ``MAX_FIELDS`` fields."""
+    counts = {"count": count, "limit": MAX_FIELDS}
+    return PydanticCustomError("too_many_fields", "has {count} fields, more than {limit}", counts)
+
 
 class PredictRequest(Strict):
     """Body of ``POST /predict``."""
 
     prompt: Annotated[
-        Text | list[Text],
+        Text | Annotated[list[Text], Field(max_length=MAX_PROMPTS, fail_fast=True)],
         Field(description="One prompt, or a list of them; a list gives one row each.", examples=["a red circle"]),
     ]
 

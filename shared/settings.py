@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, FilePath, IPvAnyNetwork, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, FilePath, IPvAnyNetwork, SecretStr, StringConstraints
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux2_shared.observability.logs import LogFormat
@@ -61,6 +61,7 @@ def read_token(text: Any) -> Any:
 
 
 Token = Annotated[SecretStr, BeforeValidator(read_token)]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/\s]+)$", to_lower=True)]
 
 
 class ServiceSettings(BaseSettings):
@@ -86,6 +87,10 @@ class ServiceSettings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     max_body_bytes: int = Field(gt=0)
+    max_bodies_bytes: int = Field(256 * 2**20, gt=0)
+    """Total size of the bodies of all requests that are being served; further ones are rejected with 429."""
+    max_connections: int = Field(4096, ge=1)
+    """Open connections; fewer if the limit of open files (``ulimit -n``) is lower."""
     max_waiting: int = Field(ge=1)
     """Requests that may wait for the device; further ones are rejected with 429."""
     max_prompt_chars: int = Field(20_000, ge=1)
@@ -98,6 +103,11 @@ class ServiceSettings(BaseSettings):
     """Path prefix under which a proxy publishes the service, like ``/flux2``; every link starts with it."""
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(read_names)] = ()
     """Addresses or networks of proxies whose ``X-Forwarded-Prefix``, ``-For`` and ``-Proto`` are used."""
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(read_names)] = ()
+    """Names by which browsers reach a service without keys, besides addresses, names without a dot and private ones:
+    ``flux2.example.com``, ``*.example.com``, or ``*`` for any name."""
+    allowed_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(read_names)] = ()
+    """Origins whose pages may use the service in a browser (CORS), such as ``https://app.example.com``; ``*``: all."""
     drain_s: int = Field(300, ge=1)
     """Seconds for running requests to complete after SIGTERM. A container's grace period must be longer."""
     log_format: LogFormat = Field("text", validation_alias="LOG_FORMAT")

@@ -17,8 +17,7 @@ from flux2_shared.report import Report, ignore
 from flux2_shared.schemas import EncoderInfo
 from flux2_shared.version import product_version
 from flux2_shared.web.app import make_app
-from flux2_shared.web.auth import require_token
-from flux2_shared.web.json_body import require_json
+from flux2_shared.web.auth import BEARER
 from text_encoder_service.encoder import LanguageModelReader, MistralEncoder, load_language_model
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
@@ -41,7 +40,7 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
             yield
 
     app = make_app("FLUX.2 text encoder", product_version(), settings, lifespan, Metrics())
-    app.include_router(router, dependencies=[require_token(settings.tokens()), require_json()])
+    app.include_router(router, dependencies=[BEARER])
     return app
 
 

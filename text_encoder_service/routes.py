@@ -16,10 +16,11 @@ from flux2_shared.observability.metrics import Metrics
 from flux2_shared.schemas import EncoderInfo, PredictRequest
 from flux2_shared.web.accept import preferred_type
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
+from flux2_shared.web.route import ServiceRoute
 from flux2_shared.wire import SAFETENSORS_MEDIA_TYPE, TORCH_MEDIA_TYPE, dump_safetensors, dump_torch
 from text_encoder_service.settings import TextEncoderSettings
 
-router = APIRouter()
+router = APIRouter(route_class=ServiceRoute)
 
 
 @dataclass(frozen=True)

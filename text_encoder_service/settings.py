@@ -20,6 +20,7 @@ class TextEncoderSettings(ServiceSettings):
 
     port: int = Field(8006, ge=0, le=65535)
     max_body_bytes: int = Field(2**20, gt=0)
+    max_bodies_bytes: int = Field(64 * 2**20, gt=0)
     max_waiting: int = Field(256, ge=1)
     max_prompts: int = Field(32, ge=1)
     """The most prompts in one request."""

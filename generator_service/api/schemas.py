@@ -4,10 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
-from flux2_shared.schemas import Strict, Text
+from flux2_shared.schemas import MAX_FIELDS, Strict, Text, too_many_fields
 from generator_service.engine.imaging import ImageFormat
 
 MAX_SEED = 2**63 - 1
+MAX_IMAGES = 100
+"""Bounds the list of reference images before its items are checked; the service's limit is a setting."""
 MAX_MS = 24 * 60 * 60 * 1000
 """Longest time that a client may give, in milliseconds: a day."""
 
@@ -27,9 +29,11 @@ class RequestBody(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
+    def _bound_fields(cls, data: Any) -> Any:  # instead of the one of ``Strict``
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:
+            raise too_many_fields(len(data))
         fields = cls.model_fields
         return {k: v for k, v in data.items() if v is not None or k not in fields or fields[k].is_required()}
 
@@ -63,7 +67,7 @@ class Sampling(RequestBody):
         ),
     ] = None
     lora: Annotated[
-        Text | Annotated[list[LoraUse], Field(min_length=1, max_length=4)] | None,
+        Text | Annotated[list[LoraUse], Field(min_length=1, max_length=4, fail_fast=True)] | None,
         Field(description="Name of a LoRA adapter of the service, or a list of adapters with scales."),
     ] = None
     upsample_prompt: Annotated[
@@ -89,6 +93,8 @@ class GenerateRequest(Sampling):
         list[Text],
         Field(
             default_factory=list,
+            max_length=MAX_IMAGES,
+            fail_fast=True,
             description="Reference images to edit: PNG, JPEG or WebP files as base64 or data URIs.",
         ),
     ]

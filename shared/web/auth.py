@@ -2,33 +2,33 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
-from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
 
 from flux2_shared.errors import Unauthorized
 
-_bearer = HTTPBearer(auto_error=False)
+BEARER = Depends(HTTPBearer(auto_error=False))
+"""Names the authentication in the API's description; ``authenticate`` applies it."""
 
 
-def require_token(tokens: Sequence[str]) -> Any:
-    """Create a dependency that requires one of the bearer ``tokens``, or nothing if there are none."""
+def authenticate(request: Request) -> None:
+    """Require one of the app's bearer tokens, ``app.state.tokens``, or nothing if there are none.
+
+    Raises:
+        Unauthorized: the request has no token, or another one.
+    """
+    tokens: tuple[str, ...] = request.app.state.tokens
     if not tokens:
-        return Depends(_bearer)  # which the API's description names in any case
-
-    async def check(
-        request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-    ) -> None:
-        given = credentials.credentials.encode() if credentials else b""
-        # All tokens are compared, in constant time, so that the response time reveals nothing.
-        is_known = [secrets.compare_digest(given, token.encode()) for token in tokens]
-        if not any(is_known):
-            raise Unauthorized("a valid bearer token is required")
-        request.state.owner = hashlib.sha256(given).hexdigest()
-
-    return Depends(check)
+        return
+    scheme, token = get_authorization_scheme_param(request.headers.get("authorization"))
+    given = token.encode() if scheme.lower() == "bearer" else b""
+    # All tokens are compared, in constant time, so that the response time reveals nothing.
+    is_known = [secrets.compare_digest(given, each.encode()) for each in tokens]
+    if not any(is_known):
+        raise Unauthorized("a valid bearer token is required")
+    request.state.owner = hashlib.sha256(given).hexdigest()
 
 
 def owner_of(request: Request) -> str:

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from flux2_shared.errors import Flux2Error, InvalidRequest, MalformedBody, PayloadTooLarge
+from flux2_shared.errors import Flux2Error, InvalidRequest, MalformedBody
 from flux2_shared.schemas import ErrorDetail, Problem
 
 logger = logging.getLogger("flux2")
@@ -122,8 +122,6 @@ def _fields(error: Any) -> list[str]:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if error.status_code == PayloadTooLarge.status:
-        return problem_response(request, PayloadTooLarge("the body is larger than this service accepts"))
     if error.status_code == MalformedBody.status:  # invalid bytes or too deep nesting
         return problem_response(request, MalformedBody("the body is not valid JSON"))
     phrase = HTTPStatus(error.status_code).phrase

@@ -4,13 +4,16 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,12 +22,15 @@ from pydantic import ValidationError
 from flux2_shared.errors import Flux2Error
 from flux2_shared.observability.logs import set_up_logs
 from flux2_shared.settings import ServiceSettings
+from flux2_shared.web.protocol import ConnectionLimit, LimitedProtocol
 
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
 DEVICE_LOST_STATUS = 1
-CLOSING_S = 2
+CLOSING_S = 1
 """Time for the error responses to requests that did not complete within the drain period."""
+END_S = 1.8
+"""When the process exits unconditionally after the drain period, whatever its threads still do."""
 LAST_RESPONSES_S = 3.0
 """How long the service still responds after its device was lost."""
 FORCED_EXIT_S = 4.5
@@ -32,6 +38,14 @@ FORCED_EXIT_S = 4.5
 KEEP_ALIVE_S = 75
 """How long a connection without requests stays open: longer than the connection pools of HTTP clients keep it (httpx
 5 s, urllib3 and Go up to 60 s and more), so that no client sends a request while the server closes the connection."""
+BACKLOG = 2048
+"""Connections that the operating system keeps until they are accepted."""
+ACCEPTS_PER_TURN = 8
+"""Connections that are accepted in one turn of the event loop, before those over the limit are closed."""
+RESERVED_DESCRIPTORS = 96
+"""Descriptors that are left for files, for connections to other services, and for those about to be closed."""
+ACCEPT_LOG_S = 1.0
+"""Shortest time between two log entries about connections that cannot be accepted."""
 logger = logging.getLogger("flux2")
 
 
@@ -73,8 +87,13 @@ def bind_port(host: str, port: int) -> socket.socket:
 
 async def _serve(app: FastAPI, bound: socket.socket, drain_s: int) -> None:
     """Serve from the start, while the lifespan still loads the model, so that health routes can report its progress."""
+    limit = ConnectionLimit(num_connections(app.state.max_connections))
+    asyncio.get_running_loop().set_exception_handler(LoopErrors())
     config = uvicorn.Config(
         app,
+        http=partial(LimitedProtocol, limit=limit),  # type: ignore[arg-type]  # called like the class
+        ws="none",
+        backlog=ACCEPTS_PER_TURN,  # asyncio also accepts so many at a time
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -115,10 +134,48 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
         self._loop.call_soon_threadsafe(self.ends.set)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(BACKLOG)
+
+
+def num_connections(max_connections: int) -> int:
+    """Return how many connections may be open, with the descriptors that this process can get."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + RESERVED_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_connections
+    possible = max(1, soft - RESERVED_DESCRIPTORS)
+    logger.warning("at most %d connections at once: the limit of open files (ulimit -n) is %d", possible, soft)
+    return possible
+
+
+class LoopErrors:
+    """Exception handler of the event loop that does not repeat that connections cannot be accepted.
+
+    asyncio reports it for each connection in the backlog (https://github.com/python/cpython/issues/151615).
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next_report = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not str(context.get("message", "")).startswith("socket.accept()"):
+            loop.default_exception_handler(context)
+        elif self._clock() >= self._next_report:
+            self._next_report = self._clock() + ACCEPT_LOG_S
+            logger.error("connections cannot be accepted: %s", context.get("exception"))
+
 
 async def _close_after_drain(app: FastAPI, server: _Server, drain_s: int) -> None:
     """After the drain period, fail the requests that still run; uvicorn would close their connections."""
     await server.ends.wait()
+    exit_later(drain_s + END_S, 0)
     await asyncio.sleep(drain_s)
     app.state.health.close()
 
@@ -138,12 +195,17 @@ async def _stop_when_device_is_lost(app: FastAPI, server: uvicorn.Server) -> Non
     """Leave some time for the last responses and for a probe, then stop the process."""
     await app.state.health.device_lost.wait()
     logger.critical("the device has failed and cannot be used by this process again; exiting with status 1")
-    forced_exit = threading.Timer(FORCED_EXIT_S, _exit_now, [DEVICE_LOST_STATUS])
-    forced_exit.daemon = True
-    forced_exit.start()
+    exit_later(FORCED_EXIT_S, DEVICE_LOST_STATUS)
     await asyncio.sleep(LAST_RESPONSES_S)
     server.config.timeout_graceful_shutdown = 1
     server.should_exit = True
+
+
+def exit_later(seconds: float, status: int) -> None:
+    """Exit after some time unless the process has ended by itself, even if its event loop or a thread hangs."""
+    timer = threading.Timer(seconds, _exit_now, [status])
+    timer.daemon = True
+    timer.start()
 
 
 def _exit_now(status: int) -> None:

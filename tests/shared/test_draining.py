@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.settings import ServiceSettings
 from flux2_shared.web.app import make_app
-from flux2_shared.web.body import BodyLimit, DrainLimits
+from flux2_shared.web.body import BodyLimit, BodyLimits, DrainLimits
 from tests.conftest import listening
 from tests.control import PATIENCE_S
 from tests.shared.test_problem import nothing
@@ -53,7 +53,7 @@ def url() -> Iterator[str]:
 def impatient_url() -> Iterator[str]:
     """The address of an app that reads no bodies, with short limits for draining them."""
     app = FastAPI()
-    app.add_middleware(BodyLimit, max_bytes=LIMIT, drain_limits=SHORT)
+    app.add_middleware(BodyLimit, limits=BodyLimits(LIMIT, LIMIT), drain_limits=SHORT)
     with listening(app) as address:
         yield address
 

@@ -99,7 +99,7 @@ def test_head_over_a_socket(encoder_url: str) -> None:
 
 async def test_trailing_slashes_are_ignored(serve: Serve) -> None:
     """A path with a trailing slash is the same resource, without a redirect that would follow a hostile ``Host``."""
-    async with serve() as http:
+    async with serve(allowed_hosts=("*",)) as http:
         for path in await get_paths(http):
             response = await http.get(f"{path}/", headers=HOSTILE)
             assert response.status_code == (await http.get(path)).status_code, path
@@ -109,7 +109,7 @@ async def test_trailing_slashes_are_ignored(serve: Serve) -> None:
 
 async def test_trailing_slashes_of_other_methods(serve_generator: Serve) -> None:
     """``/v1/models/`` is the list, and a body reaches its route."""
-    async with serve_generator() as http:
+    async with serve_generator(allowed_hosts=("*",)) as http:
         listed = await http.get("/v1/models/")
         created = await http.post("/jobs/", json=SMALL, headers=HOSTILE)
         generated = await http.post("/generate/", json=SMALL)
@@ -121,7 +121,8 @@ async def test_trailing_slashes_of_other_methods(serve_generator: Serve) -> None
 
 def behind_proxy(serve: Serve, is_configured: bool) -> AbstractAsyncContextManager[httpx.AsyncClient]:
     """A service that knows its prefix, or whose proxy tells it the prefix."""
-    return serve(root_path=f"{PREFIX}/") if is_configured else serve(trusted_proxies="10.0.0.0/8, 127.0.0.1")
+    setting = {"root_path": f"{PREFIX}/"} if is_configured else {"trusted_proxies": "10.0.0.0/8, 127.0.0.1"}
+    return serve(allowed_hosts="*", **setting)
 
 
 @pytest.mark.parametrize("is_removed", [True, False], ids=["removed", "kept"])

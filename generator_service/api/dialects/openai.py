@@ -13,19 +13,20 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sse_starlette import ServerSentEvent
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from flux2_shared.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
+from flux2_shared.schemas import MAX_FIELDS
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
-from flux2_shared.web.json_body import media_type_of
 from flux2_shared.web.problem import name_fields
+from flux2_shared.web.route import media_type_of
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.dialects.form import form_fields
 from generator_service.api.dialects.openai_schemas import FIELD_NAMES, ImagesRequest
 from generator_service.api.routes.large_body import LargeBodyRoute
-from generator_service.api.schemas import GenerateRequest
+from generator_service.api.schemas import MAX_IMAGES, GenerateRequest
 from generator_service.engine.events import Preview
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.queue import Permit
@@ -75,7 +76,7 @@ async def edits(http_request: HTTPRequest, state: State) -> Response:
     """Generate images from reference images: multipart parts ``image`` or ``image[]``."""
     check_is_form(http_request)
     with state.engine.admit() as permit:  # before the files are read
-        async with readable_form(http_request) as form:
+        async with readable_form(http_request, state.settings.max_body_bytes) as form:
             body = form_request(form)
             images = [await file.read() for file in image_files(form)]
         name_fields(http_request, FIELD_NAMES | ({"images[0]": "image"} if len(images) == 1 else {}))
@@ -92,14 +93,18 @@ def check_is_form(http_request: HTTPRequest) -> None:
 
 
 @asynccontextmanager
-async def readable_form(http_request: HTTPRequest) -> AsyncIterator[FormData]:
-    """Parse a multipart form; raise ``MalformedBody`` if that fails."""
+async def readable_form(http_request: HTTPRequest, max_bytes: int) -> AsyncIterator[FormData]:
+    """Parse a multipart form; raise ``MalformedBody`` if that fails.
+
+    Its files, of up to ``max_bytes``, stay in memory, which ``BodyLimit`` bounds, so that a full disk does not matter.
+    """
+    stream = http_request.stream()
+    parser = MultiPartParser(http_request.headers, stream, max_files=MAX_IMAGES, max_fields=MAX_FIELDS)
+    parser.spool_max_size = max_bytes
     try:
-        form = await http_request.form()
-    except (HTTPException, ValueError) as error:  # ValueError: charsets that are not text encodings
-        if isinstance(error, HTTPException) and error.status_code != MalformedBody.status:
-            raise
-        reason = error.detail if isinstance(error, HTTPException) else "a field has an unknown charset"
+        form = await parser.parse()
+    except (MultiPartException, ValueError) as error:  # ValueError: charsets that are not text encodings
+        reason = error.message if isinstance(error, MultiPartException) else "a field has an unknown charset"
         raise MalformedBody(f"the multipart form cannot be read: {reason}") from None
     try:
         yield form

@@ -8,15 +8,19 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flux2_shared.errors import InvalidRequest
+from flux2_shared.web.route import ServiceRoute
 from generator_service.api.dependencies import GeneratorState, generator_state
 from generator_service.api.references import check_size
-from generator_service.api.schemas import GenerateRequest
+from generator_service.api.schemas import MAX_IMAGES, GenerateRequest
 from generator_service.engine.request import Request
 from generator_service.lemica import PUBLISHED
 from generator_service.pipelines.params import ReferenceSize
 from generator_service.settings import GeneratorSettings
 
-router = APIRouter()
+router = APIRouter(route_class=ServiceRoute)
+
+
+SizeText = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
 
 
 class ModesQuery(BaseModel):
@@ -31,7 +35,7 @@ class ModesQuery(BaseModel):
     height: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    images: list[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]] = Field(default_factory=list)
+    images: Annotated[list[SizeText], Field(default_factory=list, max_length=MAX_IMAGES, fail_fast=True)]
 
     def sizes(self, settings: GeneratorSettings) -> list[ReferenceSize]:
         """Return the sizes of the reference images; raise ``InvalidRequest`` if they are outside the limits."""
