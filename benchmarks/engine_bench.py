@@ -66,6 +66,10 @@ class ReadyEncoder:
     def __init__(self, embedding: torch.Tensor) -> None:
         self._embedding = embedding
 
+    def is_cached(self, _prompt: str) -> bool:
+        """Return True: ``embed`` responds at once."""
+        return True
+
     async def embed(self, prompt: str) -> tuple[Embedding, bool]:
         """Return the embedding, and that it was not cached."""
         del prompt

@@ -19,8 +19,9 @@ from generator_service.engine.events import ProgressEvent, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.metrics import GeneratorMetrics
-from generator_service.engine.queue import Permit, Queue
+from generator_service.engine.queue import Queue
 from generator_service.engine.request import Request
+from generator_service.engine.slots import Permit
 from generator_service.errors import GeneratorUnavailable
 from generator_service.pipelines.model_info import ModelInfo
 
@@ -41,6 +42,7 @@ class Fleet:
         num_generators: returns the number of running generators.
         max_waiting: largest number of waiting requests, in addition to the running ones.
         metrics: receives the number of requests in flight, and how generations ended.
+        share: share of the queue that one owner may have.
     """
 
     def __init__(
@@ -51,22 +53,23 @@ class Fleet:
         num_generators: Callable[[], int],
         max_waiting: int,
         metrics: GeneratorMetrics,
+        share: float = 1.0,
     ) -> None:
         self.info = info
         self.latencies = latencies
         self._handle = handle.options(stream=True)
-        self._queue = Queue[None](lambda: num_generators() + max_waiting, num_devices=num_generators)
+        self._queue = Queue[None](lambda: num_generators() + max_waiting, num_devices=num_generators, share=share)
         self._metrics = metrics
         metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
 
-    def admit(self) -> AbstractContextManager[Permit]:
-        """See ``Engine.admit``.
+    def admit(self, owner: str = "") -> AbstractContextManager[Permit]:
+        """See ``Queue.admit``.
 
         Raises:
             Busy: the queue is full.
             ShuttingDown: the fleet is closed.
         """
-        return self._queue.admit()
+        return self._queue.admit(owner)
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """See ``Engine.submit``. Serve's router picks the next request, so positions are estimates.

@@ -40,6 +40,7 @@ def create_app() -> FastAPI:
                 lambda: replicas.running(GENERATOR),
                 settings.max_waiting,
                 app.state.metrics,
+                settings.queue_share(),
             )
             readiness = Readiness(encoder, info.model, info.embedding_shape)
 

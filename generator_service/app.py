@@ -139,7 +139,16 @@ async def running_engine(
 ) -> AsyncIterator[Engine]:
     """Warm up an engine and serve its queue within the block."""
     batching = Batching(settings.max_batch, settings.max_batch_pixels)
-    engine = Engine(model, encoder, runtime, settings.max_waiting, settings.quality_sampling, upsampler, batching)
+    engine = Engine(
+        model,
+        encoder,
+        runtime,
+        settings.max_waiting,
+        settings.quality_sampling,
+        upsampler,
+        batching,
+        settings.queue_share(),
+    )
     runtime.metrics.watch_memory(model.device)
     await runtime.thread.call(engine.worker.warm_up, embedding_shape, settings.warm_up_sizes, runtime.report)
     async with upsampler or nullcontext(), engine:

@@ -49,10 +49,14 @@ class GeneratorSettings(ServiceSettings):
     """Largest number of tokens of an image and its reference images; the default suits a GPU of 80 GB."""
     max_num_images: int = Field(4, ge=1)
     """Largest number of images in one request."""
+    max_token_steps: int = Field(2**22, ge=1)
+    """Largest product of steps, tokens (those of ``max_image_tokens``) and images of one request."""
+    key_share: float = Field(0.5, gt=0, le=1)
+    """Share of the queue that the requests of one key may have, where there are several keys."""
     max_jobs: int = Field(100, ge=1)
-    """Number of ended jobs that are kept."""
+    """Number of ended jobs that are kept for each key; those without results are dropped first."""
     max_job_bytes: int = Field(512 * 2**20, ge=0)
-    """Total size of the results of ended jobs, in bytes."""
+    """Total size of the results of ended jobs of all keys, in bytes."""
     job_ttl_s: float = Field(3600.0, gt=0)
     """Time an ended job is kept, in seconds."""
     lora_dir: DirectoryPath | None = None
@@ -89,6 +93,10 @@ class GeneratorSettings(ServiceSettings):
     """The encoder's key file; without ``text_encoder_token``, its first key is sent."""
     text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")
     """Timeout for one prompt including retries, in seconds."""
+
+    def queue_share(self) -> float:
+        """Return the share of the queue that one owner of requests may have."""
+        return self.key_share if len(set(self.tokens())) > 1 else 1.0
 
     def token_to_send(self) -> SecretStr | None:
         """Return the bearer token for the text encoder, if one is configured."""

@@ -27,14 +27,14 @@ class GeneratorState:
     responses: ThreadPool
     """Encodes response bodies."""
 
-    async def submit(self, body: GenerateRequest, *, is_followed: bool) -> Generation:
-        """Admit, resolve and submit a request.
+    async def submit(self, body: GenerateRequest, owner: str, *, is_followed: bool) -> Generation:
+        """Admit, resolve and submit a request of ``owner``.
 
         Raises:
             Busy: the queue is full; the body was not decoded.
             InvalidRequest: a field is outside its limits.
         """
-        with self.engine.admit() as permit:
+        with self.engine.admit(owner) as permit:
             request = await self.requests.run(self.resolver.resolve, body, is_followed)
             return self.engine.submit(request, permit)
 
@@ -49,7 +49,7 @@ class GeneratorState:
         async with self.jobs.lock(owner, key):
             job = self.jobs.repeated(owner, key, fingerprint)
             if job is None:
-                job = Job(owner, await self.submit(body, is_followed=True))
+                job = Job(owner, await self.submit(body, owner, is_followed=True))
                 self.jobs.add(job, key, fingerprint)
         return job
 

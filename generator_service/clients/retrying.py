@@ -59,6 +59,10 @@ class RetryingEncoder:
         """Whether requests fail fast, because the last ones failed."""
         return self._breaker.is_open
 
+    def is_cached(self, prompt: str) -> bool:
+        """Return whether ``embed`` responds at once; the cache is not changed."""
+        return prompt in self._cache
+
     async def info(self) -> EncoderInfo | None:
         """Call ``encoder.info``. Any response closes the circuit, so readiness probes detect a recovered encoder."""
         try:

@@ -32,8 +32,9 @@ from generator_service.engine.imaging import Provenance, encode_image
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.quality import QualitySampler, compare
-from generator_service.engine.queue import Permit, Queue
+from generator_service.engine.queue import Queue
 from generator_service.engine.request import Request
+from generator_service.engine.slots import Permit
 from generator_service.engine.warm_up import ALONE, Batching
 from generator_service.engine.worker import ImageQueue, ImageWork, Worker
 from generator_service.pipelines.flux2 import Flux2Model
@@ -49,6 +50,9 @@ class PromptEncoder(Protocol):
     async def embed(self, prompt: str) -> tuple[Embedding, bool]:
         """Return the prompt's embedding, of shape ``[1, L, D]``, and whether it was cached."""
 
+    def is_cached(self, prompt: str, /) -> bool:
+        """Return whether ``embed`` would respond at once."""
+
 
 class ImageGenerator(Protocol):
     """Interface between the API and the engine of one machine or a fleet of engines."""
@@ -61,8 +65,8 @@ class ImageGenerator(Protocol):
     def latencies(self) -> LatencyModel:
         """Estimates the time of an image."""
 
-    def admit(self) -> AbstractContextManager[Permit]:
-        """See ``Engine.admit``."""
+    def admit(self, owner: str = "") -> AbstractContextManager[Permit]:
+        """See ``Queue.admit``."""
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """See ``Engine.submit``."""
@@ -93,6 +97,7 @@ class Engine:
         quality_sampling: share of images that are generated again without a cache, for the quality metrics.
         upsampler: rewrites prompts.
         batching: limits for images that share a run.
+        share: share of the queue that one owner may have.
     """
 
     def __init__(
@@ -104,13 +109,17 @@ class Engine:
         quality_sampling: float = 0.0,
         upsampler: Upsampler | None = None,
         batching: Batching = ALONE,
+        share: float = 1.0,
     ) -> None:
         self.model = model
         self.info = model.info
         self.latencies = LatencyModel()
         self.worker = Worker(model, runtime.thread, self.latencies, runtime.metrics, batching)
         self.queue: ImageQueue = Queue(
-            lambda: max_waiting + batching.max_batch, max_batch=batching.max_batch, batch_key=self.worker.batch_key
+            lambda: max_waiting + batching.max_batch,
+            max_batch=batching.max_batch,
+            batch_key=self.worker.batch_key,
+            share=share,
         )
         self.admit = self.queue.admit
         self._encoder = encoder
@@ -139,10 +148,13 @@ class Engine:
         """Start a generation without blocking.
 
         Raises:
+            Busy: see ``Queue.enter``.
             DeviceLost, ShuttingDown: the device has failed, or the engine was closed, after the permit was issued.
         """
         generation = Generation(request, on_end=self._end)
-        self.queue.enter(generation, permit)
+        params = request.params
+        is_embedded = params.prompt_embeds is not None or self._encoder.is_cached(params.prompt or "")
+        self.queue.enter(generation, permit, needs_encoder=request.is_upsampled or not is_embedded)
         generation.start(self._generate, permit.admitted)
         return generation
 

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
@@ -19,13 +20,18 @@ class Job:
     generation: Generation
     id: str = field(default_factory=lambda: secrets.token_hex(16))
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the results."""
+        return self.generation.num_bytes
+
 
 class JobStore:
-    """The jobs of all clients; a client can access only its own.
+    """The jobs of all clients; a client can access only its own, and its jobs do not displace those of others.
 
     Args:
-        max_jobs: largest number of ended jobs.
-        max_bytes: largest total size of their results.
+        max_jobs: largest number of ended jobs of one owner. Those without results are dropped first.
+        max_bytes: largest total size of results. The owner with the most bytes loses its oldest job first.
         ttl_s: time an ended job is kept, in seconds.
     """
 
@@ -82,7 +88,7 @@ class JobStore:
     @property
     def num_bytes(self) -> int:
         """Size of the results of all jobs."""
-        return sum(job.generation.num_bytes for job in self._jobs.values())
+        return sum(job.num_bytes for job in self._jobs.values())
 
     def close(self) -> None:
         """Cancel all jobs."""
@@ -90,12 +96,27 @@ class JobStore:
             job.generation.cancel()
 
     def _forget_old(self) -> None:
-        generations = {job.id: job.generation for job in self._jobs.values()}
-        ended = sorted((each.ended, job_id) for job_id, each in generations.items() if each.ended is not None)
-        kept_bytes = sum(generations[job_id].num_bytes for _, job_id in ended)
+        """Drop ended jobs that have expired, or are too many of one owner, or too large together."""
         oldest_allowed = time.monotonic() - self._ttl_s
-        for position, (when, job_id) in enumerate(ended):
-            is_over = len(ended) - position > self._max_jobs or kept_bytes > self._max_bytes
-            if is_over or when < oldest_allowed:
-                kept_bytes -= self._jobs.pop(job_id).generation.num_bytes
+        ended = [job for job in self._jobs.values() if job.generation.ended is not None]
+        ended.sort(key=lambda job: (job.num_bytes > 0, job.generation.ended))  # the first are dropped first
+        kept: dict[str, list[Job]] = defaultdict(list)
+        for job in ended:
+            if job.generation.ended is not None and job.generation.ended >= oldest_allowed:
+                kept[job.owner].append(job)
+        for jobs in kept.values():
+            del jobs[: max(0, len(jobs) - self._max_jobs)]
+        self._bound_bytes(kept)
+        dropped = {job.id for job in ended} - {job.id for jobs in kept.values() for job in jobs}
+        for job_id in dropped:
+            del self._jobs[job_id]
         self._keys = {key: entry for key, entry in self._keys.items() if entry[1] in self._jobs}
+
+    def _bound_bytes(self, kept: dict[str, list[Job]]) -> None:
+        """Remove jobs from the lists of their owners until the results are small enough together."""
+        sizes = {owner: sum(job.num_bytes for job in jobs) for owner, jobs in kept.items()}
+        while sum(sizes.values()) > self._max_bytes:
+            owner = max(sizes, key=lambda each: sizes[each])
+            oldest = next(job for job in kept[owner] if job.num_bytes > 0)
+            kept[owner].remove(oldest)
+            sizes[owner] -= oldest.num_bytes

@@ -12,7 +12,8 @@ from flux2_shared.errors import Flux2Error
 from flux2_shared.thread_pool import ThreadPool
 from generator_service.engine.generation import Comparison, Generation
 from generator_service.engine.metrics import GeneratorMetrics
-from generator_service.engine.queue import Queue, Work
+from generator_service.engine.queue import Queue
+from generator_service.engine.slots import Work
 from generator_service.pipelines.flux2 import GeneratedImage
 
 MAX_PSNR_DB = 120.0

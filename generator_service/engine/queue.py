@@ -1,76 +1,31 @@
 """Admission and order of service. Belongs to the event loop; uses neither threads nor tensors.
 
 A permit is issued before any work for the request, and its number is the order of admission. A generation enters the
-queue with its permit, adds its images once its prompt is embedded, and leaves when it ends. The device takes ready
-images in the order of the permits' numbers. The position of a generation is computed by simulating the next runs.
+queue with its permit, adds its images once its prompt is embedded, and leaves when it ends. Owners take turns: the
+device takes ready images in the order of the permits' turns, and those of equal turns in the order of their numbers,
+so that the requests of one owner are served in the order of admission. The position of a generation is computed by
+simulating the next runs.
 """
 
 import asyncio
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic
 
 from flux2_shared.errors import Busy, Flux2Error
 from generator_service.engine.events import Queued
 from generator_service.engine.generation import Generation
+from generator_service.engine.slots import Image, Permit, Slot, Work
 from generator_service.pipelines.params import Params
 
 DEFAULT_ESTIMATE_S = 1.0
 """Assumed time of a generation while no estimate is known, in seconds."""
-
-Image = TypeVar("Image")
-
-
-@dataclass(eq=False)
-class Permit:
-    """A slot of the queue."""
-
-    number: int
-    """Order of admission."""
-    admitted: float
-    """When it was issued, by ``time.monotonic``."""
-    is_taken: bool = False
-    """Whether a generation holds it, and frees the slot when it ends."""
-
-
-@dataclass(eq=False)
-class Work(Generic[Image]):
-    """An image for the device."""
-
-    generation: Generation
-    params: Params
-    index: int | None
-    """Index in its generation; None for a reference without a cache, which is not returned to the client."""
-    result: "asyncio.Future[Image]"
-    added: float
-    started: float | None = None
-    expected_s: float | None = None
-    """Time of its run as estimated when the run began, in seconds."""
-
-    @property
-    def queue_s(self) -> float:
-        """Time it waited for the device, in seconds."""
-        return 0.0 if self.started is None else self.started - self.added
-
-    def finish(self, result: Image | Exception) -> None:
-        """Set the result, unless it was cancelled."""
-        if self.result.done():
-            return
-        if isinstance(result, Exception):
-            self.result.set_exception(result)
-        else:
-            self.result.set_result(result)
-
-
-@dataclass(eq=False)
-class _Slot(Generic[Image]):
-    permit: Permit
-    generation: Generation
-    ready: list[Work[Image]] = field(default_factory=list)
-    has_begun: bool = False
+EXTRA_SLOTS = 2
+"""Slots for prompts that are cached, while the others wait for a text encoder that does not respond."""
 
 
 class Queue(Generic[Image]):
@@ -81,6 +36,7 @@ class Queue(Generic[Image]):
         max_batch: largest number of images in a run.
         batch_key: images with equal keys may share a run; an image with the key None runs alone.
         num_devices: returns the number of generations that run concurrently.
+        share: share of the slots that one owner may have.
         clock: monotonic, in seconds.
     """
 
@@ -91,16 +47,20 @@ class Queue(Generic[Image]):
         max_batch: int = 1,
         batch_key: Callable[[Work[Image]], object] = lambda _work: None,
         num_devices: Callable[[], int] = lambda: 1,
+        share: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capacity = capacity
         self._max_batch = max_batch
         self._batch_key = batch_key
         self._num_devices = num_devices
+        self._share = share
         self._clock = clock
         self._numbers = itertools.count()
         self._permits: set[Permit] = set()
-        self._slots: dict[Generation, _Slot[Image]] = {}  # in the order of admission
+        self._turns: dict[str, int] = {}  # the last turn of each owner
+        self._turn = 0  # the latest one that was served
+        self._slots: dict[Generation, Slot[Image]] = {}  # in the order of service
         self._running: list[Work[Image]] = []
         self._arrival = asyncio.Event()
         self._refusal: Callable[[], Flux2Error] | None = None
@@ -111,37 +71,64 @@ class Queue(Generic[Image]):
 
     @property
     def generations(self) -> list[Generation]:
-        """All generations in the queue, in the order of admission."""
+        """All generations in the queue, in the order of service."""
         return list(self._slots)
 
     @contextmanager
-    def admit(self) -> Iterator[Permit]:
+    def admit(self, owner: str = "") -> Iterator[Permit]:
         """Issue a permit. It is released after the block if no generation has taken it.
 
         Raises:
-            Busy: the queue is full; ``retry_after_s`` is an estimate.
+            Busy: the queue, or the owner's share of it, is full; ``retry_after_s`` is an estimate.
             Flux2Error: the queue was closed with this error.
         """
         if self._refusal is not None:
             raise self._refusal()
-        if len(self._permits) >= self._capacity():
-            seconds = self._forecast().seconds_of_all(len(self._permits))
-            raise Busy("the service is busy: the queue is full", retry_after_s=seconds)
-        permit = Permit(next(self._numbers), time.monotonic())
+        is_extra = self._is_full(self._permits, self._capacity(), "the queue is full")
+        if self._share < 1:
+            own = [permit for permit in self._permits if permit.owner == owner]
+            limit = math.ceil(self._share * self._capacity())
+            is_extra |= self._is_full(own, limit, "this key has its share of the queue")
+        turn = max(self._turn, self._turns.get(owner, -1) + 1)
+        permit = Permit(next(self._numbers), time.monotonic(), owner, turn, is_extra)
+        self._turns[owner] = turn
         self._permits.add(permit)
         try:
             yield permit
         finally:
             if not permit.is_taken:
                 self._permits.discard(permit)
+                if self._turns.get(owner) == turn:
+                    self._turns[owner] = turn - 1  # refused requests do not delay later ones
 
-    def enter(self, generation: Generation, permit: Permit) -> None:
-        """Give ``generation`` the slot of ``permit``; raise the queue's error if it was closed meanwhile."""
+    def _is_full(self, permits: Collection[Permit], limit: int, reason: str) -> bool:
+        """Return whether all slots are taken; raise ``Busy`` if there is no extra slot either."""
+        if len(permits) < limit:
+            return False
+        slots = [slot for slot in self._slots.values() if slot.permit in permits]
+        num_encoding = sum(slot.needs_encoder and slot.is_encoding for slot in slots)
+        if num_encoding == 0 or len(permits) - num_encoding >= EXTRA_SLOTS:
+            raise self._busy(reason)
+        return True
+
+    def _busy(self, reason: str) -> Busy:
+        seconds = self._forecast().seconds_of_all(len(self._permits))
+        return Busy(f"the service is busy: {reason}", retry_after_s=seconds)
+
+    def enter(self, generation: Generation, permit: Permit, *, needs_encoder: bool = False) -> None:
+        """Give ``generation`` the slot of ``permit``.
+
+        Raises:
+            Busy: only a generation that does not need the text encoder may have this slot.
+            Flux2Error: the queue was closed meanwhile.
+        """
         if self._refusal is not None:
             raise self._refusal()
+        if permit.is_extra and needs_encoder:
+            raise self._busy("all requests wait for the text encoder")
         permit.is_taken = True
-        slots = [*self._slots.values(), _Slot(permit, generation)]
-        slots.sort(key=lambda slot: slot.permit.number)
+        slots = [*self._slots.values(), Slot(permit, generation, needs_encoder)]
+        slots.sort(key=lambda slot: (slot.permit.turn, slot.permit.number))
         self._slots = {slot.generation: slot for slot in slots}
         self._report()
 
@@ -158,8 +145,13 @@ class Queue(Generic[Image]):
         """Mark ``generation`` as begun."""
         slot = self._slots.get(generation)
         if slot is not None and not slot.has_begun:
-            slot.has_begun = True
+            self._mark_begun(slot)
             self._report()
+
+    def _mark_begun(self, slot: Slot[Image]) -> None:
+        slot.has_begun = True
+        self._turn = max(self._turn, slot.permit.turn)
+        self._turns = {owner: turn for owner, turn in self._turns.items() if turn >= self._turn}
 
     def leave(self, generation: Generation) -> None:
         """Free the slot of ``generation``, which has ended, and drop its remaining images."""
@@ -176,7 +168,7 @@ class Queue(Generic[Image]):
             work.started = self._clock()
             slot = self._slots[work.generation]
             slot.ready.remove(work)
-            slot.has_begun = True
+            self._mark_begun(slot)
         self._running = batch
         self._report()
         return batch
@@ -226,20 +218,20 @@ class Queue(Generic[Image]):
 class _Forecast(Generic[Image]):
     """Predicted order of service."""
 
-    slots: Sequence[_Slot[Image]]
-    """All slots, in the order of admission."""
+    slots: Sequence[Slot[Image]]
+    """All slots, in the order of service."""
     runs: Sequence[Sequence[Work[Image]]]
     """All runs, in the order of service."""
     now: float
     num_devices: int
 
-    def emit(self, slots: Sequence[_Slot[Image]]) -> None:
+    def emit(self, slots: Sequence[Slot[Image]]) -> None:
         for slot in slots:
             queued = self.position(slot)
             if slot.generation.queued is None or slot.generation.queued.position != queued.position:
                 slot.generation.emit(queued)
 
-    def position(self, slot: _Slot[Image]) -> Queued:
+    def position(self, slot: Slot[Image]) -> Queued:
         if slot.has_begun:
             return Queued(0, 0.0)
         before = list(itertools.takewhile(lambda run: all(w.generation is not slot.generation for w in run), self.runs))
@@ -263,9 +255,9 @@ class _Forecast(Generic[Image]):
         mean = sum(known) / len(known) if known else DEFAULT_ESTIMATE_S
         return (sum(known) + num_unknown * mean) / self.num_devices
 
-    def _embedding(self) -> list[_Slot[Image]]:
+    def _embedding(self) -> list[Slot[Image]]:
         """Return the slots whose prompt is not embedded yet."""
-        return [slot for slot in self.slots if not slot.ready and not slot.has_begun]
+        return [slot for slot in self.slots if slot.is_encoding]
 
     def _seconds_left(self, run: Sequence[Work[Image]]) -> float | None:
         first = run[0]

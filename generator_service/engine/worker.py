@@ -13,7 +13,8 @@ from flux2_shared.report import Report
 from generator_service.engine.events import Preview, StepStarted
 from generator_service.engine.latency import LatencyModel, RunPace
 from generator_service.engine.metrics import GeneratorMetrics
-from generator_service.engine.queue import Queue, Work
+from generator_service.engine.queue import Queue
+from generator_service.engine.slots import Work
 from generator_service.engine.warm_up import ALONE, Batching, WarmUp
 from generator_service.errors import NonFiniteOutput
 from generator_service.pipelines.callbacks import Previews

@@ -36,6 +36,10 @@ class ByteBoundedCache(Generic[Item]):
         with self._lock:
             self._items[key] = item
 
+    def __contains__(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._items
+
     @property
     def num_bytes(self) -> int:
         """The total size of the cached items."""

@@ -11,8 +11,9 @@ from flux2_shared.errors import Busy, ShuttingDown
 from generator_service.engine.events import ProgressEvent, Queued
 from generator_service.engine.generation import Generation
 from generator_service.engine.latency import LatencyEstimate
-from generator_service.engine.queue import Queue, Work
+from generator_service.engine.queue import Queue
 from generator_service.engine.request import Request
+from generator_service.engine.slots import Work
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.params import Params
 

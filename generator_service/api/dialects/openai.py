@@ -18,6 +18,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from flux2_shared.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 from flux2_shared.schemas import MAX_FIELDS
 from flux2_shared.thread_pool import ThreadPool
+from flux2_shared.web.auth import owner_of
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.web.problem import name_fields
 from flux2_shared.web.route import media_type_of
@@ -29,8 +30,8 @@ from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import MAX_IMAGES, GenerateRequest
 from generator_service.engine.events import Preview
 from generator_service.engine.generation import Generation, GenerationResult
-from generator_service.engine.queue import Permit
 from generator_service.engine.request import Request
+from generator_service.engine.slots import Permit
 
 router = APIRouter(prefix="/v1", route_class=LargeBodyRoute)
 State = Annotated[GeneratorState, Depends(generator_state)]
@@ -66,7 +67,7 @@ def model_object(state: GeneratorState) -> dict[str, Any]:
 async def generations(body: ImagesRequest, http_request: HTTPRequest, state: State) -> Response:
     """Generate images from a prompt."""
     name_fields(http_request, FIELD_NAMES)
-    with state.engine.admit() as permit:
+    with state.engine.admit(owner_of(http_request)) as permit:
         generation = await submit(body, body.native(), state, permit)
     return await respond(generation, body, http_request, state, "image_generation")
 
@@ -75,7 +76,7 @@ async def generations(body: ImagesRequest, http_request: HTTPRequest, state: Sta
 async def edits(http_request: HTTPRequest, state: State) -> Response:
     """Generate images from reference images: multipart parts ``image`` or ``image[]``."""
     check_is_form(http_request)
-    with state.engine.admit() as permit:  # before the files are read
+    with state.engine.admit(owner_of(http_request)) as permit:  # before the files are read
         async with readable_form(http_request, state.settings.max_body_bytes) as form:
             body = form_request(form)
             images = [await file.read() for file in image_files(form)]

@@ -73,7 +73,7 @@ async def generate(
         job = await state.job(body, owner_of(http_request), idempotency_key)
         return await respond_to_job(job, http_request, state, media_type)
     is_stream = media_type == sse.MEDIA_TYPE
-    generation = await state.submit(body, is_followed=is_stream)
+    generation = await state.submit(body, owner_of(http_request), is_followed=is_stream)
     if is_stream:
         events = sse.native_events(generation, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)
