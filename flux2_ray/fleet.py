@@ -15,13 +15,13 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from flux2_shared.errors import Busy, DeviceLost, Flux2Error, ShuttingDown
+from generator_service.engine.admission import Permit
 from generator_service.engine.events import ProgressEvent, StepStarted
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.queue import Queue
 from generator_service.engine.request import Request
-from generator_service.engine.slots import Permit
 from generator_service.errors import GeneratorUnavailable
 from generator_service.pipelines.model_info import ModelInfo
 
@@ -62,14 +62,18 @@ class Fleet:
         self._metrics = metrics
         metrics.queue_depth.set_function(lambda: self._queue.num_in_flight)
 
-    def admit(self, owner: str = "") -> AbstractContextManager[Permit]:
-        """See ``Queue.admit``.
+    def is_cached(self, _prompt: str, /) -> bool:
+        """Return False: each generator has a cache of its own."""
+        return False
+
+    def admit(self, owner: str = "", *, needs_encoder: bool = True) -> AbstractContextManager[Permit]:
+        """See ``Admission.admit``.
 
         Raises:
             Busy: the queue is full.
             ShuttingDown: the fleet is closed.
         """
-        return self._queue.admit(owner)
+        return self._queue.admit(owner, needs_encoder=needs_encoder)
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """See ``Engine.submit``. Serve's router picks the next request, so positions are estimates.

@@ -34,7 +34,8 @@ class GeneratorState:
             Busy: the queue is full; the body was not decoded.
             InvalidRequest: a field is outside its limits.
         """
-        with self.engine.admit(owner) as permit:
+        is_embedded = body.prompt_embeds is not None or self.engine.is_cached(body.prompt or "")
+        with self.engine.admit(owner, needs_encoder=body.upsample_prompt or not is_embedded) as permit:
             request = await self.requests.run(self.resolver.resolve, body, is_followed)
             return self.engine.submit(request, permit)
 

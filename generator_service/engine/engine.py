@@ -26,6 +26,7 @@ from flux2_shared.observability.tracing import Tracing
 from flux2_shared.report import Report, ignore
 from flux2_shared.thread_pool import ThreadPool
 from generator_service.clients.upsampler import Upsampler
+from generator_service.engine.admission import Permit
 from generator_service.engine.events import EncodingPrompt, PromptUpsampled
 from generator_service.engine.generation import Generation, GenerationResult, Timings
 from generator_service.engine.imaging import Provenance, encode_image
@@ -34,7 +35,6 @@ from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.quality import QualitySampler, compare
 from generator_service.engine.queue import Queue
 from generator_service.engine.request import Request
-from generator_service.engine.slots import Permit
 from generator_service.engine.warm_up import ALONE, Batching
 from generator_service.engine.worker import ImageQueue, ImageWork, Worker
 from generator_service.pipelines.flux2 import Flux2Model
@@ -65,8 +65,11 @@ class ImageGenerator(Protocol):
     def latencies(self) -> LatencyModel:
         """Estimates the time of an image."""
 
-    def admit(self, owner: str = "") -> AbstractContextManager[Permit]:
-        """See ``Queue.admit``."""
+    def is_cached(self, prompt: str, /) -> bool:
+        """Return whether the prompt's embedding is cached."""
+
+    def admit(self, owner: str = "", *, needs_encoder: bool = True) -> AbstractContextManager[Permit]:
+        """See ``Admission.admit``."""
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """See ``Engine.submit``."""
@@ -122,6 +125,7 @@ class Engine:
             share=share,
         )
         self.admit = self.queue.admit
+        self.is_cached = encoder.is_cached
         self._encoder = encoder
         self._thread = runtime.thread
         self._metrics = runtime.metrics
@@ -148,13 +152,10 @@ class Engine:
         """Start a generation without blocking.
 
         Raises:
-            Busy: see ``Queue.enter``.
             DeviceLost, ShuttingDown: the device has failed, or the engine was closed, after the permit was issued.
         """
         generation = Generation(request, on_end=self._end)
-        params = request.params
-        is_embedded = params.prompt_embeds is not None or self._encoder.is_cached(params.prompt or "")
-        self.queue.enter(generation, permit, needs_encoder=request.is_upsampled or not is_embedded)
+        self.queue.enter(generation, permit)
         generation.start(self._generate, permit.admitted)
         return generation
 
@@ -225,16 +226,8 @@ class Engine:
             self._spawn(self._sampler.sample(work, image), "quality sample")
         self._thread.refuse_if_lost()  # if it was lost meanwhile, the image may be wrong
         timings = Timings(work.queue_s, encode_s, image.denoise_s, image.decode_s, work.expected_s)
-        self._observe(timings, params)
+        self._metrics.record_image(timings, mode_of(params))
         return GenerationResult(params.without_tensors(), data, timings, comparison, side_by_side)
-
-    def _observe(self, timings: Timings, params: Params) -> None:
-        for stage in ("queue", "encode", "denoise", "decode"):
-            self._metrics.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
-        seconds = timings.denoise_s + timings.decode_s
-        self._metrics.images.labels(mode_of(params)).observe(seconds)
-        if timings.expected_s is not None and seconds > 0:
-            self._metrics.estimate_errors.observe(abs(timings.expected_s - seconds) / seconds)
 
     def _file(self, image: Image, params: Params, request: Request) -> bytes:
         return encode_image(image, request.output_format, Provenance.of(params, self.model), request.quality)

@@ -8,7 +8,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from flux2_shared.observability.metrics import DURATION_BUCKETS_S, Metrics
 
 if TYPE_CHECKING:
-    from generator_service.engine.generation import Generation
+    from generator_service.engine.generation import Generation, Timings
 
 PSNR_BUCKETS_DB = (10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 120)
 SSIM_BUCKETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1)
@@ -65,6 +65,15 @@ class GeneratorMetrics(Metrics):
         )
         self.jobs = Gauge("flux2_jobs", "Jobs that are kept", registry=self.registry)
         self.job_bytes = Gauge("flux2_job_bytes", "Size of the results of kept jobs", registry=self.registry)
+
+    def record_image(self, timings: "Timings", mode: str) -> None:
+        """Record the time of an image in each stage."""
+        for stage in ("queue", "encode", "denoise", "decode"):
+            self.seconds.labels(stage).observe(getattr(timings, f"{stage}_s"))
+        seconds = timings.denoise_s + timings.decode_s
+        self.images.labels(mode).observe(seconds)
+        if timings.expected_s is not None and seconds > 0:
+            self.estimate_errors.observe(abs(timings.expected_s - seconds) / seconds)
 
     def record_end(self, generation: "Generation") -> None:
         """Count and log how a generation ended, whether its client waited, followed a stream, or started a job."""

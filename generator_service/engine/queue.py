@@ -1,31 +1,28 @@
-"""Admission and order of service. Belongs to the event loop; uses neither threads nor tensors.
+"""The order of service. Belongs to the event loop; uses neither threads nor tensors.
 
-A permit is issued before any work for the request, and its number is the order of admission. A generation enters the
-queue with its permit, adds its images once its prompt is embedded, and leaves when it ends. Owners take turns: the
-device takes ready images in the order of the permits' turns, and those of equal turns in the order of their numbers,
-so that the requests of one owner are served in the order of admission. The position of a generation is computed by
-simulating the next runs.
+A generation enters the queue with its permit, adds its images once its prompt is embedded, and leaves when it ends. The
+device takes ready images in the order of the permits' turns, and those of equal turns in the order of their numbers, so
+that owners take turns, and the requests of one owner are served in the order of admission. The position of a generation
+is computed by simulating the next runs.
 """
 
 import asyncio
 import itertools
-import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic
 
-from flux2_shared.errors import Busy, Flux2Error
+from flux2_shared.errors import Flux2Error
+from generator_service.engine.admission import Admission, Permit
 from generator_service.engine.events import Queued
 from generator_service.engine.generation import Generation
-from generator_service.engine.slots import Image, Permit, Slot, Work
+from generator_service.engine.slots import Image, Slot, Work
 from generator_service.pipelines.params import Params
 
 DEFAULT_ESTIMATE_S = 1.0
 """Assumed time of a generation while no estimate is known, in seconds."""
-EXTRA_SLOTS = 2
-"""Slots for prompts that are cached, while the others wait for a text encoder that does not respond."""
 
 
 class Queue(Generic[Image]):
@@ -50,16 +47,11 @@ class Queue(Generic[Image]):
         share: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._capacity = capacity
         self._max_batch = max_batch
         self._batch_key = batch_key
         self._num_devices = num_devices
-        self._share = share
         self._clock = clock
-        self._numbers = itertools.count()
-        self._permits: set[Permit] = set()
-        self._turns: dict[str, int] = {}  # the last turn of each owner
-        self._turn = 0  # the latest one that was served
+        self._admission = Admission(capacity, self._seconds_of, share)
         self._slots: dict[Generation, Slot[Image]] = {}  # in the order of service
         self._running: list[Work[Image]] = []
         self._arrival = asyncio.Event()
@@ -67,67 +59,25 @@ class Queue(Generic[Image]):
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._permits)
+        return self._admission.num_permits
 
     @property
     def generations(self) -> list[Generation]:
         """All generations in the queue, in the order of service."""
         return list(self._slots)
 
-    @contextmanager
-    def admit(self, owner: str = "") -> Iterator[Permit]:
-        """Issue a permit. It is released after the block if no generation has taken it.
-
-        Raises:
-            Busy: the queue, or the owner's share of it, is full; ``retry_after_s`` is an estimate.
-            Flux2Error: the queue was closed with this error.
-        """
+    def admit(self, owner: str = "", *, needs_encoder: bool = True) -> AbstractContextManager[Permit]:
+        """Issue a permit; see ``Admission.admit``. Raises the queue's error if it was closed."""
         if self._refusal is not None:
             raise self._refusal()
-        is_extra = self._is_full(self._permits, self._capacity(), "the queue is full")
-        if self._share < 1:
-            own = [permit for permit in self._permits if permit.owner == owner]
-            limit = math.ceil(self._share * self._capacity())
-            is_extra |= self._is_full(own, limit, "this key has its share of the queue")
-        turn = max(self._turn, self._turns.get(owner, -1) + 1)
-        permit = Permit(next(self._numbers), time.monotonic(), owner, turn, is_extra)
-        self._turns[owner] = turn
-        self._permits.add(permit)
-        try:
-            yield permit
-        finally:
-            if not permit.is_taken:
-                self._permits.discard(permit)
-                if self._turns.get(owner) == turn:
-                    self._turns[owner] = turn - 1  # refused requests do not delay later ones
+        return self._admission.admit(owner, needs_encoder=needs_encoder)
 
-    def _is_full(self, permits: Collection[Permit], limit: int, reason: str) -> bool:
-        """Return whether all slots are taken; raise ``Busy`` if there is no extra slot either."""
-        if len(permits) < limit:
-            return False
-        slots = [slot for slot in self._slots.values() if slot.permit in permits]
-        num_encoding = sum(slot.needs_encoder and slot.is_encoding for slot in slots)
-        if num_encoding == 0 or len(permits) - num_encoding >= EXTRA_SLOTS:
-            raise self._busy(reason)
-        return True
-
-    def _busy(self, reason: str) -> Busy:
-        seconds = self._forecast().seconds_of_all(len(self._permits))
-        return Busy(f"the service is busy: {reason}", retry_after_s=seconds)
-
-    def enter(self, generation: Generation, permit: Permit, *, needs_encoder: bool = False) -> None:
-        """Give ``generation`` the slot of ``permit``.
-
-        Raises:
-            Busy: only a generation that does not need the text encoder may have this slot.
-            Flux2Error: the queue was closed meanwhile.
-        """
+    def enter(self, generation: Generation, permit: Permit) -> None:
+        """Give ``generation`` the slot of ``permit``; raise the queue's error if it was closed meanwhile."""
         if self._refusal is not None:
             raise self._refusal()
-        if permit.is_extra and needs_encoder:
-            raise self._busy("all requests wait for the text encoder")
         permit.is_taken = True
-        slots = [*self._slots.values(), Slot(permit, generation, needs_encoder)]
+        slots = [*self._slots.values(), Slot(permit, generation)]
         slots.sort(key=lambda slot: (slot.permit.turn, slot.permit.number))
         self._slots = {slot.generation: slot for slot in slots}
         self._report()
@@ -136,7 +86,9 @@ class Queue(Generic[Image]):
         """Add an image of ``generation`` that is ready for the device."""
         future = asyncio.get_running_loop().create_future()
         work = Work(generation, params, index, future, self._clock())
-        self._slots[generation].ready.append(work)
+        slot = self._slots[generation]
+        slot.ready.append(work)
+        slot.permit.needs_encoder = False
         self._arrival.set()
         self._report()
         return work
@@ -150,13 +102,12 @@ class Queue(Generic[Image]):
 
     def _mark_begun(self, slot: Slot[Image]) -> None:
         slot.has_begun = True
-        self._turn = max(self._turn, slot.permit.turn)
-        self._turns = {owner: turn for owner, turn in self._turns.items() if turn >= self._turn}
+        self._admission.begin(slot.permit)
 
     def leave(self, generation: Generation) -> None:
         """Free the slot of ``generation``, which has ended, and drop its remaining images."""
         slot = self._slots.pop(generation)
-        self._permits.discard(slot.permit)
+        self._admission.release(slot.permit)
         self._report()
 
     async def take(self) -> list[Work[Image]]:
@@ -183,6 +134,10 @@ class Queue(Generic[Image]):
         self._refusal = error
         for generation in self.generations:
             generation.fail(error())
+
+    def _seconds_of(self, num_permits: int) -> float:
+        """Estimate the time until all generations have ended, and those that are not in the queue yet."""
+        return self._forecast().seconds_of_all(num_permits)
 
     def position(self, generation: Generation) -> Queued:
         """Return the position of ``generation`` and the estimated time until its turn."""

@@ -1,30 +1,14 @@
-"""What the queue holds: permits, the slots that generations have, and their images."""
+"""What the queue holds: slots of generations, and their images."""
 
 import asyncio
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from generator_service.engine.admission import Permit
 from generator_service.engine.generation import Generation
 from generator_service.pipelines.params import Params
 
 Image = TypeVar("Image")
-
-
-@dataclass(eq=False)
-class Permit:
-    """A slot of the queue."""
-
-    number: int
-    """Order of admission."""
-    admitted: float
-    """When it was issued, by ``time.monotonic``."""
-    owner: str = ""
-    turn: int = 0
-    """Order of service."""
-    is_extra: bool = False
-    """Whether only a generation that does not wait for the text encoder may take it."""
-    is_taken: bool = False
-    """Whether a generation holds it, and frees the slot when it ends."""
 
 
 @dataclass(eq=False)
@@ -62,8 +46,6 @@ class Slot(Generic[Image]):
 
     permit: Permit
     generation: Generation
-    needs_encoder: bool = False
-    """Whether its prompt was not cached when it entered the queue."""
     ready: list[Work[Image]] = field(default_factory=list)
     has_begun: bool = False
 

@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from flux2_shared.errors import Busy
+from generator_service.engine.admission import EXTRA_SLOTS
 from generator_service.engine.generation import Generation
-from generator_service.engine.queue import EXTRA_SLOTS, Queue
+from generator_service.engine.queue import Queue
 from generator_service.settings import GeneratorSettings
 from tests.conftest import Serve
 from tests.generator_service.test_generate import SMALL
@@ -30,9 +31,9 @@ class Owners:
 
     def enter(self, owner: str, *, needs_encoder: bool = False, is_ready: bool = True) -> RecordedGeneration:
         """Admit a generation of ``owner``, with one image that is ready for the device or not."""
-        with self.queue.admit(owner) as permit:
+        with self.queue.admit(owner, needs_encoder=needs_encoder) as permit:
             generation = RecordedGeneration(request_of(1.0), on_end=self.queue.leave)
-            self.queue.enter(generation, permit, needs_encoder=needs_encoder)
+            self.queue.enter(generation, permit)
         count = sum(name.rstrip("0123456789") == owner for name in self.name_of.values())
         self.name_of[generation] = f"{owner}{count}"
         if is_ready:
@@ -129,7 +130,7 @@ async def test_cached_prompts_do_not_wait_for_a_silent_encoder() -> None:
     """While all slots wait for the text encoder, a few requests that do not need it are admitted, and no others."""
     owners = Owners(3)
     waiting = [owners.enter("", needs_encoder=True, is_ready=False) for _ in range(3)]
-    with pytest.raises(Busy, match="all requests wait for the text encoder"):
+    with pytest.raises(Busy, match="the queue is full"):
         owners.enter("", needs_encoder=True)
     for _ in range(EXTRA_SLOTS):
         owners.enter("")
@@ -147,7 +148,7 @@ async def test_an_owners_share_has_extra_slots_too() -> None:
     owners = Owners(9, share=0.3)
     for _ in range(3):
         owners.enter("a", needs_encoder=True, is_ready=False)
-    with pytest.raises(Busy, match="all requests wait for the text encoder"):
+    with pytest.raises(Busy, match="this key has its share of the queue"):
         owners.enter("a", needs_encoder=True)
     for _ in range(EXTRA_SLOTS):
         owners.enter("a")

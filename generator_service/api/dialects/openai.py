@@ -28,10 +28,10 @@ from generator_service.api.dialects.form import form_fields
 from generator_service.api.dialects.openai_schemas import FIELD_NAMES, ImagesRequest
 from generator_service.api.routes.large_body import LargeBodyRoute
 from generator_service.api.schemas import MAX_IMAGES, GenerateRequest
+from generator_service.engine.admission import Permit
 from generator_service.engine.events import Preview
 from generator_service.engine.generation import Generation, GenerationResult
 from generator_service.engine.request import Request
-from generator_service.engine.slots import Permit
 
 router = APIRouter(prefix="/v1", route_class=LargeBodyRoute)
 State = Annotated[GeneratorState, Depends(generator_state)]
@@ -67,8 +67,7 @@ def model_object(state: GeneratorState) -> dict[str, Any]:
 async def generations(body: ImagesRequest, http_request: HTTPRequest, state: State) -> Response:
     """Generate images from a prompt."""
     name_fields(http_request, FIELD_NAMES)
-    with state.engine.admit(owner_of(http_request)) as permit:
-        generation = await submit(body, body.native(), state, permit)
+    generation = await state.submit(body.native(), owner_of(http_request), is_followed=body.stream)
     return await respond(generation, body, http_request, state, "image_generation")
 
 

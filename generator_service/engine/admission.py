@@ -1,0 +1,97 @@
+"""Admission: permits for the slots of a queue, which are issued before any work for a request."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flux2_shared.errors import Busy
+
+EXTRA_SLOTS = 2
+"""Slots for requests that do not need the text encoder, while the others wait for it."""
+
+
+@dataclass(eq=False)
+class Permit:
+    """A slot of the queue."""
+
+    number: int
+    """Order of admission."""
+    admitted: float
+    """When it was issued, by ``time.monotonic``."""
+    owner: str
+    turn: int
+    """Order of service: the first turn that the owner has not used."""
+    needs_encoder: bool
+    """Whether the prompt is not embedded yet."""
+    is_taken: bool = False
+    """Whether a generation holds it, and frees the slot when it ends."""
+
+
+class Admission:
+    """Issues the permits of a queue. Each owner has a share of them, and owners take turns.
+
+    Args:
+        capacity: returns the largest number of generations in flight.
+        seconds_of: estimates the time until a number of generations have ended, for ``Retry-After``.
+        share: share of the slots that one owner may have.
+    """
+
+    def __init__(self, capacity: Callable[[], int], seconds_of: Callable[[int], float], share: float = 1.0) -> None:
+        self._capacity = capacity
+        self._seconds_of = seconds_of
+        self._share = share
+        self._numbers = itertools.count()
+        self._permits: set[Permit] = set()
+        self._last_turns: dict[str, int] = {}
+        """The last turn of each owner."""
+        self._turn = 0
+        """The last turn that was served."""
+
+    @property
+    def num_permits(self) -> int:
+        """Number of permits that are not released."""
+        return len(self._permits)
+
+    @contextmanager
+    def admit(self, owner: str, *, needs_encoder: bool) -> Iterator[Permit]:
+        """Issue a permit. It is released after the block if no generation has taken it.
+
+        Raises:
+            Busy: the queue, or the owner's share of it, is full; ``retry_after_s`` is an estimate.
+        """
+        self._check(self._permits, self._capacity(), "the queue is full", needs_encoder=needs_encoder)
+        if self._share < 1:
+            own = [permit for permit in self._permits if permit.owner == owner]
+            limit = math.ceil(self._share * self._capacity())
+            self._check(own, limit, "this key has its share of the queue", needs_encoder=needs_encoder)
+        turn = max(self._turn, self._last_turns.get(owner, -1) + 1)
+        permit = Permit(next(self._numbers), time.monotonic(), owner, turn, needs_encoder)
+        self._last_turns[owner] = turn
+        self._permits.add(permit)
+        try:
+            yield permit
+        finally:
+            if not permit.is_taken:
+                self.release(permit)
+                if self._last_turns.get(owner) == turn:
+                    self._last_turns[owner] = turn - 1  # refused requests do not delay later ones
+
+    def begin(self, permit: Permit) -> None:
+        """Note that the generation of ``permit`` is served."""
+        self._turn = max(self._turn, permit.turn)
+        self._last_turns = {owner: turn for owner, turn in self._last_turns.items() if turn >= self._turn}
+
+    def release(self, permit: Permit) -> None:
+        """Free the slot of ``permit``."""
+        self._permits.discard(permit)
+
+    def _check(self, permits: Collection[Permit], limit: int, reason: str, *, needs_encoder: bool) -> None:
+        """Raise ``Busy`` if there are too many permits. If many of them wait for the text encoder, there are more."""
+        if len(permits) < limit:
+            return
+        num_ready = sum(not permit.needs_encoder for permit in permits)
+        if needs_encoder or num_ready == len(permits) or num_ready >= EXTRA_SLOTS:
+            raise Busy(f"the service is busy: {reason}", retry_after_s=self._seconds_of(self.num_permits))
