@@ -90,6 +90,9 @@ class GeneratorSettings(ServiceSettings):
     text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")
     """Timeout for one prompt including retries, in seconds."""
 
+    encoder_grace_s: float = Field(300.0, ge=0)
+    """Time that the generator stays ready after the text encoder's last answer, in seconds."""
+
     def token_to_send(self) -> SecretStr | None:
         """Return the bearer token for the text encoder, if one is configured."""
         keys = read_keys(self.text_encoder_keys_file) if self.text_encoder_keys_file else ()

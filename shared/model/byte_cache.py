@@ -29,6 +29,11 @@ class ByteBoundedCache(Generic[Item]):
         with self._lock:
             return self._items.get(key)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Return whether an item is cached, without counting as a use of it."""
+        with self._lock:
+            return key in self._items
+
     def put(self, key: Hashable, item: Item) -> None:
         """Store ``item``, unless it is larger than the whole cache."""
         if item.nbytes > self._items.maxsize:
