@@ -138,7 +138,10 @@ def wait_until_ready(services: Services) -> None:
             if process.poll() is not None:
                 raise DemoError(f"a service exited with status {process.returncode}: see its message above")
         try:
-            if httpx.get(f"{services.generator_url}/health/ready", timeout=2).status_code == httpx.codes.OK:
+            if (
+                httpx.get(f"{services.generator_url}/health/ready", timeout=2, trust_env=False).status_code
+                == httpx.codes.OK
+            ):
                 return
         except httpx.TransportError:
             pass

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import ray
 
 from flux2_shared.device.thread import DeviceThread
+from flux2_shared.embedding import ModelVersion
 from flux2_shared.errors import Flux2Error
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.compile_cache import replace_unwritable_caches
@@ -26,6 +27,7 @@ class StoredEmbedding:
     reference: ray.ObjectRef = field(repr=False)
     nbytes: int
     is_truncated: bool
+    model: ModelVersion
 
 
 class EncoderReplica:
@@ -60,7 +62,9 @@ class EncoderReplica:
         except Flux2Error as error:
             return error
         embedding = completed.value
-        stored = StoredEmbedding(ray.put(embedding.tensor), embedding.nbytes, embedding.is_truncated)
+        reference, info = ray.put(embedding.tensor), self._state.info
+        model = ModelVersion(info.model, info.revision)
+        stored = StoredEmbedding(reference, embedding.nbytes, embedding.is_truncated, model)
         self._stored.put(prompt, stored)
         return stored
 

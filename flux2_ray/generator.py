@@ -49,7 +49,7 @@ class GeneratorReplica:
         self._stack = AsyncExitStack()
         self._thread = await self._stack.enter_async_context(DeviceThread())
         model, self._shape = await self._thread.call(self.load, settings)
-        remote, upsampler = remote_encoder(encoder, settings), make_upsampler(settings, None)
+        remote, upsampler = remote_encoder(encoder, settings, model.info), make_upsampler(settings, None)
         runtime = Runtime(self._thread, GeneratorMetrics(), report=logger.info)
         engine = running_engine(settings, model, self._shape, remote, runtime, upsampler)
         self._engine = await self._stack.enter_async_context(engine)

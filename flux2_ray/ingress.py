@@ -1,7 +1,7 @@
 """The generator's app on top of a fleet: the same routes, jobs and streams, in a deployment without a GPU."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 from fastapi import FastAPI
 from ray import serve
@@ -12,7 +12,9 @@ from flux2_ray.generator import GeneratorInfo
 from flux2_ray.remote_encoder import remote_encoder
 from flux2_ray.replica_count import ReplicaCount
 from flux2_shared.observability.logs import set_up_logs
-from generator_service.app import Backend, Readiness, build_app
+from flux2_shared.web.health import Readiness
+from generator_service.app import Backend, build_app
+from generator_service.clients.readiness import EncoderCheck
 from generator_service.engine.latency import LatencyModel
 from generator_service.settings import GeneratorSettings
 
@@ -32,7 +34,8 @@ def create_app() -> FastAPI:
         generators = serve.get_deployment_handle(GENERATOR, app_name=name)
         encoder = remote_encoder(serve.get_deployment_handle(ENCODER, app_name=name), settings)
         info: GeneratorInfo = await generators.info.remote()
-        async with ReplicaCount(name) as replicas:
+        check = EncoderCheck(encoder, info.model, info.embedding_shape, settings.encoder_grace_s)
+        async with ReplicaCount(name) as replicas, aclosing(check):
             fleet = Fleet(
                 generators,
                 info.model,
@@ -42,10 +45,11 @@ def create_app() -> FastAPI:
                 app.state.metrics,
                 settings.queue_share(),
             )
-            readiness = Readiness(encoder, info.model, info.embedding_shape)
 
-            async def is_ready() -> str | None:
-                return await readiness() if replicas.running(GENERATOR) else "no generator is running"
+            async def is_ready() -> Readiness:
+                if not replicas.running(GENERATOR):
+                    return Readiness(is_ready=False, reason="no generator is running")
+                return await check()
 
             try:
                 yield Backend(fleet, info.embedding_shape, is_ready)

@@ -7,6 +7,8 @@ from typing import Self
 from ray import serve
 from ray.serve.schema import ReplicaState
 
+from flux2_shared.thread_pool import ThreadPool
+
 logger = logging.getLogger("flux2")
 
 INTERVAL_S = 0.5
@@ -22,6 +24,7 @@ class ReplicaCount:
     def __init__(self, application: str) -> None:
         self._application = application
         self._counts: dict[str, int] = {}
+        self._threads = ThreadPool("replicas", 1)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -32,6 +35,7 @@ class ReplicaCount:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        await self._threads.__aexit__()
 
     def running(self, deployment: str) -> int:
         """Return the number of running replicas of a deployment."""
@@ -40,7 +44,7 @@ class ReplicaCount:
     async def _count_again(self) -> None:
         while True:
             try:
-                self._counts = await asyncio.to_thread(self._count)
+                self._counts = await self._threads.run(self._count)
             except Exception:
                 logger.exception("the replicas could not be counted")  # the last count remains valid
             await asyncio.sleep(INTERVAL_S)

@@ -1,22 +1,20 @@
 """Builds the generator's app; its lifespan owns the model, the engine and the connection to the text encoder."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import httpx
 from fastapi import FastAPI
 
 from flux2_shared.device.thread import DeviceThread
-from flux2_shared.errors import Flux2Error, ModelRefused
+from flux2_shared.embedding import ModelVersion
+from flux2_shared.errors import ModelRefused
 from flux2_shared.model.compilation import CompilerBackend
 from flux2_shared.model.folder import find_model, read_prompt_format
 from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from flux2_shared.report import Report, ignore
-from flux2_shared.schemas import EncoderInfo
 from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.version import product_version
 from flux2_shared.web.app import make_app
@@ -27,6 +25,7 @@ from generator_service.api.dialects import openai
 from generator_service.api.resolve import Resolver, open_registry
 from generator_service.api.routes import generate, modes, page
 from generator_service.api.routes import jobs as job_routes
+from generator_service.clients.readiness import EncoderCheck
 from generator_service.clients.retrying import MAX_ATTEMPTS, RetryingEncoder, TextEncoder
 from generator_service.clients.text_encoder import TextEncoderClient
 from generator_service.clients.upsampler import Upsampler
@@ -66,13 +65,18 @@ def create_app(settings: GeneratorSettings, transport: httpx.AsyncBaseTransport 
         async with DeviceThread(health.device_lost.set) as thread:
             runtime = Runtime(thread, app.state.metrics, tracing, health.report)
             model, shape = await thread.call(load_model, settings, health.report)
-            client = make_encoder_client(settings, shape, transport)
+            version = ModelVersion(model.info.name, model.info.revision)
+            client = make_encoder_client(settings, version, shape, transport)
             client.trace(tracing)
-            encoder = with_retries(client, settings)
+            encoder = with_retries(client, settings, version)
             upsampler = make_upsampler(settings, transport)
-            async with client, running_engine(settings, model, shape, encoder, runtime, upsampler) as engine:
+            async with (
+                client,
+                aclosing(EncoderCheck(encoder, model.info, shape, settings.encoder_grace_s)) as is_ready,
+                running_engine(settings, model, shape, encoder, runtime, upsampler) as engine,
+            ):
                 app.state.metrics.circuit_open.set_function(lambda: encoder.is_circuit_open)
-                yield Backend(engine, shape, Readiness(encoder, model.info, shape), model.performance.profile)
+                yield Backend(engine, shape, is_ready, model.performance.profile)
 
     return build_app(open_backend, settings)
 
@@ -91,7 +95,7 @@ def build_app(
             ThreadPool("responses") as responses,
         ):
             engine = backend.engine
-            registry = await asyncio.to_thread(open_registry, settings, engine.info)
+            registry = await requests.run(open_registry, settings, engine.info)
             resolver = Resolver(settings, engine.info, registry, backend.embedding_shape, engine.latencies)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
             watch(app.state.metrics, backend, registry, jobs, settings)
@@ -156,12 +160,16 @@ async def running_engine(
 
 
 def make_encoder_client(
-    settings: GeneratorSettings, embedding_shape: tuple[int, int], transport: httpx.AsyncBaseTransport | None
+    settings: GeneratorSettings,
+    model: ModelVersion,
+    embedding_shape: tuple[int, int],
+    transport: httpx.AsyncBaseTransport | None,
 ) -> TextEncoderClient:
     """Create the client of the text encoder at ``settings.text_encoder_url``."""
     return TextEncoderClient(
         str(settings.text_encoder_url),
         embedding_shape,
+        model,
         token=settings.token_to_send(),
         timeout_s=settings.text_encoder_timeout_s,
         transport=transport,
@@ -169,7 +177,10 @@ def make_encoder_client(
 
 
 def with_retries(
-    encoder: TextEncoder, settings: GeneratorSettings, max_attempts: int | None = MAX_ATTEMPTS
+    encoder: TextEncoder,
+    settings: GeneratorSettings,
+    model: ModelVersion | None = None,
+    max_attempts: int | None = MAX_ATTEMPTS,
 ) -> RetryingEncoder:
     """Wrap ``encoder`` with a cache, retries and a circuit breaker."""
     return RetryingEncoder(
@@ -177,6 +188,7 @@ def with_retries(
         timeout_s=settings.text_encoder_timeout_s,
         cache_bytes=settings.embedding_cache_bytes,
         max_attempts=max_attempts,
+        model=model,
     )
 
 
@@ -244,27 +256,3 @@ def check_warm_up_sizes(settings: GeneratorSettings, info: ModelInfo) -> None:
                 f"sides must be multiples of {info.pixels_per_token}, and at most {settings.max_pixels} pixels in total"
             )
             raise ModelRefused(f"GENERATOR_WARM_UP_SIZES: {width}x{height} cannot be generated: {limits}")
-
-
-class HasInfo(Protocol):
-    """A text encoder that reports which model it embeds for."""
-
-    async def info(self) -> EncoderInfo | None:
-        """Return None if the service does not report it; raise a ``Flux2Error`` if the service is unavailable."""
-
-
-class Readiness:
-    """A readiness check: the text encoder must be available and must serve the same model."""
-
-    def __init__(self, encoder: HasInfo, info: ModelInfo, shape: tuple[int, int]) -> None:
-        self._encoder = encoder
-        self._info = info
-        self._shape = shape
-
-    async def __call__(self) -> str | None:
-        """Return the reason for not being ready, or None if ready."""
-        try:
-            info = await self._encoder.info()
-        except Flux2Error as error:
-            return str(error)
-        return None if info is None else info.mismatch(self._info.name, self._info.revision, self._shape)

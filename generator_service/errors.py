@@ -10,6 +10,7 @@ Flux2Error
 ├── BadEncoderResponse        502 bad_encoder_response
 ├── BadUpsamplerResponse      502 bad_upsampler_response
 ├── EncoderUnavailable        503 encoder_unavailable
+├── EncoderMismatch           503 encoder_mismatch
 ├── GeneratorUnavailable      503 generator_unavailable
 ├── UpsamplerUnavailable      503 upsampler_unavailable
 └── EncoderTimeout            504 encoder_timeout
@@ -76,6 +77,13 @@ class EncoderUnavailable(Flux2Error):
 
     status = 503
     code = "encoder_unavailable"
+
+
+class EncoderMismatch(Flux2Error):
+    """The text encoder serves another model or revision than the generator."""
+
+    status = 503
+    code = "encoder_mismatch"
 
 
 class EncoderTimeout(Flux2Error):

@@ -94,6 +94,9 @@ class GeneratorSettings(ServiceSettings):
     text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")
     """Timeout for one prompt including retries, in seconds."""
 
+    encoder_grace_s: float = Field(300.0, ge=0)
+    """Time that the generator stays ready after the text encoder's last answer, in seconds."""
+
     def queue_share(self) -> float:
         """Return the share of the queue that one owner of requests may have."""
         return self.key_share if len(set(self.tokens())) > 1 else 1.0

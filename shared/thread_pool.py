@@ -1,4 +1,7 @@
-"""Thread pools for blocking work. Each kind of work has its own pool, so that one kind does not delay another."""
+"""Thread pools for blocking work. Each kind of work has its own pool, so that one kind does not delay another.
+
+Only name resolution uses the event loop's default executor: a silent name server occupies all of its threads.
+"""
 
 import asyncio
 import contextvars
@@ -25,9 +28,16 @@ class ThreadPool:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._executor.shutdown)
+        await shut_down(self._executor)
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run ``function(*args)`` on one of the threads, in the caller's context, and return its result."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(context.run, function, *args))
+
+
+async def shut_down(executor: ThreadPoolExecutor) -> None:
+    """Wait for an executor's running work, without the default executor, whose threads may wait for a name server."""
+    closer = ThreadPoolExecutor(1, thread_name_prefix="shutdown")
+    await asyncio.get_running_loop().run_in_executor(closer, executor.shutdown)
+    closer.shutdown(wait=False)

@@ -15,9 +15,11 @@ from flux2_shared.model.subfolders import SUBFOLDERS, Service
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.report import Report, ignore
 from flux2_shared.schemas import EncoderInfo
+from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.version import product_version
 from flux2_shared.web.app import make_app
 from flux2_shared.web.auth import BEARER
+from flux2_shared.web.health import READY, Readiness
 from text_encoder_service.encoder import LanguageModelReader, MistralEncoder, load_language_model
 from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
@@ -73,10 +75,11 @@ async def running_encoder(
             "weights": settings.weights,
         }
     )
-    async with queue:
+    cache = ByteBoundedCache[Embedding](settings.embedding_cache_bytes)
+    async with queue, ThreadPool("responses") as responses:
         with queue.admit():
             await queue.submit(WARM_UP_PROMPT)
-        yield EncoderState(settings, info, queue, ByteBoundedCache[Embedding](settings.embedding_cache_bytes), metrics)
+        yield EncoderState(settings, info, queue, cache, metrics, responses)
 
 
 def load_encoder(
@@ -114,6 +117,6 @@ def load_encoder(
     return encoder, info
 
 
-async def is_ready() -> str | None:
-    """Return None: a started text encoder is always ready."""
-    return None
+async def is_ready() -> Readiness:
+    """Return that a started text encoder is always ready."""
+    return READY

@@ -8,12 +8,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 
 from flux2_shared.device.queue import DeviceQueue
-from flux2_shared.embedding import TRUNCATED_HEADER, Embedding, truncated_indices
+from flux2_shared.embedding import TRUNCATED_HEADER, Embedding, ModelVersion, truncated_indices
 from flux2_shared.errors import InvalidRequest
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.model.cpu_tensors import concatenate
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.schemas import EncoderInfo, PredictRequest
+from flux2_shared.thread_pool import ThreadPool
 from flux2_shared.web.accept import preferred_type
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.web.route import ServiceRoute
@@ -32,6 +33,8 @@ class EncoderState:
     queue: DeviceQueue[str, Embedding]
     cache: ByteBoundedCache[Embedding]
     metrics: Metrics
+    responses: ThreadPool
+    """Serializes embeddings."""
 
 
 async def encoder_state(request: Request) -> EncoderState:
@@ -63,12 +66,11 @@ async def predict(body: PredictRequest, request: Request, state: State) -> Respo
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     media_type = preferred_type(request, [TORCH_MEDIA_TYPE, SAFETENSORS_MEDIA_TYPE])
     dump = dump_safetensors if media_type == SAFETENSORS_MEDIA_TYPE else dump_torch
-    truncated = truncated_indices(embeddings)
-    return Response(
-        await asyncio.to_thread(lambda: dump(concatenate([embedding.tensor for embedding in embeddings]))),
-        media_type=media_type,
-        headers={TRUNCATED_HEADER: truncated} if truncated else None,
-    )
+    headers = ModelVersion(state.info.model, state.info.revision).headers()
+    if truncated := truncated_indices(embeddings):
+        headers[TRUNCATED_HEADER] = truncated
+    content = await state.responses.run(lambda: dump(concatenate([each.tensor for each in embeddings])))
+    return Response(content, media_type=media_type, headers=headers)
 
 
 def validate_prompts(body: PredictRequest, settings: TextEncoderSettings) -> list[str]:

@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
+import math
+import time
 from typing import Protocol
 
 import stamina
 
-from flux2_shared.embedding import Embedding
-from flux2_shared.errors import InvalidRequest, OutOfMemory
+from flux2_shared.embedding import Embedding, ModelVersion
 from flux2_shared.model.byte_cache import ByteBoundedCache
 from flux2_shared.schemas import EncoderInfo
-from generator_service.clients.breaker import OPEN_S, CircuitBreaker
+from generator_service.clients.breaker import OPEN_S, CircuitBreaker, CircuitOpen
 from generator_service.errors import BadEncoderResponse, EncoderTimeout, EncoderUnavailable
 
 logger = logging.getLogger("flux2")
@@ -18,6 +19,8 @@ logger = logging.getLogger("flux2")
 MAX_ATTEMPTS = 4
 MAX_BACKOFF_S = 1.0
 """Longest backoff between attempts, in seconds."""
+MAX_PATIENCE_S = 5.0
+"""Longest time without an answer to any prompt until those that wait count as failures, in seconds."""
 
 
 class TextEncoder(Protocol):
@@ -37,7 +40,8 @@ class RetryingEncoder:
         encoder: makes a single attempt.
         timeout_s: timeout for one prompt, including retries.
         cache_bytes: largest size of the cache of embeddings.
-        max_attempts: largest number of attempts; None to retry until the timeout.
+        max_attempts: largest number of attempts; None to retry until the timeout, however long there is no answer.
+        model: the model that the embeddings are for; a part of the cache's key.
     """
 
     def __init__(
@@ -47,12 +51,17 @@ class RetryingEncoder:
         timeout_s: float,
         cache_bytes: int,
         max_attempts: int | None = MAX_ATTEMPTS,
+        model: ModelVersion | None = None,
     ) -> None:
         self._encoder = encoder
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
+        self._model = model
         self._cache = ByteBoundedCache[Embedding](cache_bytes)
-        self._breaker = CircuitBreaker()
+        patience_s = math.inf if max_attempts is None else min(timeout_s / 3, MAX_PATIENCE_S)
+        self._breaker = CircuitBreaker((EncoderUnavailable, EncoderTimeout, TimeoutError), patience_s)
+        self.last_answer: float | None = None
+        """When the service last answered, in ``time.monotonic``'s seconds; None if it never has."""
 
     @property
     def is_circuit_open(self) -> bool:
@@ -60,17 +69,18 @@ class RetryingEncoder:
         return self._breaker.is_open
 
     def is_cached(self, prompt: str) -> bool:
-        """Return whether ``embed`` responds at once; the cache is not changed."""
-        return prompt in self._cache
+        """Return whether ``embed`` would not have to ask the service."""
+        return (self._model, prompt) in self._cache
 
     async def info(self) -> EncoderInfo | None:
-        """Call ``encoder.info``. Any response closes the circuit, so readiness probes detect a recovered encoder."""
+        """Call ``encoder.info``. Any response closes the circuit, so that probes detect a recovered encoder."""
         try:
             info = await self._encoder.info()
         except BadEncoderResponse:
-            self._breaker.record_success()
+            self._breaker.record_reachable()
             raise
-        self._breaker.record_success()
+        self._breaker.record_reachable()
+        self.last_answer = time.monotonic()
         return info
 
     async def embed(self, prompt: str) -> tuple[Embedding, bool]:
@@ -80,29 +90,27 @@ class RetryingEncoder:
             EncoderUnavailable: the service cannot be reached or is overloaded; raised after retries, or immediately
                 while the circuit is open.
             EncoderTimeout: no response within ``timeout_s``.
+            EncoderMismatch: the service has another model or revision.
             BadEncoderResponse: the response is not an embedding; raised after one retry.
             InvalidRequest: the service rejected the prompt.
             OutOfMemory: the service has too little memory for the prompt.
         """
-        cached = self._cache.get(prompt)
+        key = self._model, prompt
+        cached = self._cache.get(key)
         if cached is not None:
             return cached, True
-        if not self._breaker.allow_request():
-            raise EncoderUnavailable("the text encoder is unavailable", retry_after_s=OPEN_S)
+        began, limit = time.monotonic(), asyncio.timeout(self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                embedding = await self._embed_with_retries(prompt)
+            with self._breaker.sending(limit):
+                async with limit:
+                    embedding = await self._embed_with_retries(prompt)
+        except CircuitOpen as error:
+            raise EncoderUnavailable("the text encoder is unavailable", retry_after_s=OPEN_S) from error
         except TimeoutError as error:
-            self._breaker.record_failure()
-            raise EncoderTimeout(f"the text encoder did not respond within {self._timeout_s:g} s") from error
-        except (EncoderUnavailable, EncoderTimeout):
-            self._breaker.record_failure()
-            raise
-        except (BadEncoderResponse, InvalidRequest, OutOfMemory):
-            self._breaker.record_success()
-            raise
-        self._breaker.record_success()
-        self._cache.put(prompt, embedding)
+            waited_s = round(time.monotonic() - began, 1)
+            raise EncoderTimeout(f"the text encoder did not respond within {waited_s:g} s") from error
+        self.last_answer = time.monotonic()
+        self._cache.put(key, embedding)
         return embedding, False
 
     async def _embed_with_retries(self, prompt: str) -> Embedding:

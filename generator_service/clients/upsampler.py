@@ -3,6 +3,7 @@
 The endpoint must be compatible with OpenAI's chat completions. Its responses are bounded and checked.
 """
 
+import asyncio
 import base64
 import io
 import json
@@ -13,10 +14,12 @@ from typing import Any, Self
 
 import httpx
 from PIL.Image import Image
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr
 
+from flux2_shared.errors import Flux2Error
 from flux2_shared.thread_pool import ThreadPool
-from generator_service.clients.bounded_body import IDENTITY, BodyRefused, read_body
+from generator_service.clients.bounded_body import BodyRefused, read_body
+from generator_service.clients.peer import PeerClient
 from generator_service.errors import BadUpsamplerResponse, UpsamplerUnavailable
 from generator_service.pipelines.prompt import LARGEST_UPSAMPLING_AREA, UPSAMPLING_MESSAGE, UPSAMPLING_MESSAGE_EDIT
 
@@ -25,6 +28,9 @@ MAX_TOKENS = 512
 """Temperature and maximum tokens are those of ``Flux2Pipeline``."""
 MAX_RESPONSE_BYTES = 256 * 2**10
 MAX_PROMPT_CHARS = 8000
+MAX_PROMPT_BYTES = 60_000
+"""Longest prompt as JSON, which the metadata of every image format can hold."""
+HEADERS = {"Content-Type": "application/json"}
 RETRY_AFTER_S = 5.0
 
 
@@ -47,7 +53,7 @@ class Upsampler:
         url: base URL of the API, such as ``http://host:8080/v1``.
         model: name of the chat model.
         token: sent as a bearer token.
-        timeout_s: timeout for one prompt.
+        timeout_s: timeout for one prompt, from its first image to the end of the response.
         transport: replaces the network, for tests.
     """
 
@@ -63,14 +69,15 @@ class Upsampler:
         self._url = f"{url.rstrip('/')}/chat/completions"
         self._model = model
         self._pool = ThreadPool("upsampling", 1)
-        headers = IDENTITY | ({"Authorization": f"Bearer {token.get_secret_value()}"} if token else {})
-        self._http = httpx.AsyncClient(headers=headers, timeout=timeout_s, transport=transport, follow_redirects=False)
+        self._timeout_s = timeout_s
+        self._http = PeerClient(
+            _own_error, token, timeout_s=timeout_s, connect_timeout_s=timeout_s, transport=transport
+        )
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
         await self._pool.__aexit__()
 
     async def rewrite(self, prompt: str, references: Sequence[Image] = ()) -> str:
@@ -81,21 +88,30 @@ class Upsampler:
             BadUpsamplerResponse: the response does not contain a prompt.
         """
         try:
-            body = await self._pool.run(self._completion_request, prompt, references)
-            async with self._http.stream("POST", self._url, json=body) as response:
-                raise_for_status(response.status_code)
-                return rewritten(await read_body(response, MAX_RESPONSE_BYTES))
-        except BodyRefused as error:
-            raise BadUpsamplerResponse(f"the prompt upsampler's response is {error}") from error
-        except httpx.TransportError as error:
-            raise UpsamplerUnavailable("the prompt upsampler cannot be reached", retry_after_s=RETRY_AFTER_S) from error
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._pool.run(self._completion_request, prompt, references)
+                async with self._http.stream("POST", self._url, content=body, headers=HEADERS) as response:
+                    raise_for_status(response.status_code)
+                    return rewritten(await read_body(response, MAX_RESPONSE_BYTES))
+        except TimeoutError as error:
+            detail = f"the prompt upsampler did not respond within {self._timeout_s:g} s"
+            raise UpsamplerUnavailable(detail, retry_after_s=RETRY_AFTER_S) from error
 
-    def _completion_request(self, prompt: str, references: Sequence[Image]) -> dict[str, Any]:
+    def _completion_request(self, prompt: str, references: Sequence[Image]) -> bytes:
+        """Encode the request on a thread: images are scaled, and a body with images has megabytes."""
         images = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in references]
         system = UPSAMPLING_MESSAGE_EDIT if images else UPSAMPLING_MESSAGE
         content: Any = [*images, {"type": "text", "text": prompt}] if images else prompt
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        return {"model": self._model, "messages": messages, "temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
+        body = {"model": self._model, "messages": messages, "temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
+        return json.dumps(body).encode()
+
+
+def _own_error(error: Exception) -> Flux2Error:
+    """Return the error that a failed request or a refused body stands for."""
+    if isinstance(error, BodyRefused):
+        return BadUpsamplerResponse(f"the prompt upsampler's response is {error}")
+    return UpsamplerUnavailable("the prompt upsampler cannot be reached", retry_after_s=RETRY_AFTER_S)
 
 
 def data_uri(image: Image) -> str:
@@ -118,11 +134,12 @@ def raise_for_status(status: int) -> None:
 
 def rewritten(body: bytes) -> str:
     """Parse a chat completion and return the prompt."""
-    try:
-        (choice, *_) = _Completion.model_validate(json.loads(body)).choices
-    except (ValueError, ValidationError):
+    try:  # pydantic's parser bounds the nesting and refuses lone surrogates
+        (choice, *_) = _Completion.model_validate_json(body).choices
+    except ValueError:
         raise BadUpsamplerResponse("the prompt upsampler's response is not a chat completion") from None
     prompt = choice.message.content.strip()
-    if not 0 < len(prompt) <= MAX_PROMPT_CHARS:
-        raise BadUpsamplerResponse("the prompt upsampler's response is empty or too long")
+    is_visible = any(character.isprintable() and not character.isspace() for character in prompt)
+    if not is_visible or len(prompt) > MAX_PROMPT_CHARS or len(json.dumps(prompt)) > MAX_PROMPT_BYTES:
+        raise BadUpsamplerResponse("the prompt upsampler's response is blank or too long")
     return prompt

@@ -51,7 +51,7 @@ def get(url: str, token: SecretStr | None = None) -> Answer:
     headers["Accept-Encoding"] = "identity"
     until = monotonic() + TIMEOUT_S
     body = bytearray()
-    with httpx.stream("GET", url, headers=headers, timeout=TIMEOUT_S) as response:
+    with httpx.stream("GET", url, headers=headers, timeout=TIMEOUT_S, trust_env=False) as response:  # as the services
         for chunk in response.iter_raw():
             body += chunk
             if len(body) > MAX_BYTES:

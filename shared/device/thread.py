@@ -13,6 +13,7 @@ import torch
 
 from flux2_shared.device.errors import is_device_lost
 from flux2_shared.errors import DeviceLost, Flux2Error
+from flux2_shared.thread_pool import shut_down
 
 Result = TypeVar("Result")
 
@@ -39,7 +40,7 @@ class DeviceThread:
         if self.is_lost:
             self._executor.shutdown(wait=False, cancel_futures=True)  # the thread may hang in the driver
         else:
-            await asyncio.to_thread(self._executor.shutdown)
+            await shut_down(self._executor)
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run ``function(*args)`` on the device thread and return its result.

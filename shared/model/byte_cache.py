@@ -29,16 +29,17 @@ class ByteBoundedCache(Generic[Item]):
         with self._lock:
             return self._items.get(key)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Return whether an item is cached, without counting as a use of it."""
+        with self._lock:
+            return key in self._items
+
     def put(self, key: Hashable, item: Item) -> None:
         """Store ``item``, unless it is larger than the whole cache."""
         if item.nbytes > self._items.maxsize:
             return
         with self._lock:
             self._items[key] = item
-
-    def __contains__(self, key: Hashable) -> bool:
-        with self._lock:
-            return key in self._items
 
     @property
     def num_bytes(self) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from fastapi import FastAPI, Response
@@ -14,8 +15,19 @@ from flux2_shared.errors import Starting
 
 logger = logging.getLogger("flux2")
 
-ReadyCheck = Callable[[], Awaitable[str | None]]
-"""Returns why the service is not ready, or None."""
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a service can process requests."""
+
+    is_ready: bool = True
+    reason: str | None = None
+    """Why it is not ready; if it is, what it lacks to process all of them."""
+
+
+READY = Readiness()
+ReadyCheck = Callable[[], Awaitable[Readiness]]
+"""Returns whether the service is ready."""
 RETRY_STARTING_S = 10.0
 
 
@@ -38,7 +50,7 @@ class Health:
         """End startup; from now on ``check`` decides whether the service is ready.
 
         Args:
-            check: returns why the service is not ready, or None.
+            check: returns whether the service is ready.
             close: fails all requests that still wait when the service ends.
         """
         self._check = check
@@ -62,11 +74,11 @@ class Health:
         if self._check is None:
             raise Starting(f"the service is starting: {self.progress}", retry_after_s=RETRY_STARTING_S)
 
-    async def why_not_ready(self) -> str | None:
-        """Return why the service is not ready, or None."""
+    async def readiness(self) -> Readiness:
+        """Return whether the service is ready."""
         if self.device_lost.is_set():
-            return "the GPU has failed; the service restarts"
-        return self.progress if self._check is None else await self._check()
+            return Readiness(is_ready=False, reason="the GPU has failed; the service restarts")
+        return Readiness(is_ready=False, reason=self.progress) if self._check is None else await self._check()
 
 
 def add_health_routes(app: FastAPI, health: Health, metrics: CollectorRegistry) -> None:
@@ -82,12 +94,13 @@ def add_health_routes(app: FastAPI, health: Health, metrics: CollectorRegistry) 
 
     @app.get("/health/ready", tags=["health"])
     async def ready(response: Response) -> dict[str, str]:
-        """Readiness: the service can process requests; if not, 503 with the reason."""
-        reason = await health.why_not_ready()
-        if reason is None:
-            return {"status": "ready"}
+        """Readiness: the service can process requests, although perhaps not all; if not, 503 with the reason."""
+        readiness = await health.readiness()
+        if readiness.is_ready:
+            degraded = {"degraded": readiness.reason} if readiness.reason else {}
+            return {"status": "ready"} | degraded
         response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
-        return {"status": "starting" if health.is_starting else "not ready", "reason": reason}
+        return {"status": "starting" if health.is_starting else "not ready", "reason": str(readiness.reason)}
 
     app.add_api_route("/health", ready, methods=["GET"], tags=["health"])
 

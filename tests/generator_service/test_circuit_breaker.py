@@ -10,35 +10,90 @@ import torch
 
 from flux2_shared.errors import InvalidRequest
 from flux2_shared.wire import dump_torch
-from generator_service.clients.breaker import FAILURES_TO_OPEN, OPEN_S, CircuitBreaker
+from generator_service.clients.breaker import FAILURES_TO_OPEN, OPEN_S, CircuitBreaker, CircuitOpen
 from generator_service.clients.retrying import RetryingEncoder
 from generator_service.clients.text_encoder import TextEncoderClient
 from tests.conftest import Serve
-from tests.control import PATIENCE_S
+from tests.control import PATIENCE_S, Clock
 from tests.generator_service.test_generate import SMALL
 
 
-def test_it_opens_and_closes() -> None:
-    """It opens after consecutive failures, then admits one trial every two seconds; one success closes it."""
-    now = [100.0]
-    breaker = CircuitBreaker(lambda: now[0])
+class Unreachable(Exception):
+    """A failure of the service."""
+
+
+async def send(breaker: CircuitBreaker, outcome: Exception | None = None) -> bool:
+    """Whether the breaker lets a request through, which ends at once with ``outcome``."""
+    try:
+        with breaker.sending(asyncio.timeout(None)):
+            if outcome is not None:
+                raise outcome
+    except CircuitOpen:
+        return False
+    except (Unreachable, InvalidRequest):
+        pass
+    return True
+
+
+async def opened() -> CircuitBreaker:
+    """A breaker that has just opened."""
+    breaker = CircuitBreaker((Unreachable,))
     for _ in range(FAILURES_TO_OPEN):
-        assert breaker.allow_request()
-        breaker.record_failure()
-    assert not breaker.allow_request()
-    now[0] += OPEN_S
-    assert [breaker.allow_request() for _ in range(3)] == [True, False, False]
-    breaker.record_success()
-    assert [breaker.allow_request() for _ in range(3)] == [True] * 3
+        assert await send(breaker, Unreachable())
+    assert breaker.is_open
+    return breaker
 
 
-def test_single_failures_do_not_open_it() -> None:
-    """A success between failures resets the count."""
-    breaker = CircuitBreaker()
-    for _ in range(10):
-        breaker.record_failure()
-        breaker.record_success()
-    assert breaker.allow_request()
+@pytest.mark.anyio
+async def test_it_opens_and_closes(clock: Clock) -> None:
+    """It opens after consecutive failures, then admits one trial every two seconds; one success closes it."""
+    breaker = await opened()
+    assert not await send(breaker)
+    clock.advance(OPEN_S)
+    assert [await send(breaker, Unreachable()) for _ in range(3)] == [True, False, False]
+    clock.advance(OPEN_S)
+    assert [await send(breaker) for _ in range(3)] == [True] * 3
+
+
+@pytest.mark.anyio
+async def test_a_trial_is_alone_until_it_has_ended(clock: Clock) -> None:
+    """While the circuit is open one request waits, however long; if its client leaves, the next one soon follows."""
+    breaker = await opened()
+    clock.advance(OPEN_S)
+
+    async def wait_for_ever() -> None:
+        with breaker.sending(asyncio.timeout(None)):
+            await asyncio.Event().wait()
+
+    trial = asyncio.create_task(wait_for_ever())
+    await asyncio.sleep(0)
+    for _ in range(3):
+        clock.advance(10 * OPEN_S)
+        assert not await send(breaker)
+    trial.cancel()
+    await asyncio.gather(trial, return_exceptions=True)
+    assert breaker.is_open
+    assert await send(breaker)
+    assert not breaker.is_open
+
+
+@pytest.mark.anyio
+async def test_single_failures_do_not_open_it() -> None:
+    """An answer between failures resets the count, also if it is an error."""
+    breaker = CircuitBreaker((Unreachable,))
+    for outcome in [Unreachable(), None, Unreachable(), InvalidRequest("a prompt")] * 5:
+        assert await send(breaker, outcome)
+    assert await send(breaker)
+
+
+@pytest.mark.anyio
+async def test_a_reachable_service_gets_one_failure() -> None:
+    """An answer to another kind of request closes the circuit, and one more failure opens it again."""
+    breaker = await opened()
+    breaker.record_reachable()
+    assert not breaker.is_open
+    assert await send(breaker, Unreachable())
+    assert breaker.is_open
 
 
 @pytest.mark.anyio

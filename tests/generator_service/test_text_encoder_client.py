@@ -361,7 +361,7 @@ async def test_there_is_one_time_limit(
         (httpx.ConnectTimeout, EncoderUnavailable),
         (httpx.ReadTimeout, EncoderTimeout),
         (httpx.WriteTimeout, EncoderTimeout),
-        (httpx.PoolTimeout, EncoderTimeout),
+        (httpx.PoolTimeout, EncoderUnavailable),
     ],
 )
 async def test_network_failures_are_own_errors(failure: type[httpx.TransportError], error: type[Flux2Error]) -> None:

@@ -1,9 +1,11 @@
 """Prompt upsampling by a chat model."""
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -124,6 +126,114 @@ async def test_failures_are_own_errors(reply: Callable[[], httpx.Response], erro
             await client.rewrite("a")
     assert "secret" not in str(caught.value)
     assert len(model.requests) == 1
+
+
+def message(content: str) -> bytes:
+    """A response whose content is this JSON text."""
+    return b'{"choices":[{"message":{"role":"assistant","content":' + content.encode() + b"}}]}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 200_000,
+        b'{"choices":' * 20_000,
+        b'{"unknown":' + b"[" * 100_000 + b"]" * 100_000 + b',"choices":[]}',
+        message('"\\ud800"'),
+        message('"a\\udfffb"'),
+        message("NaN"),
+        message("1" * 10_000),
+        message("-1e999"),
+        message("null"),
+        message("true"),
+        message('{"text":"a"}'),
+        message('["a"]'),
+        message('"\\u200b\\u00a0\\n"'),
+        message('"\\u0000"'),
+        message('"' + "😀" * 7000 + '"'),
+        message('"a"')[:-3],
+        message('"a"').replace(b'"a"', b'"\xff"'),
+        message('"a"').decode().encode("utf-16"),
+        b"",
+        b"null",
+        b"[]",
+        b'{"choices":{}}',
+        b'{"choices":[null]}',
+        b'{"choices":[{"message":"a"}]}',
+        b'{"choices":[],"choices":null}',
+    ],
+    ids=lambda body: repr(body[:40]),
+)
+async def test_a_malformed_completion_is_502(body: bytes) -> None:
+    """Nesting, lone surrogates, numbers, other types, nothing visible, too long, truncated or other bytes."""
+    client, _ = upsampler(lambda: httpx.Response(200, content=body))
+    async with client:
+        with pytest.raises(BadUpsamplerResponse):
+            await client.rewrite("a")
+
+
+@pytest.mark.parametrize(
+    ("body", "prompt"),
+    [
+        (message('"a\\tb\\u0001\\n"'), "a\tb\x01"),
+        (message('"\\ud83d\\ude00"'), "😀"),
+        (message('"x"').replace(b'{"choices"', b'{"usage":{"x":1e999,"y":NaN},"choices":[],"choices"'), "x"),
+        (message('"x","content":"y"'), "y"),
+    ],
+)
+async def test_an_unusual_completion_is_read(body: bytes, prompt: str) -> None:
+    """Control characters stay, pairs of surrogates are one character, of repeated names the last counts."""
+    client, _ = upsampler(lambda: httpx.Response(200, content=body))
+    async with client:
+        assert await client.rewrite("a") == prompt
+
+
+async def drips(_request: httpx.Request) -> httpx.Response:
+    """Send a byte now and then, for ever."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    return httpx.Response(200, content=chunks())
+
+
+async def hangs(_request: httpx.Request) -> httpx.Response:
+    """Accept the request and answer nothing."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@pytest.mark.parametrize("model", [drips, hangs])
+async def test_there_is_one_time_limit(model: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> None:
+    """The limit holds for connecting, sending and reading together."""
+    transport = httpx.MockTransport(model)  # type: ignore[arg-type]  # it accepts coroutines
+    async with Upsampler("http://chat/v1/", "m", timeout_s=0.1, transport=transport) as client:
+        with pytest.raises(UpsamplerUnavailable, match=r"within 0\.1 s"):
+            await client.rewrite("a")
+
+
+async def test_images_are_scaled_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither scaling nor encoding them as JSON stops the event loop."""
+    threads: set[str] = set()
+    resize, dumps = Image.Image.resize, json.dumps
+
+    def watched_resize(image: Image.Image, *args: Any, **kwargs: Any) -> Image.Image:
+        threads.add(threading.current_thread().name)
+        return resize(image, *args, **kwargs)
+
+    def watched_dumps(*args: Any, **kwargs: Any) -> str:
+        if "messages" in args[0]:
+            threads.add(threading.current_thread().name)
+        return dumps(*args, **kwargs)
+
+    client, _ = upsampler(lambda: httpx.Response(200, content=completion(BETTER)))
+    monkeypatch.setattr(Image.Image, "resize", watched_resize)
+    monkeypatch.setattr(json, "dumps", watched_dumps)
+    async with client:
+        await client.rewrite("make it blue", [Image.new("RGB", (2000, 1000))])
+    assert threads == {"upsampling_0"}
 
 
 async def test_the_upsampled_prompt_is_used_and_reported(serve_generator: Serve, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from flux2_shared.web.server import serve
 from flux2_shared.settings import ServiceSettings
 from flux2_shared.observability.metrics import Metrics
 from flux2_shared.web.app import make_app
+from flux2_shared.web.health import READY
 
 folder = Path(sys.argv[2])
 
@@ -74,7 +75,7 @@ def create_app(settings):
                 yield
 
     async def ready():
-        return None
+        return READY
 
     app = make_app("test", "0", settings, lifespan, Metrics())
 

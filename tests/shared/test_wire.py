@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -124,6 +125,86 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 }
 
 
+def in_archive(pickled: bytes, values: bytes = b"", byteorder: bytes = b"little") -> bytes:
+    """An archive with the members that torch writes."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", byteorder)
+        archive.writestr("archive/data/0", values)
+        archive.writestr("archive/version", b"3\n")
+    return target.getvalue()
+
+
+def pickle_of(thing: object) -> bytes:
+    """The pickle in the output of ``torch.save``."""
+    return zipfile.ZipFile(io.BytesIO(saved(thing))).read("archive/data.pkl")
+
+
+VALUES = embedding().view(torch.uint8).numpy().tobytes()
+PLAIN = pickle_of(embedding())
+
+
+def replaced(old: bytes, new: bytes) -> Callable[[], bytes]:
+    """The embedding's archive with a part of its pickle replaced."""
+    assert PLAIN.count(old) == 1
+    return lambda: in_archive(PLAIN.replace(old, new), VALUES)
+
+
+def calling(name: bytes, argument: bytes) -> bytes:
+    """A pickle that calls a function of torch's allow-list."""
+    return b"\x80\x02c" + name + b"\n" + argument + b"\x85R."
+
+
+def many_entries() -> bytes:
+    """A zip directory with as many empty entries as the size allows."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for index in range(60):
+            archive.writestr(str(index), b"")
+    return target.getvalue()
+
+
+class Subclass(torch.Tensor):
+    """A tensor class of another program."""
+
+
+HOSTILE |= {
+    "function that allocates 2 GB": lambda: in_archive(calling(b"__builtin__\nbytearray", b"J\xff\xff\xff\x7f")),
+    "uninitialized memory": lambda: in_archive(calling(b"torch\nTensor", b"K\x01K\x04K\x06\x87")),
+    "nested": lambda: saved(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+    "parameter that needs gradients": lambda: saved(torch.nn.Parameter(torch.ones(SHAPE), requires_grad=True)),
+    "subclass": lambda: saved(embedding().as_subclass(Subclass)),
+    "conjugated view": lambda: saved(torch.ones(SHAPE, dtype=torch.complex64).conj()),
+    "meta tensor": lambda: saved(torch.empty(SHAPE, device="meta")),
+    "many lists": lambda: in_archive(b"\x80\x02" + b"]" * 500 + b".", VALUES),
+    "long pickle": lambda: in_archive(b"\x80\x02" + b"]" * 3000 + b".", VALUES[:8]),
+    "no pickle": lambda: in_archive(b"", VALUES),
+    "other text": lambda: in_archive(b"S'x'\n.", VALUES),
+    "decimal numbers": replaced(b"K\x18t", b"I24\nt"),
+    "requires gradients": replaced(b"\x89c", b"\x88c"),
+    "offset": replaced(b"QK\x00", b"QK\x01"),
+    "other strides": replaced(b"K\x18K\x06K\x01\x87", b"K\x18K\x01K\x04\x87"),
+    "negative shape": replaced(b"K\x01K\x04K\x06\x87", b"K\x01J\xfc\xff\xff\xffJ\xfa\xff\xff\xff\x87"),
+    "larger storage": replaced(b"K\x18t", b"K\x19t"),
+    "other location": replaced(b"X\x03\x00\x00\x00cpu", b"X\x04\x00\x00\x00meta"),
+    "other key": replaced(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001"),
+    "key that leaves the folder": replaced(b"X\x01\x00\x00\x000", b"X\x07\x00\x00\x00../../0"),
+    "other storage": replaced(b"BFloat16Storage", b"Float8_e5m2Storage"),
+    "storage of another width": replaced(b"BFloat16Storage", b"FloatStorage"),
+    "another protocol": replaced(b"\x80\x02c", b"\x80\x04c"),
+    "more after the end": lambda: in_archive(PLAIN[:-1] + b"0" + PLAIN, VALUES),
+    "hooks": replaced(b")R", b"](K\x00K\x00\x86e\x85R"),
+    "fewer values": lambda: in_archive(PLAIN, VALUES[:-2]),
+    "more values": lambda: in_archive(PLAIN, VALUES + bytes(2)),
+    "big-endian": lambda: in_archive(PLAIN, VALUES, b"big"),
+    "long byte order": lambda: in_archive(PLAIN, VALUES, b"little" * 100),
+    "two folders": lambda: saved(embedding()).replace(b"archive/version", b"another/version"),
+    "many directory entries": many_entries,
+    "second storage": lambda: rezipped(saved(embedding())).replace(b"archive/version", b"archive/data/11"),
+}
+
+
 def saved_legacy(thing: object) -> bytes:
     """The format of torch before archives: a bare pickle."""
     buffer = io.BytesIO()
@@ -181,6 +262,86 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             case _:
                 changed[at:at] = changed[at : at + rng.randrange(1, 20)]
     return bytes(changed)
+
+
+LARGE = (1, 512, 15360)
+LARGE_BYTES = 512 * 15360 * 4
+EXPENSIVE: dict[str, Callable[[], bytes]] = {
+    "lists": lambda: in_archive(b"\x80\x02" + b"]" * (LARGE_BYTES - 1000) + b"."),
+    "directory": lambda: many_entries_of(LARGE_BYTES),
+    "allocation": HOSTILE["function that allocates 2 GB"],
+    "uninitialized": HOSTILE["uninitialized memory"],
+    "nested": HOSTILE["nested"],
+}
+
+
+def many_entries_of(size: int) -> bytes:
+    """An archive whose directory has as many entries as ``size`` bytes can hold."""
+    entry = zipfile.ZipInfo("a")
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr(entry, b"")
+    data = target.getvalue()
+    start, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    directory = data[start:end] * (size // (end - start))
+    tail = bytearray(data[end:])
+    tail[12:16] = struct.pack("<I", len(directory))
+    return data[:start] + directory + bytes(tail)
+
+
+@pytest.mark.parametrize("kind", EXPENSIVE)
+@pytest.mark.filterwarnings("ignore")
+def test_malicious_payloads_cost_nothing(kind: str) -> None:
+    """They are refused before anything is built: less than a megabyte is allocated."""
+    data = EXPENSIVE[kind]()
+    tracemalloc.start()
+    with pytest.raises(WireError):
+        parse_torch(data, LARGE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_a_long_header_of_safetensors_costs_nothing() -> None:
+    """A header of more than 4 KiB is refused before it is parsed: it could name a million tensors."""
+    header = (
+        b"{" + b",".join(b'"%x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % k for k in range(50_000)) + b"}"
+    )
+    data = struct.pack("<Q", len(header)) + header
+    with pytest.raises(WireError, match="header"):
+        parse_safetensors(data, LARGE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5])
+def test_tensors_of_any_rank_are_read(dtype: torch.dtype, rank: int) -> None:
+    """What ``torch.save`` writes for a plain tensor is read, whatever its rank."""
+    tensor = torch.randn((2, 3, 1, 300, 2)[:rank]).to(dtype)
+    assert torch.equal(parse_torch(saved(tensor), tensor.shape), tensor)
+
+
+def test_archives_of_other_versions_are_read() -> None:
+    """Archives of older torch have no byte order and other names; services with a GPU may save from it."""
+    plain = saved(embedding())
+    older = rezipped(plain, drop="byteorder").replace(b"archive/", b"prompt_/")
+    on_gpu = in_archive(PLAIN.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:1"), VALUES)
+    for data in (older, on_gpu, rezipped(plain, drop="/.")):
+        assert torch.equal(parse_torch(data, SHAPE), embedding())
+
+
+def test_the_stride_of_a_single_row_is_ignored() -> None:
+    """A tensor is contiguous whatever the stride of a dimension of size 1, as ``torch`` has it."""
+    tensor = embedding().reshape(4, 1, 6).transpose(0, 1)
+    assert tensor.is_contiguous()
+    assert tensor.stride(0) != 24
+    assert torch.equal(parse_torch(saved(tensor), SHAPE), tensor)
+
+
+def test_the_parsed_tensor_can_be_changed() -> None:
+    """It owns its memory."""
+    parsed = parse_torch(dump_torch(embedding()), SHAPE)
+    parsed += 1
+    assert not torch.equal(parsed, embedding())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

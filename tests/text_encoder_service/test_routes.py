@@ -92,6 +92,17 @@ async def test_accept_is_parsed(serve_encoder: Serve, accept: str, kind: str) ->
     assert (response.status_code, response.headers["content-type"]) == (200, kind)
 
 
+async def test_every_answer_names_the_model(serve_encoder: Serve) -> None:
+    """Model and revision are in the headers of new and cached embeddings, single and in a batch, in both formats."""
+    async with serve_encoder() as http:
+        info = (await http.get("/info")).json()
+        for accept in ("application/octet-stream", "application/vnd.safetensors"):
+            for prompt in ("a", "a", ["a", "b"]):
+                response = await http.post("/predict", json={"prompt": prompt}, headers={"Accept": accept})
+                named = response.headers["x-model"], response.headers["x-model-revision"]
+                assert named == (info["model"], info["revision"]) == ("weights", "local")
+
+
 async def test_truncated_prompts_are_reported(serve_encoder: Serve) -> None:
     """The header lists the prompts that were truncated, whether they come from the device or from the cache."""
     long = "red " * 100

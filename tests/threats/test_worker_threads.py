@@ -1,6 +1,5 @@
 """Work on other threads, which would compete with the device thread for the CPU."""
 
-import asyncio
 import base64
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flux2_shared.thread_pool import ThreadPool
 from tests.conftest import Serve
 
 pytestmark = pytest.mark.anyio
@@ -39,16 +39,16 @@ class Computations(TorchDispatchMode):
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The computing operations of worker threads; with ``Computations`` entered, those of the event loop too."""
     names: list[str] = []
-    to_thread = asyncio.to_thread
+    run = ThreadPool.run
 
-    async def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def run() -> Any:
+    async def watched(threads: ThreadPool, function: Callable[..., Any], *args: Any) -> Any:
+        def watched_function() -> Any:
             with Computations(names):
-                return function(*args, **kwargs)
+                return function(*args)
 
-        return await to_thread(run)
+        return await run(threads, watched_function)
 
-    monkeypatch.setattr(asyncio, "to_thread", watched)
+    monkeypatch.setattr(ThreadPool, "run", watched)
     return names
 
 
