@@ -66,14 +66,14 @@ class Fleet:
         """Return False: each generator has a cache of its own."""
         return False
 
-    def admit(self, owner: str = "", *, needs_encoder: bool = True) -> AbstractContextManager[Permit]:
+    def admit(self, owner: str = "", is_embedded: Callable[[], bool] = lambda: False) -> AbstractContextManager[Permit]:
         """See ``Admission.admit``.
 
         Raises:
             Busy: the queue is full.
             ShuttingDown: the fleet is closed.
         """
-        return self._queue.admit(owner, needs_encoder=needs_encoder)
+        return self._queue.admit(owner, is_embedded)
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """See ``Engine.submit``. Serve's router picks the next request, so positions are estimates.

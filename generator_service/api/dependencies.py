@@ -34,10 +34,15 @@ class GeneratorState:
             Busy: the queue is full; the body was not decoded.
             InvalidRequest: a field is outside its limits.
         """
-        is_embedded = body.prompt_embeds is not None or self.engine.is_cached(body.prompt or "")
-        with self.engine.admit(owner, needs_encoder=body.upsample_prompt or not is_embedded) as permit:
+        with self.engine.admit(owner, lambda: self._is_embedded(body)) as permit:
             request = await self.requests.run(self.resolver.resolve, body, is_followed)
             return self.engine.submit(request, permit)
+
+    def _is_embedded(self, body: GenerateRequest) -> bool:
+        """Return whether a request does not need the text encoder."""
+        if body.upsample_prompt:
+            return False
+        return body.prompt_embeds is not None or self.engine.is_cached(body.prompt or "")
 
     async def job(self, body: GenerateRequest, owner: str, key: str | None) -> Job:
         """Start a job, or return the one that was started with the same ``Idempotency-Key``.

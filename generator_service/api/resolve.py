@@ -173,18 +173,14 @@ class Resolver:
             limit = f"({image_tokens} of the image itself) are more than {settings.max_image_tokens}"
             message = f"images: {num_tokens} image tokens {limit}; send fewer or smaller images"
             raise InvalidRequest(message, param="images")
-        self._check_work(body, num_tokens)
-        return width, height, num_tokens
-
-    def _check_work(self, body: GenerateRequest, num_tokens: int) -> None:
-        """Bound the time that one request can take on the device."""
         num_images = body.num_images * (2 if body.compare else 1)
         token_steps = num_images * num_tokens * body.num_inference_steps
-        if token_steps > self.settings.max_token_steps:
+        if token_steps > settings.max_token_steps:
             work = f"{num_images} images of {num_tokens} tokens in {body.num_inference_steps} steps"
-            limit = f"{token_steps} token steps, more than {self.settings.max_token_steps}"
+            limit = f"{token_steps} token steps, more than {settings.max_token_steps}"
             message = f"num_inference_steps: {work} are {limit}; ask for fewer images, fewer steps, or smaller images"
             raise InvalidRequest(message, param="num_inference_steps")
+        return width, height, num_tokens
 
 
 def cache_within(body: GenerateRequest, limit_ms: int, latency: LatencyEstimate | None) -> str | int:

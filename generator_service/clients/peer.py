@@ -58,11 +58,11 @@ class PeerClient:
         self._certificates = certificates()
         self._transport = transport
         self._permits = asyncio.Semaphore(max_connections)
-        self._tracing = Tracing()
+        self._tracing: Tracing | None = None
 
     def trace(self, tracing: Tracing) -> None:
         """Record requests as spans and propagate the trace context."""
-        self._tracing = tracing
+        self._tracing = tracing if tracing.is_enabled else None
 
     @asynccontextmanager
     async def stream(
@@ -83,7 +83,8 @@ class PeerClient:
                 trust_env=False,
                 verify=self._certificates,
             )
-            self._tracing.trace_client(http)
+            if self._tracing is not None:
+                self._tracing.trace_client(http)
             try:
                 async with http, http.stream(method, url, json=json, content=content, headers=headers) as response:
                     yield response

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from flux2_shared.errors import Busy
+from flux2_shared.errors import Busy, Flux2Error
+from generator_service.engine.generation import Generation
 
 EXTRA_SLOTS = 2
 """Slots for requests that do not need the text encoder, while the others wait for it."""
@@ -24,10 +25,8 @@ class Permit:
     owner: str
     turn: int
     """Order of service: the first turn that the owner has not used."""
-    needs_encoder: bool
-    """Whether the prompt is not embedded yet."""
-    is_taken: bool = False
-    """Whether a generation holds it, and frees the slot when it ends."""
+    generation: Generation | None = None
+    """The generation that holds it, and frees the slot when it ends."""
 
 
 class Admission:
@@ -40,6 +39,8 @@ class Admission:
     """
 
     def __init__(self, capacity: Callable[[], int], seconds_of: Callable[[int], float], share: float = 1.0) -> None:
+        self.refusal: Callable[[], Flux2Error] | None = None
+        """Makes the error of all further requests, once the queue is closed."""
         self._capacity = capacity
         self._seconds_of = seconds_of
         self._share = share
@@ -56,25 +57,33 @@ class Admission:
         return len(self._permits)
 
     @contextmanager
-    def admit(self, owner: str, *, needs_encoder: bool) -> Iterator[Permit]:
+    def admit(self, owner: str = "", is_embedded: Callable[[], bool] = lambda: False) -> Iterator[Permit]:
         """Issue a permit. It is released after the block if no generation has taken it.
+
+        Args:
+            owner: whose request it is.
+            is_embedded: returns whether the request does not need the text encoder; called if the queue is full.
 
         Raises:
             Busy: the queue, or the owner's share of it, is full; ``retry_after_s`` is an estimate.
+            Flux2Error: the queue was closed with this error.
         """
-        self._check(self._permits, self._capacity(), "the queue is full", needs_encoder=needs_encoder)
-        if self._share < 1:
-            own = [permit for permit in self._permits if permit.owner == owner]
-            limit = math.ceil(self._share * self._capacity())
-            self._check(own, limit, "this key has its share of the queue", needs_encoder=needs_encoder)
+        if self.refusal is not None:
+            raise self.refusal()
+        capacity = self._capacity()
+        own = [permit for permit in self._permits if permit.owner == owner]
+        if len(self._permits) >= capacity:
+            self._check_extra_slot(self._permits, is_embedded, "the queue is full")
+        if len(own) >= math.ceil(self._share * capacity):
+            self._check_extra_slot(own, is_embedded, "this key has its share of the queue")
         turn = max(self._turn, self._last_turns.get(owner, -1) + 1)
-        permit = Permit(next(self._numbers), time.monotonic(), owner, turn, needs_encoder)
+        permit = Permit(next(self._numbers), time.monotonic(), owner, turn)
         self._last_turns[owner] = turn
         self._permits.add(permit)
         try:
             yield permit
         finally:
-            if not permit.is_taken:
+            if permit.generation is None:
                 self.release(permit)
                 if self._last_turns.get(owner) == turn:
                     self._last_turns[owner] = turn - 1  # refused requests do not delay later ones
@@ -88,10 +97,8 @@ class Admission:
         """Free the slot of ``permit``."""
         self._permits.discard(permit)
 
-    def _check(self, permits: Collection[Permit], limit: int, reason: str, *, needs_encoder: bool) -> None:
-        """Raise ``Busy`` if there are too many permits. If many of them wait for the text encoder, there are more."""
-        if len(permits) < limit:
-            return
-        num_ready = sum(not permit.needs_encoder for permit in permits)
-        if needs_encoder or num_ready == len(permits) or num_ready >= EXTRA_SLOTS:
+    def _check_extra_slot(self, permits: Collection[Permit], is_embedded: Callable[[], bool], reason: str) -> None:
+        """Raise ``Busy`` unless nearly all permits wait for the text encoder, and this request would not."""
+        num_encoding = sum(permit.generation is not None and permit.generation.is_encoding for permit in permits)
+        if num_encoding == 0 or len(permits) - num_encoding >= EXTRA_SLOTS or not is_embedded():
             raise Busy(f"the service is busy: {reason}", retry_after_s=self._seconds_of(self.num_permits))

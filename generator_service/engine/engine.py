@@ -12,7 +12,7 @@ The life of a generation, in the order of the code:
 import asyncio
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -68,7 +68,7 @@ class ImageGenerator(Protocol):
     def is_cached(self, prompt: str, /) -> bool:
         """Return whether the prompt's embedding is cached."""
 
-    def admit(self, owner: str = "", *, needs_encoder: bool = True) -> AbstractContextManager[Permit]:
+    def admit(self, owner: str = "", is_embedded: Callable[[], bool] = lambda: False) -> AbstractContextManager[Permit]:
         """See ``Admission.admit``."""
 
     def submit(self, request: Request, permit: Permit) -> Generation:
@@ -177,8 +177,10 @@ class Engine:
         if params.prompt_embeds is None:
             assert params.prompt is not None
             generation.emit(EncodingPrompt())
+            generation.is_encoding = True
             with self._tracing.span("encode"):
                 embedding, was_cached = await self._encoder.embed(params.prompt)
+            generation.is_encoding = False
             self._metrics.cache.labels("hit" if was_cached else "miss").inc()
             params = replace(params, prompt_embeds=embedding.tensor, is_truncated=embedding.is_truncated)
         request = replace(request, params=params)

@@ -95,6 +95,8 @@ class Generation:
         self.ended: float | None = None
         self.is_wanted = True
         """Whether the generation has not ended; may be read from any thread."""
+        self.is_encoding = False
+        """Whether it waits for the text encoder."""
         self.queued: Queued | None = None
         """The latest queue position."""
         self._on_end = on_end

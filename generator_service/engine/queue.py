@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic
 
@@ -52,10 +51,10 @@ class Queue(Generic[Image]):
         self._num_devices = num_devices
         self._clock = clock
         self._admission = Admission(capacity, self._seconds_of, share)
+        self.admit = self._admission.admit
         self._slots: dict[Generation, Slot[Image]] = {}  # in the order of service
         self._running: list[Work[Image]] = []
         self._arrival = asyncio.Event()
-        self._refusal: Callable[[], Flux2Error] | None = None
 
     @property
     def num_in_flight(self) -> int:
@@ -66,17 +65,11 @@ class Queue(Generic[Image]):
         """All generations in the queue, in the order of service."""
         return list(self._slots)
 
-    def admit(self, owner: str = "", *, needs_encoder: bool = True) -> AbstractContextManager[Permit]:
-        """Issue a permit; see ``Admission.admit``. Raises the queue's error if it was closed."""
-        if self._refusal is not None:
-            raise self._refusal()
-        return self._admission.admit(owner, needs_encoder=needs_encoder)
-
     def enter(self, generation: Generation, permit: Permit) -> None:
         """Give ``generation`` the slot of ``permit``; raise the queue's error if it was closed meanwhile."""
-        if self._refusal is not None:
-            raise self._refusal()
-        permit.is_taken = True
+        if self._admission.refusal is not None:
+            raise self._admission.refusal()
+        permit.generation = generation
         slots = [*self._slots.values(), Slot(permit, generation)]
         slots.sort(key=lambda slot: (slot.permit.turn, slot.permit.number))
         self._slots = {slot.generation: slot for slot in slots}
@@ -86,9 +79,7 @@ class Queue(Generic[Image]):
         """Add an image of ``generation`` that is ready for the device."""
         future = asyncio.get_running_loop().create_future()
         work = Work(generation, params, index, future, self._clock())
-        slot = self._slots[generation]
-        slot.ready.append(work)
-        slot.permit.needs_encoder = False
+        self._slots[generation].ready.append(work)
         self._arrival.set()
         self._report()
         return work
@@ -97,12 +88,9 @@ class Queue(Generic[Image]):
         """Mark ``generation`` as begun."""
         slot = self._slots.get(generation)
         if slot is not None and not slot.has_begun:
-            self._mark_begun(slot)
+            slot.has_begun = True
+            self._admission.begin(slot.permit)
             self._report()
-
-    def _mark_begun(self, slot: Slot[Image]) -> None:
-        slot.has_begun = True
-        self._admission.begin(slot.permit)
 
     def leave(self, generation: Generation) -> None:
         """Free the slot of ``generation``, which has ended, and drop its remaining images."""
@@ -119,7 +107,8 @@ class Queue(Generic[Image]):
             work.started = self._clock()
             slot = self._slots[work.generation]
             slot.ready.remove(work)
-            self._mark_begun(slot)
+            slot.has_begun = True
+            self._admission.begin(slot.permit)
         self._running = batch
         self._report()
         return batch
@@ -131,7 +120,7 @@ class Queue(Generic[Image]):
 
     def close(self, error: Callable[[], Flux2Error]) -> None:
         """Fail every generation with ``error()`` and refuse new ones with it."""
-        self._refusal = error
+        self._admission.refusal = error
         for generation in self.generations:
             generation.fail(error())
 

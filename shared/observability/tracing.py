@@ -23,6 +23,7 @@ class Tracing:
 
     def __init__(self, provider: Any = None) -> None:
         self._provider = provider
+        self.is_enabled = provider is not None
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

@@ -16,10 +16,13 @@ BEARER = Depends(HTTPBearer(auto_error=False))
 def authenticate(request: Request) -> None:
     """Require one of the app's bearer tokens, ``app.state.tokens``, or nothing if there are none.
 
+    Sets ``request.state.owner`` to a hash of the token, or to an empty string.
+
     Raises:
         Unauthorized: the request has no token, or another one.
     """
     tokens: tuple[str, ...] = request.app.state.tokens
+    request.state.owner = ""
     if not tokens:
         return
     scheme, token = get_authorization_scheme_param(request.headers.get("authorization"))
@@ -29,9 +32,3 @@ def authenticate(request: Request) -> None:
     if not any(is_known):
         raise Unauthorized("a valid bearer token is required")
     request.state.owner = hashlib.sha256(given).hexdigest()
-
-
-def owner_of(request: Request) -> str:
-    """Return the owner of a request: a hash of its token, or an empty string if no tokens are configured."""
-    owner: str = getattr(request.state, "owner", "")
-    return owner

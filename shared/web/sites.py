@@ -14,10 +14,12 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flux2_shared.errors import CrossSiteRequest, Flux2Error, UnknownHost
+from flux2_shared.errors import CrossSiteRequest, UnknownHost
 from flux2_shared.web.problem import problem_response
 
 ANY = "*"
+OWN_RELATIONS = {"same-origin", "none"}
+"""Values of ``Sec-Fetch-Site``: a page of this service, and the user, for instance by a bookmark."""
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::(?P<port>\d{0,5}))?", re.ASCII | re.IGNORECASE)
 """The value of ``Host`` (RFC 9110, 7.2)."""
@@ -44,29 +46,23 @@ class SiteCheck:
         self._allowed_origins = set(allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                self._check(scope["method"], Headers(scope=scope))
-            except Flux2Error as error:
-                await problem_response(Request(scope), error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _check(self, method: str, headers: Headers) -> None:
-        """Check the host, and the origin of a request that may change something.
-
-        Only trustworthy URLs get ``Sec-Fetch-Site``; for others ``Origin`` is compared with ``Host``.
-        """
-        host = headers.get("host")
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        host, origin, relation = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
+        is_allowed = scope["method"] in SAFE_METHODS or self._allowed_origins & {origin, ANY}
+        # Only trustworthy URLs get Sec-Fetch-Site; for others the origin is compared with the host.
+        is_own = origin is None or is_same_host(origin, host or "") if relation is None else relation in OWN_RELATIONS
+        app = self._app
         if host is not None and not self._is_known_host(host):
             detail = f"host: {host[:MAX_SHOWN_CHARS]} is not a known name of this service; see ALLOWED_HOSTS"
-            raise UnknownHost(detail, param="host")
-        origin, relation = headers.get("origin"), headers.get("sec-fetch-site")
-        if method in SAFE_METHODS or relation in ("same-origin", "none") or self._allowed_origins & {origin, ANY}:
-            return
-        if relation is not None or (origin is not None and not is_same_host(origin, host or "")):
+            app = problem_response(Request(scope), UnknownHost(detail, param="host"))
+        elif not is_allowed and not is_own:
             detail = f"origin: pages of {(origin or 'another site')[:MAX_SHOWN_CHARS]} must not send requests"
-            raise CrossSiteRequest(f"{detail}; see ALLOWED_ORIGINS", param="origin")
+            error = CrossSiteRequest(f"{detail}; see ALLOWED_ORIGINS", param="origin")
+            app = problem_response(Request(scope), error)
+        await app(scope, receive, send)
 
 
 def is_known_host(host: str, allowed: Sequence[str]) -> bool:

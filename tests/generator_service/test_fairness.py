@@ -31,8 +31,9 @@ class Owners:
 
     def enter(self, owner: str, *, needs_encoder: bool = False, is_ready: bool = True) -> RecordedGeneration:
         """Admit a generation of ``owner``, with one image that is ready for the device or not."""
-        with self.queue.admit(owner, needs_encoder=needs_encoder) as permit:
+        with self.queue.admit(owner, lambda: not needs_encoder) as permit:
             generation = RecordedGeneration(request_of(1.0), on_end=self.queue.leave)
+            generation.is_encoding = needs_encoder and not is_ready
             self.queue.enter(generation, permit)
         count = sum(name.rstrip("0123456789") == owner for name in self.name_of.values())
         self.name_of[generation] = f"{owner}{count}"
@@ -253,7 +254,7 @@ async def test_a_cached_prompt_is_generated_while_others_wait(serve_generator: S
     async with serve_generator(encoder, max_waiting=2) as http:
         assert (await http.post("/generate", json=SMALL)).status_code == 200
         waiting = [asyncio.create_task(http.post("/generate", json=SMALL | {"prompt": f"slow {k}"})) for k in range(3)]
-        while queue_of(http).num_in_flight < 3:  # noqa: ASYNC110 - admission has no event
+        while sum(each.is_encoding for each in queue_of(http).generations) < 3:  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0.001)
         cached = await http.post("/generate", json=SMALL)
         refused = await http.post("/generate", json=SMALL | {"prompt": "slow too"})

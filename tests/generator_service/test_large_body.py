@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flux2_shared.web import route as service_route
+from generator_service.api.routes import large_body
 from generator_service.api.routes.large_body import INLINE_BYTES
 from tests.conftest import Serve
 
@@ -29,7 +30,8 @@ async def test_large_bodies_are_parsed_off_the_event_loop(
             parsed_on.append(threading.current_thread())
             return json.loads(body)
 
-    monkeypatch.setattr(service_route, "json", WatchedJSON)
+    for module in (service_route, large_body):
+        monkeypatch.setattr(module, "json", WatchedJSON)
     async with serve_generator() as http:
         for prompt in (LARGE, "a"):
             response = await http.post(route, json={"prompt": prompt, "nothing": 1})

@@ -18,7 +18,6 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from flux2_shared.errors import InvalidRequest, MalformedBody, UnsupportedMediaType
 from flux2_shared.schemas import MAX_FIELDS
 from flux2_shared.thread_pool import ThreadPool
-from flux2_shared.web.auth import owner_of
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.web.problem import name_fields
 from flux2_shared.web.route import media_type_of
@@ -67,7 +66,7 @@ def model_object(state: GeneratorState) -> dict[str, Any]:
 async def generations(body: ImagesRequest, http_request: HTTPRequest, state: State) -> Response:
     """Generate images from a prompt."""
     name_fields(http_request, FIELD_NAMES)
-    generation = await state.submit(body.native(), owner_of(http_request), is_followed=body.stream)
+    generation = await state.submit(body.native(), http_request.state.owner, is_followed=body.stream)
     return await respond(generation, body, http_request, state, "image_generation")
 
 
@@ -75,7 +74,7 @@ async def generations(body: ImagesRequest, http_request: HTTPRequest, state: Sta
 async def edits(http_request: HTTPRequest, state: State) -> Response:
     """Generate images from reference images: multipart parts ``image`` or ``image[]``."""
     check_is_form(http_request)
-    with state.engine.admit(owner_of(http_request)) as permit:  # before the files are read
+    with state.engine.admit(http_request.state.owner) as permit:  # before the files are read
         async with readable_form(http_request, state.settings.max_body_bytes) as form:
             body = form_request(form)
             images = [await file.read() for file in image_files(form)]

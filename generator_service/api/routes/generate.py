@@ -7,7 +7,6 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from pydantic import Discriminator, Tag
 
 from flux2_shared.web.accept import preferred_type
-from flux2_shared.web.auth import owner_of
 from flux2_shared.web.connection import CLIENT_CLOSED_REQUEST, while_connected
 from flux2_shared.web.problem import name_fields
 from generator_service.api import sse
@@ -70,10 +69,10 @@ async def generate(
     """
     media_type = preferred_type(http_request, RESPONSE_TYPES)
     if body.on_disconnect == "keep":
-        job = await state.job(body, owner_of(http_request), idempotency_key)
+        job = await state.job(body, http_request.state.owner, idempotency_key)
         return await respond_to_job(job, http_request, state, media_type)
     is_stream = media_type == sse.MEDIA_TYPE
-    generation = await state.submit(body, owner_of(http_request), is_followed=is_stream)
+    generation = await state.submit(body, http_request.state.owner, is_followed=is_stream)
     if is_stream:
         events = sse.native_events(generation, state.responses)
         return sse.stream(http_request, events, on_end=generation.cancel)

@@ -6,7 +6,6 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from flux2_shared.web.accept import preferred_type
-from flux2_shared.web.auth import owner_of
 from flux2_shared.web.problem import problem_of
 from generator_service.api import sse
 from generator_service.api.dependencies import GeneratorState, generator_state
@@ -31,7 +30,7 @@ async def begin(
 
     The body is that of ``POST /generate``.
     """
-    job = await state.job(body, owner_of(request), idempotency_key)
+    job = await state.job(body, request.state.owner, idempotency_key)
     location = f"{request.scope['root_path']}/jobs/{job.id}"
     return JSONResponse(job_fields(job, request), 202, {"location": location})
 
@@ -39,13 +38,13 @@ async def begin(
 @router.get("/{job_id}")
 async def show(job_id: str, request: Request, state: State) -> dict[str, Any]:
     """Describe the status of a job."""
-    return job_fields(state.jobs.get(job_id, owner_of(request)), request)
+    return job_fields(state.jobs.get(job_id, request.state.owner), request)
 
 
 @router.get("/{job_id}/result", response_class=Response)
 async def result(job_id: str, request: Request, state: State) -> Response:
     """Return the images as ``POST /generate`` does."""
-    generation = state.jobs.get(job_id, owner_of(request)).generation
+    generation = state.jobs.get(job_id, request.state.owner).generation
     if generation.is_wanted:
         retry_after_s = generation.request.estimate_s or 1.0
         raise JobNotFinished(f"the job is {generation.status}", retry_after_s=retry_after_s)
@@ -56,14 +55,14 @@ async def result(job_id: str, request: Request, state: State) -> Response:
 @router.get("/{job_id}/events", response_class=Response)
 async def follow(job_id: str, request: Request, state: State) -> Response:
     """Stream all events of the job from its start."""
-    job = state.jobs.get(job_id, owner_of(request))
+    job = state.jobs.get(job_id, request.state.owner)
     return sse.stream(request, sse.native_events(job.generation, state.responses))
 
 
 @router.delete("/{job_id}")
 async def cancel(job_id: str, request: Request, state: State) -> dict[str, Any]:
     """Stop a job within one step. Does nothing if it has ended."""
-    job = state.jobs.get(job_id, owner_of(request))
+    job = state.jobs.get(job_id, request.state.owner)
     job.generation.cancel()
     return job_fields(job, request)
 

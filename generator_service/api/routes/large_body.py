@@ -1,5 +1,6 @@
 """JSON bodies with images: large ones are parsed on a thread, so that they do not block the event loop."""
 
+import json
 from typing import Any
 
 from flux2_shared.web.route import JsonRequest, ServiceRoute, parse_json
@@ -15,7 +16,7 @@ class LargeBodyRequest(JsonRequest):
     async def json(self) -> Any:
         body = await self.body()
         if len(body) <= INLINE_BYTES:
-            return parse_json(body)
+            return json.loads(body)
         state = await generator_state(self)
         return await state.requests.run(parse_json, body)
 
