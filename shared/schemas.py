@@ -8,6 +8,10 @@ Text = Annotated[StrictStr, Field(min_length=0)]
 """Text that can be encoded as UTF-8. Pydantic rejects JSON's lone surrogates only if the field has a constraint."""
 
 
+ShortText = Annotated[str, Field(max_length=300)]
+Size = Annotated[int, Field(ge=0, le=2**31)]
+
+
 class Strict(BaseModel):
     """Base class that rejects unknown fields and implicit conversions."""
 
@@ -28,14 +32,14 @@ class EncoderInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    model: str
-    revision: str
-    hidden_layers: tuple[int, ...]
-    hidden_size: int
-    max_sequence_length: int
-    dtype: str
-    version: str
-    attention: str | None = None
+    model: ShortText
+    revision: ShortText
+    hidden_layers: Annotated[tuple[int, ...], Field(max_length=1000)]
+    hidden_size: Size
+    max_sequence_length: Size
+    dtype: ShortText
+    version: ShortText
+    attention: ShortText | None = None
     """The attention kernels that are used; optional."""
 
     @property
