@@ -8,7 +8,8 @@ from pydantic_core import PydanticCustomError
 Text = Annotated[StrictStr, Field(min_length=0)]
 """Text that can be encoded as UTF-8. Pydantic rejects JSON's lone surrogates only if the field has a constraint."""
 
-
+ShortText = Annotated[str, Field(max_length=300)]
+Size = Annotated[int, Field(ge=0, le=2**31)]
 MAX_FIELDS = 100
 """Largest number of fields of an object. An error is built for each that is unknown, which takes microseconds."""
 MAX_PROMPTS = 1000
@@ -48,14 +49,14 @@ class EncoderInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    model: str
-    revision: str
-    hidden_layers: tuple[int, ...]
-    hidden_size: int
-    max_sequence_length: int
-    dtype: str
-    version: str
-    attention: str | None = None
+    model: ShortText
+    revision: ShortText
+    hidden_layers: Annotated[tuple[int, ...], Field(max_length=1000)]
+    hidden_size: Size
+    max_sequence_length: Size
+    dtype: ShortText
+    version: ShortText
+    attention: ShortText | None = None
     """The attention kernels that are used; optional."""
 
     @property

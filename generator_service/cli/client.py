@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 
-from generator_service.clients.cookies import no_cookies
-
 CONNECT_TIMEOUT_S = 5.0
 RESPONSE_TIMEOUT_S = 600.0
 REQUIRED_HEADERS = ("x-steps-computed", "x-steps-total", "x-schedule", "x-denoise-ms")
@@ -86,10 +84,9 @@ def _connection(url: str, token: str | None, transport: httpx.BaseTransport | No
     headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
     timeout = httpx.Timeout(RESPONSE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     try:
-        # Proxies of the environment are used, as by other commands of a user: the generator may be on another network.
-        with httpx.Client(
-            base_url=url, headers=headers, cookies=no_cookies(), timeout=timeout, transport=transport
-        ) as http:
+        # For one request, so without cookies. Proxies of the environment are used, as by other commands of a user, who
+        # may reach the generator only through one.
+        with httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport) as http:
             yield http
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise GeneratorError(f"no response from {url}: is the generator running? ({type(error).__name__})") from error

@@ -12,6 +12,8 @@ from flux2_shared.errors import Flux2Error
 FAILURES_TO_OPEN = 3
 OPEN_S = 2.0
 """Time between attempts while the circuit is open, in seconds."""
+PATIENCE_DECAY = 0.9
+"""How much of the patience with a slow service each quick answer leaves, because answers may come from its cache."""
 
 
 class CircuitOpen(Exception):
@@ -31,7 +33,7 @@ class CircuitBreaker:
     """Opens after several failures in a row; while open, one request at a time is tried. An answer closes it.
 
     A request that waits in silence is a failure, too, and if that opens the circuit, all waiting requests end. It is
-    silent if no request was answered for ``patience_s``, or for twice as long as the last answer took: a slow service
+    silent if no request was answered for ``patience_s``, or for twice as long as the last answers took: a slow service
     under load is not silent.
 
     Args:
@@ -88,7 +90,8 @@ class CircuitBreaker:
             if is_answered:
                 self._num_failures = 0
                 self._answered = time.monotonic()
-                self._patience_s = max(self._shortest_patience_s, 2 * (self._answered - request.began))
+                taken_s = self._answered - request.began
+                self._patience_s = max(self._shortest_patience_s, 2 * taken_s, PATIENCE_DECAY * self._patience_s)
 
     def _check(self, request: _Request) -> None:
         """Count a request that waits in silence as a failure."""

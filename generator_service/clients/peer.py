@@ -1,8 +1,9 @@
 """The HTTP client of another service: what every request to one has in common.
 
-A peer cannot change the client: it keeps no cookies, follows no redirects, and sends no credentials or proxies from the
-environment. Cancelled requests cannot either: each has a connection of its own. A pool of httpcore 1.0.9 loses one for
-good if a request is cancelled while it waits for it, or between connecting and sending (encode/httpcore#1093).
+Nothing changes the client: it follows no redirects, and takes no credentials or proxies from the environment. Each
+request has a connection of its own. So no cookies are kept, and cancelled requests cost nothing: a pool of httpcore
+1.0.9 loses a connection for good if a request is cancelled while it waits for it, or between connecting and sending
+(encode/httpcore#1093).
 """
 
 import asyncio
@@ -18,7 +19,6 @@ from pydantic import SecretStr
 from flux2_shared.errors import Flux2Error
 from flux2_shared.observability.tracing import Tracing
 from generator_service.clients.bounded_body import IDENTITY, BodyRefused
-from generator_service.clients.cookies import no_cookies
 
 MAX_CONNECTIONS = 32
 
@@ -54,7 +54,6 @@ class PeerClient:
         self._own_error = own_error
         self._headers = IDENTITY | ({"Authorization": f"Bearer {token.get_secret_value()}"} if token else {})
         self._timeout = httpx.Timeout(timeout_s, connect=connect_timeout_s)
-        self._cookies = no_cookies()
         self._certificates = certificates()
         self._transport = transport
         self._permits = asyncio.Semaphore(max_connections)
@@ -76,7 +75,6 @@ class PeerClient:
         async with self._permits:
             http = httpx.AsyncClient(
                 headers=self._headers,
-                cookies=self._cookies,
                 timeout=self._timeout,
                 transport=self._transport,
                 follow_redirects=False,

@@ -119,9 +119,10 @@ def _readiness(settings: ServiceSettings) -> str:
         answer = get(f"{address(settings)}/health/ready")
     except httpx.HTTPError:
         return ""
-    if answer.status == HTTPStatus.OK:
-        return " and ready"
     data = answer.json()
+    if answer.status == HTTPStatus.OK:
+        reason = data.get("degraded") if isinstance(data, dict) else None
+        return " and ready" + (f", but {one_line(str(reason))}" if reason else "")
     return f"; not ready: {one_line(str(data.get('reason', '')))}" if isinstance(data, dict) else ""
 
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from generator_service.cli.client import _connection
+from generator_service.cli.client import post_generate
 from generator_service.clients.peer import MAX_CONNECTIONS, PeerClient
 from generator_service.doctor.network import get
 from generator_service.errors import EncoderUnavailable
@@ -97,9 +97,9 @@ def test_the_command_line_keeps_no_cookies() -> None:
         requests.append(request)
         return httpx.Response(200, headers={"set-cookie": "a=b; Path=/"})
 
-    with _connection("http://generator", None, httpx.MockTransport(respond)) as http:
-        for _ in range(2):
-            http.get("/")
+    for _ in range(2):
+        post_generate("http://generator", {}, transport=httpx.MockTransport(respond))
+    assert len(requests) == 2
     assert all("cookie" not in request.headers for request in requests)
 
 

@@ -145,12 +145,13 @@ async def test_silence_after_an_answer_is_silence(clock: Clock) -> None:
 
 
 async def test_a_slow_answer_makes_patient(clock: Clock) -> None:
-    """An encoder that took eight seconds for a prompt is not silent after eight more."""
+    """An encoder that took eight seconds for a prompt is not silent after eight more, despite a quick answer."""
     async with prompts_of() as prompts:
-        await prompts.send("first")
-        await pass_time(clock, 8)
-        prompts.held.answer("first")
-        await prompts.error("first")
+        for name, seconds in (("first", 8), ("quick", 0)):
+            await prompts.send(name)
+            await pass_time(clock, seconds)
+            prompts.held.answer(name)
+            await prompts.error(name)
         await prompts.send(*names(NUM_PROMPTS))
         await pass_time(clock, 8)
         for name in names(NUM_PROMPTS):

@@ -415,9 +415,30 @@ async def test_an_encoder_without_info(code: int) -> None:
         assert await sut.info() is None
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "no JSON", " " * 70_000 + INFO.model_dump_json()])
+def info_with(**change: object) -> str:
+    """``INFO`` as JSON with other values."""
+    return INFO.model_copy(update=change).model_dump_json(warnings=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "no JSON",
+        "[" * 60_000,
+        " " * 70_000 + INFO.model_dump_json(),
+        info_with(model="m" * 1000),
+        info_with(revision="r" * 60_000),
+        info_with(hidden_size=10**4000, hidden_layers=(1,) * 5000),
+        info_with(max_sequence_length=-1),
+        info_with(model="x").replace('"x"', '"\\ud800"'),
+    ],
+    ids=lambda text: text[:20],
+)
 async def test_a_malformed_info_is_502(text: str) -> None:
-    """A malformed or unbounded ``/info`` is refused."""
+    """A malformed or unbounded ``/info`` is refused, before it becomes the reason for not being ready."""
     async with client(Encoder(lambda: httpx.Response(200, text=text))) as sut:
         with pytest.raises(BadEncoderResponse):
             await sut.info()

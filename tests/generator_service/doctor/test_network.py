@@ -119,6 +119,8 @@ def test_a_port_of_another_program_is_a_failure(routes: dict[str, Any], message:
     ("ready", "message"),
     [
         ((200, {"status": "ready"}), "running and ready"),
+        ((200, b"[]"), "running and ready"),
+        ((200, {"status": "ready", "degraded": "the encoder\nis away"}), "running and ready, but the encoder is away"),
         ((503, {"reason": "warming up: 3 of 8, 1024x1024, 95 s"}), "not ready: warming up: 3 of 8, 1024x1024, 95 s"),
         ((503, b"nonsense"), "which is running"),
     ],
