@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class ThreadPool:
-    """A named thread pool. Leaving its context waits for running work.
+    """A named thread pool. Leaving its context waits for running work, and drops work that has not begun.
 
     Args:
         name: prefix of the threads' names.
@@ -25,9 +25,13 @@ class ThreadPool:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._executor.shutdown)
+        await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run ``function(*args)`` on one of the threads, in the caller's context, and return its result."""
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(context.run, function, *args))
+
+    def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
+        """Run ``function(*args)`` on one of the threads; may be called from any thread."""
+        return self._executor.submit(function, *args)

@@ -108,7 +108,8 @@ class Engine:
         self.model = model
         self.info = model.info
         self.latencies = LatencyModel()
-        self.worker = Worker(model, runtime.thread, self.latencies, runtime.metrics, batching)
+        self._previews = ThreadPool("previews", 1)
+        self.worker = Worker(model, runtime.thread, self.latencies, runtime.metrics, self._previews, batching)
         self.queue: ImageQueue = Queue(
             lambda: max_waiting + batching.max_batch, max_batch=batching.max_batch, batch_key=self.worker.batch_key
         )
@@ -134,6 +135,7 @@ class Engine:
         self.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._files.__aexit__()
+        await self._previews.__aexit__()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """Start a generation without blocking.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL.Image import Image
 
 from generator_service.lemica import Schedule, schedule_for
@@ -36,6 +37,12 @@ class ReferenceSize:
         """Return the number of tokens in the transformer, with ``unit`` x ``unit`` pixels each."""
         width, height = self.prepared(unit)
         return width * height // unit**2
+
+
+def downscaled(image: Image) -> Image:
+    """Scale an image down to ``LARGEST_AREA``, exactly as ``Flux2Pipeline`` would, which then leaves it as it is."""
+    smaller: Image = Flux2ImageProcessor._resize_if_exceeds_area(image, LARGEST_AREA)  # noqa: SLF001 - its own function
+    return smaller
 
 
 @dataclass(frozen=True)
