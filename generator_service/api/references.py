@@ -8,6 +8,7 @@ import warnings
 from PIL import Image
 
 from flux2_shared.errors import InvalidRequest
+from flux2_shared.heap import trim_heap
 from generator_service.api.base64_text import decode_base64
 from generator_service.api.image_files import UnsupportedFile, reduce_file
 from generator_service.api.srgb import UnsupportedColors, to_srgb
@@ -33,7 +34,10 @@ def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
         data = decode_base64(text)
     except ValueError:
         raise InvalidRequest(f"{param}: must be base64, or a data URI with base64", param=param) from None
-    return read_reference(data, param, max_pixels)
+    try:
+        return read_reference(data, param, max_pixels)
+    finally:
+        trim_heap()  # else decoded images of full size leave hundreds of megabytes
 
 
 def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
@@ -51,15 +55,13 @@ def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
         file = io.BytesIO(reduce_file(kind, data))
         with warnings.catch_warnings(action="ignore"), Image.open(file, formats=[kind]) as opened:
             check_size(opened.size, param, max_pixels)
-            image = downscaled(to_srgb(opened)).convert("RGB")  # a copy, because it may be the opened file itself
-            image.info.clear()  # a profile or gamma no longer applies
+            return Reference.of(downscaled(to_srgb(opened)), hashlib.sha256(data).hexdigest())
     except InvalidRequest:
         raise
     except (UnsupportedFile, UnsupportedColors) as error:
         raise InvalidRequest(f"{param}: {error}", param=param) from None
     except Exception:  # noqa: BLE001 - PIL may raise anything, and its messages contain memory addresses
         raise InvalidRequest(f"{param}: the {kind} file is damaged", param=param) from None
-    return Reference(image, hashlib.sha256(data).hexdigest())
 
 
 def check_size(size: tuple[int, int], param: str, max_pixels: int) -> None:

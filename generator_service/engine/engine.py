@@ -108,8 +108,7 @@ class Engine:
         self.model = model
         self.info = model.info
         self.latencies = LatencyModel()
-        self._previews = ThreadPool("previews", 1)
-        self.worker = Worker(model, runtime.thread, self.latencies, runtime.metrics, self._previews, batching)
+        self.worker = Worker(model, runtime.thread, self.latencies, runtime.metrics, batching)
         self.queue: ImageQueue = Queue(
             lambda: max_waiting + batching.max_batch, max_batch=batching.max_batch, batch_key=self.worker.batch_key
         )
@@ -135,7 +134,7 @@ class Engine:
         self.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._files.__aexit__()
-        await self._previews.__aexit__()
+        await self.worker.previews.__aexit__()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """Start a generation without blocking.

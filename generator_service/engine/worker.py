@@ -36,7 +36,6 @@ class Worker:
         thread: the device thread.
         latencies: receives the times of images without adapters.
         metrics: receives the number of steps.
-        previews: encodes previews, which would cost the device's time on its own thread.
         batching: limits for images that share a run; disabled if the warm-up runs out of memory.
     """
 
@@ -46,7 +45,6 @@ class Worker:
         thread: DeviceThread,
         latencies: LatencyModel,
         metrics: GeneratorMetrics,
-        previews: ThreadPool,
         batching: Batching = ALONE,
     ) -> None:
         self.model = model
@@ -54,7 +52,8 @@ class Worker:
         self._thread = thread
         self._latencies = latencies
         self._metrics = metrics
-        self._previews = previews
+        self.previews = ThreadPool("previews", 1)
+        """Encodes previews, which would cost the device's time on its own thread."""
 
     async def serve(self, queue: ImageQueue) -> None:
         """Run the batches of ``queue`` until the device is lost; then close the queue with ``DeviceLost``."""
@@ -106,7 +105,7 @@ class Worker:
 
     def _run_alone(self, work: ImageWork) -> GeneratedImage | Exception:
         try:
-            previews = previews_of(work, self._previews) if work.generation.request.preview_steps else None
+            previews = previews_of(work, self.previews) if work.generation.request.preview_steps else None
             pace = RunPace(self._latencies.estimate(work.generation.request.num_tokens), work.params.schedule)
             work.expected_s = pace.seconds_left(0)
             image = self.model.generate(work.params, partial(self._on_step, [work], pace), previews)

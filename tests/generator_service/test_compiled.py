@@ -12,7 +12,6 @@ import torch
 from flux2_shared.device.thread import DeviceThread
 from flux2_shared.model.compilation import num_compilations
 from flux2_shared.report import ignore
-from flux2_shared.thread_pool import ThreadPool
 from generator_service.engine.latency import LatencyModel
 from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.warm_up import Batching
@@ -70,7 +69,7 @@ def difference(image: GeneratedImage, other_image: GeneratedImage) -> int:
 
 def worker_of(model: Flux2Model, batching: Batching = BATCHING) -> Worker:
     """A worker for ``model`` that is not warmed up."""
-    return Worker(model, DeviceThread(), LatencyModel(), GeneratorMetrics(), ThreadPool("previews"), batching)
+    return Worker(model, DeviceThread(), LatencyModel(), GeneratorMetrics(), batching)
 
 
 def warm(model: Flux2Model, *sizes: tuple[int, int]) -> None:
