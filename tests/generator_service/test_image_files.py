@@ -146,6 +146,8 @@ def test_no_marker_is_hidden() -> None:
     hidden = segment(0xE2, b"ICC_PROFILE\0" + b"\xff\xda" * 1000)
     for length in (0, 1):
         data = with_segments(JPEG, b"\xff\xe0" + struct.pack(">H", length), hidden)
+        with pytest.raises(ValueError, match="shorter than its length"):
+            reduce_file("JPEG", data)
         with pytest.raises(InvalidRequest, match="the JPEG file is damaged"):
             read_reference(data, "images[0]", MAX_PIXELS)
 
