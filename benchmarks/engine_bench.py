@@ -149,4 +149,4 @@ def noise_reference(shape: Shape, seed: int) -> Reference:
     """Create a reference image of noise, which depends on the seed."""
     side = min(shape.side, LARGEST_REFERENCE)
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return Reference(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())
+    return Reference.of(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())

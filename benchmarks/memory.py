@@ -116,7 +116,7 @@ def request(case: Case, path: Path, dtype: torch.dtype) -> Params:
         guidance_scale=GUIDANCE,
         seed=0,
         schedule=SCHEDULE,
-        references=(Reference(Image.new("RGB", (reference_side, reference_side))),) * case.shape.num_references,
+        references=(Reference.of(Image.new("RGB", (reference_side, reference_side))),) * case.shape.num_references,
     )
 
 

@@ -92,6 +92,7 @@ def build_app(
         async with (
             open_backend(app) as backend,
             ThreadPool("requests") as requests,
+            ThreadPool("images") as images,
             ThreadPool("responses") as responses,
         ):
             engine = backend.engine
@@ -99,7 +100,7 @@ def build_app(
             resolver = Resolver(settings, engine.info, registry, backend.embedding_shape, engine.latencies)
             jobs = JobStore(max_jobs=settings.max_jobs, max_bytes=settings.max_job_bytes, ttl_s=settings.job_ttl_s)
             watch(app.state.metrics, backend, registry, jobs, settings)
-            app.state.generator = GeneratorState(settings, engine, resolver, jobs, requests, responses)
+            app.state.generator = GeneratorState(settings, engine, resolver, jobs, requests, images, responses)
             app.state.health.start_serving(backend.ready, engine.close)
             yield
             jobs.close()

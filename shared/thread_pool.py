@@ -6,7 +6,7 @@ Only name resolution uses the event loop's default executor: a silent name serve
 import asyncio
 import contextvars
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class ThreadPool:
-    """A named thread pool. Leaving its context waits for running work.
+    """A named thread pool. Leaving its context waits for running work, and drops work that has not begun.
 
     Args:
         name: prefix of the threads' names.
@@ -35,9 +35,16 @@ class ThreadPool:
         context = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(context.run, function, *args))
 
+    def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
+        """Run ``function(*args)`` on one of the threads; may be called from any thread."""
+        return self._executor.submit(function, *args)
+
 
 async def shut_down(executor: ThreadPoolExecutor) -> None:
-    """Wait for an executor's running work, without the default executor, whose threads may wait for a name server."""
+    """Drop an executor's waiting work, and wait for the work that runs.
+
+    The default executor is not used for this, because its threads may wait for a name server.
+    """
     closer = ThreadPoolExecutor(1, thread_name_prefix="shutdown")
-    await asyncio.get_running_loop().run_in_executor(closer, executor.shutdown)
+    await asyncio.get_running_loop().run_in_executor(closer, partial(executor.shutdown, cancel_futures=True))
     closer.shutdown(wait=False)

@@ -204,7 +204,7 @@ def test_references_and_batches_do_not_wait_either(optimizations: tuple[Optimiza
     """With a reference image, and for two images in one run, there are no waits, and the images equal the host's."""
     model = on_gpu(*optimizations)
     reference = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    edit = replace(wanted(3, num_steps=6), references=(Reference(reference),))
+    edit = replace(wanted(3, num_steps=6), references=(Reference.of(reference),))
     assert (generate_image(model, edit).latents - demo.generate(edit).latents).abs().max() <= TOLERANCE
     assert Gpu.waits == []
     two = [wanted(2, seed=seed) for seed in (1, 2)]

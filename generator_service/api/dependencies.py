@@ -24,6 +24,8 @@ class GeneratorState:
     jobs: JobStore
     requests: ThreadPool
     """Decodes and hashes request bodies."""
+    images: ThreadPool
+    """Decodes those with reference images, which take longer. There are as many full-size images as threads."""
     responses: ThreadPool
     """Encodes response bodies."""
 
@@ -35,7 +37,8 @@ class GeneratorState:
             InvalidRequest: a field is outside its limits.
         """
         with self.engine.admit(owner, lambda: self._is_embedded(body)) as permit:
-            request = await self.requests.run(self.resolver.resolve, body, is_followed)
+            threads = self.images if body.images else self.requests
+            request = await threads.run(self.resolver.resolve, body, is_followed)
             return self.engine.submit(request, permit)
 
     def _is_embedded(self, body: GenerateRequest) -> bool:

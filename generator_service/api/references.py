@@ -8,10 +8,12 @@ import warnings
 from PIL import Image
 
 from flux2_shared.errors import InvalidRequest
+from flux2_shared.heap import trim_heap
 from generator_service.api.base64_text import decode_base64
+from generator_service.api.image_files import UnsupportedFile, reduce_file
 from generator_service.api.srgb import UnsupportedColors, to_srgb
 from generator_service.errors import UnsupportedImageType
-from generator_service.pipelines.params import Reference
+from generator_service.pipelines.params import Reference, downscaled
 
 MAGIC = {"PNG": rb"\x89PNG\r\n\x1a\n", "JPEG": rb"\xff\xd8\xff", "WEBP": rb"RIFF....WEBP"}
 MIN_SIDE = 64
@@ -32,31 +34,34 @@ def parse_reference(text: str, param: str, max_pixels: int) -> Reference:
         data = decode_base64(text)
     except ValueError:
         raise InvalidRequest(f"{param}: must be base64, or a data URI with base64", param=param) from None
-    return read_reference(data, param, max_pixels)
+    try:
+        return read_reference(data, param, max_pixels)
+    finally:
+        trim_heap()  # else decoded images of full size leave hundreds of megabytes
 
 
 def read_reference(data: bytes, param: str, max_pixels: int) -> Reference:
-    """Decode an image file to 8-bit sRGB, after checking its size.
+    """Decode an image file to 8-bit sRGB at the size that the pipeline uses, after checking its size and structure.
 
     Raises:
-        InvalidRequest: the file is damaged, its colors cannot be converted, or its size or aspect ratio is outside the
-            limits.
+        InvalidRequest: the file is damaged, its colors cannot be converted, it would take too long to decode, or its
+            size or aspect ratio is outside the limits.
         UnsupportedImageType: the first bytes are not those of a PNG, JPEG or WebP file.
     """
     kind = next((kind for kind, magic in MAGIC.items() if re.match(magic, data, re.DOTALL)), None)
     if kind is None:
         raise UnsupportedImageType(f"{param}: must be a PNG, JPEG or WebP file", param=param)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=[kind]) as opened:
+        file = io.BytesIO(reduce_file(kind, data))
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=[kind]) as opened:
             check_size(opened.size, param, max_pixels)
-            image = to_srgb(opened)
+            return Reference.of(downscaled(to_srgb(opened)), hashlib.sha256(data).hexdigest())
     except InvalidRequest:
         raise
-    except UnsupportedColors as error:
+    except (UnsupportedFile, UnsupportedColors) as error:
         raise InvalidRequest(f"{param}: {error}", param=param) from None
     except Exception:  # noqa: BLE001 - PIL may raise anything, and its messages contain memory addresses
         raise InvalidRequest(f"{param}: the {kind} file is damaged", param=param) from None
-    return Reference(image, hashlib.sha256(data).hexdigest())
 
 
 def check_size(size: tuple[int, int], param: str, max_pixels: int) -> None:

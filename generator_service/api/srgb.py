@@ -1,6 +1,7 @@
 """Converts an opened image file to what people see: upright, opaque, 8-bit sRGB."""
 
 import io
+import re
 import struct
 from contextlib import suppress
 
@@ -13,6 +14,11 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 SRGB_PRIMARIES, SRGB_TRANSFERS = 1, (1, 6, 13, 14, 15)
 """Color primaries and transfer functions of ITU-T H.273 that are read as sRGB, as browsers do."""
 SRGB_GAMMA = 1 / 2.2
+MAX_PROFILE_BYTES = 4 * 2**20
+"""A larger profile is ignored; those of printing presses have up to 3 MB."""
+FLOATING_POINT_TAGS = re.compile(rb"D2B[0-3]")
+"""Alternatives to ``A2B0`` and the like, which browsers do not read. They may have any number of steps: Little CMS took
+4 s for 10 000 in a profile of 80 KB."""
 GAMMA_TOLERANCE = 0.05
 """A PNG gamma that is closer to sRGB's than this share is not converted."""
 
@@ -34,7 +40,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     check_coding_points(image)
     profile, gamma = image.info.get("icc_profile"), png_gamma(image)
     upright = to_8_bits(with_exif_orientation(image))
-    alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    alpha = as_mode(upright, "RGBA").getchannel("A") if upright.has_transparency_data else None
     opaque = without_alpha(upright)
     colors = apply_profile(opaque, profile) if profile else apply_gamma(opaque, gamma)
     if alpha is None:
@@ -48,7 +54,7 @@ def with_exif_orientation(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; damaged EXIF data has none."""
     image.load()  # errors of the pixels are not caught below
     with suppress(Exception):  # Pillow raises many kinds of errors for damaged EXIF data
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
@@ -70,25 +76,32 @@ def without_alpha(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("1", "L", "LA"):
         return image.convert("LA").getchannel("L")
-    return image.convert("RGBA").convert("RGB")
+    return as_mode(image, "RGBA").convert("RGB")
+
+
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image, or return it as it is, where Pillow's ``convert`` would copy 64 MB for 16 megapixels."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert ``L``, ``RGB`` or ``CMYK`` to sRGB with an ICC profile."""
+    """Convert ``L``, ``RGB`` or ``CMYK`` to sRGB with an ICC profile of at most ``MAX_PROFILE_BYTES``."""
+    if len(profile) > MAX_PROFILE_BYTES:
+        return as_mode(image, "RGB")
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(FLOATING_POINT_TAGS.sub(b"none", profile)))
         if ImageCms.getProfileDescription(source).startswith("sRGB"):
-            return image.convert("RGB")  # the pixels are used as they are, without rounding
+            return as_mode(image, "RGB")  # the pixels are used as they are, without rounding
         converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):  # damaged, or made for another mode
-        return image.convert("RGB")
+        return as_mode(image, "RGB")
     assert converted is not None  # it would be None for a conversion in place
     return converted
 
 
 def apply_gamma(image: Image.Image, gamma: float | None) -> Image.Image:
     """Convert to RGB, from the gamma of a PNG file to that of sRGB."""
-    rgb = image.convert("RGB")
+    rgb = as_mode(image, "RGB")
     if gamma is None or abs(gamma / SRGB_GAMMA - 1) < GAMMA_TOLERANCE:
         return rgb
     curve = [round(255 * (value / 255) ** (SRGB_GAMMA / gamma)) for value in range(256)]

@@ -23,7 +23,6 @@ from generator_service.engine.events import (
     StepStarted,
 )
 from generator_service.engine.generation import Generation, GenerationResult
-from generator_service.engine.imaging import preview_file
 from generator_service.engine.request import Request as EngineRequest
 
 logger = logging.getLogger("flux2")
@@ -89,10 +88,6 @@ def queue_fields(queued: Queued) -> dict[str, Any]:
     return {"position": queued.position} | ({} if queued.seconds is None else {"wait_ms": round(1000 * queued.seconds)})
 
 
-def preview_base64(preview: Preview) -> str:
-    return base64.b64encode(preview_file(preview.image)).decode()
-
-
 async def native_events(generation: Generation, threads: ThreadPool) -> Events:
     """Yield the progress events of a generation, then ``completed`` for each image.
 
@@ -120,7 +115,7 @@ async def native_events(generation: Generation, threads: ThreadPool) -> Events:
 
 
 def preview_event(preview: Preview) -> ServerSentEvent:
-    fields = {"index": preview.index, "number": preview.number, "image": preview_base64(preview)}
+    fields = {"index": preview.index, "number": preview.number, "image": base64.b64encode(preview.file).decode()}
     return json_event("preview", fields)
 
 

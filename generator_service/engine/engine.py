@@ -147,6 +147,7 @@ class Engine:
         self.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._files.__aexit__()
+        await self.worker.previews.__aexit__()
 
     def submit(self, request: Request, permit: Permit) -> Generation:
         """Start a generation without blocking.

@@ -1,9 +1,8 @@
 """Progress events of a generation."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-
-from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,18 @@ class Preview:
     index: int
     number: int
     """Index among the previews of the image, from 0."""
-    image: Image = field(repr=False)
+    file: bytes = field(repr=False)
+    """A JPEG file."""
+
+
+@dataclass(frozen=True)
+class PendingPreview:
+    """A preview that is being encoded on another thread. Readers of the events get the ``Preview``."""
+
+    index: int
+    preview: Future[Preview]
 
 
 ProgressEvent = Queued | PromptUpsampled | EncodingPrompt | StepStarted | Preview
+EmittedEvent = ProgressEvent | PendingPreview
 ProgressCallback = Callable[[ProgressEvent], None]

@@ -16,7 +16,8 @@ from typing import Any
 from PIL.Image import Image
 
 from flux2_shared.errors import DeadlineExceeded, Flux2Error
-from generator_service.engine.events import Preview, ProgressEvent, Queued, StepStarted
+from generator_service.engine.events import EmittedEvent, ProgressEvent, Queued, StepStarted
+from generator_service.engine.history import History
 from generator_service.engine.request import Request
 from generator_service.errors import JobCancelled
 from generator_service.pipelines.params import Params
@@ -101,8 +102,7 @@ class Generation:
         """The latest queue position."""
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._history: list[ProgressEvent | GenerationResult | None] = []
-        self._changed = asyncio.Event()
+        self._history = History()
         self._has_ended = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -132,7 +132,7 @@ class Generation:
         """Size of the results."""
         return sum(len(result.data) + len(result.side_by_side) for result in self.results)
 
-    def emit(self, event: ProgressEvent) -> None:
+    def emit(self, event: EmittedEvent) -> None:
         """Record an event. Must be called on the event loop's thread."""
         if not self.is_wanted:
             return
@@ -141,17 +141,15 @@ class Generation:
         elif isinstance(event, StepStarted):
             self.status = Status.RUNNING
         if self.request.is_followed:
-            self._history.append(event)
-            self._wake()
+            self._history.add(event)
 
-    def emit_threadsafe(self, event: ProgressEvent) -> None:
+    def emit_threadsafe(self, event: EmittedEvent) -> None:
         """Like ``emit``, from any thread."""
         self._loop.call_soon_threadsafe(self.emit, event)
 
     def complete(self, results: list[GenerationResult]) -> None:
         if self.is_wanted:
             self.results = results
-            self._history.extend(results)
             self._end(Status.COMPLETED)
 
     def fail(self, error: Flux2Error) -> None:
@@ -174,23 +172,14 @@ class Generation:
         return self.results
 
     async def events(self) -> AsyncIterator[ProgressEvent | GenerationResult]:
-        """Yield all events from the start, including future ones, and finally the results.
+        """Yield all events from the start, including future ones, and finally the results; see ``History``.
 
         Raises:
             JobCancelled: the generation was cancelled.
             Flux2Error: the generation failed with this error.
         """
-        position = 0
-        while True:
-            changed = self._changed
-            while position < len(self._history):
-                event = self._history[position]
-                position += 1
-                if event is not None:
-                    yield event
-            if not self.is_wanted:
-                break
-            await changed.wait()
+        async for event in self._history.read():
+            yield event
         if self.error is not None:
             raise self.error
 
@@ -207,8 +196,6 @@ class Generation:
         if not self.is_wanted:
             return
         self.status, self.error, self.ended, self.is_wanted = status, error, time.monotonic(), False
-        # Jobs are kept for long, so previews and positions are dropped. Readers count events, so None replaces them.
-        self._history = [None if isinstance(event, Preview | Queued) else event for event in self._history]
         self.request = self.request.without_tensors()
         if self._timer is not None:
             self._timer.cancel()
@@ -216,11 +203,7 @@ class Generation:
             self._driver.cancel()
         self._on_end(self)
         self._has_ended.set()
-        self._wake()
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        self._history.close(self.results)
 
 
 GenerationWork = Callable[[Generation], Coroutine[Any, Any, list[GenerationResult]]]

@@ -10,7 +10,9 @@ from PIL.Image import Image
 from flux2_shared.device.thread import DeviceThread, refuse_lost_device
 from flux2_shared.errors import DeviceLost, OutOfMemory
 from flux2_shared.report import Report
-from generator_service.engine.events import Preview, StepStarted
+from flux2_shared.thread_pool import ThreadPool
+from generator_service.engine.events import PendingPreview, Preview, StepStarted
+from generator_service.engine.imaging import preview_file
 from generator_service.engine.latency import LatencyModel, RunPace
 from generator_service.engine.metrics import GeneratorMetrics
 from generator_service.engine.queue import Queue
@@ -51,6 +53,8 @@ class Worker:
         self._thread = thread
         self._latencies = latencies
         self._metrics = metrics
+        self.previews = ThreadPool("previews", 1)
+        """Encodes previews, which would cost the device's time on its own thread."""
 
     async def serve(self, queue: ImageQueue) -> None:
         """Run the batches of ``queue`` until the device is lost; then close the queue with ``DeviceLost``."""
@@ -102,7 +106,7 @@ class Worker:
 
     def _run_alone(self, work: ImageWork) -> GeneratedImage | Exception:
         try:
-            previews = previews_of(work) if work.generation.request.preview_steps else None
+            previews = previews_of(work, self.previews) if work.generation.request.preview_steps else None
             pace = RunPace(self._latencies.estimate(work.generation.request.num_tokens), work.params.schedule)
             work.expected_s = pace.seconds_left(0)
             image = self.model.generate(work.params, partial(self._on_step, [work], pace), previews)
@@ -147,14 +151,18 @@ class Worker:
         )
 
 
-def previews_of(work: ImageWork) -> Previews | None:
-    """Return the previews of an image; None if the generation is not followed by a client."""
+def previews_of(work: ImageWork, threads: ThreadPool) -> Previews | None:
+    """Return the previews of an image, which ``threads`` encode; None if the generation is not followed by a client."""
     index, generation = work.index, work.generation
     if index is None or not generation.request.is_followed:
         return None
     numbers = itertools.count()
 
     def show(image: Image) -> None:
-        generation.emit_threadsafe(Preview(index, next(numbers), image))
+        generation.emit_threadsafe(PendingPreview(index, threads.submit(encoded, index, next(numbers), image)))
 
     return Previews(frozenset(generation.request.preview_steps), show)
+
+
+def encoded(index: int, number: int, image: Image) -> Preview:
+    return Preview(index, number, preview_file(image))

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
-from PIL.Image import Image
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from PIL.Image import Image, frombytes
 
 from generator_service.lemica import Schedule, schedule_for
 from generator_service.pipelines.lora import Adapter
@@ -38,18 +39,29 @@ class ReferenceSize:
         return width * height // unit**2
 
 
+def downscaled(image: Image) -> Image:
+    """Scale an image down to ``LARGEST_AREA``, exactly as ``Flux2Pipeline`` would, which then leaves it as it is."""
+    smaller: Image = Flux2ImageProcessor._resize_if_exceeds_area(image, LARGEST_AREA)  # noqa: SLF001 - its own function
+    return smaller
+
+
 @dataclass(frozen=True)
 class Reference:
-    """A reference image."""
+    """A reference image, in three bytes per pixel, where Pillow needs four: they wait with their requests."""
 
-    image: Image = field(repr=False)
+    size: ReferenceSize
+    pixels: bytes = field(repr=False)
     sha256: str = ""
     """Hash of the file that the client sent."""
 
+    @classmethod
+    def of(cls, image: Image, sha256: str = "") -> Self:
+        """Keep the pixels of an RGB image."""
+        return cls(ReferenceSize(*image.size), image.tobytes(), sha256)
+
     @property
-    def size(self) -> ReferenceSize:
-        """Size of the image."""
-        return ReferenceSize(*self.image.size)
+    def image(self) -> Image:
+        return frombytes("RGB", (self.size.width, self.size.height), self.pixels)
 
 
 @dataclass(frozen=True)

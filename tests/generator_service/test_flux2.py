@@ -87,7 +87,7 @@ def test_reference_images_keep_their_tokens_out_of_the_residual(
     """With reference images in the sequence the residual covers only the noisy tokens."""
     schedule = schedule_for(cache, 20)
     image = pattern(64)
-    ours = model.generate(request(model, schedule, references=(Reference(image),))).latents
+    ours = model.generate(request(model, schedule, references=(Reference.of(image),))).latents
     plain = denoise(
         pipeline,
         embeddings(model),

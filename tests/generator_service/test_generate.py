@@ -470,14 +470,19 @@ async def test_an_unknown_default_schedule_is_refused_at_start(serve_generator: 
 
 
 async def test_previews_are_streamed(serve_generator: Serve) -> None:
-    """``previews`` sends that many evenly spaced previews of the image, and does not change it."""
+    """``previews`` sends evenly spaced previews of the image, and does not change it. A slow reader may skip some."""
     body = SMALL | {"num_inference_steps": 12, "cache": "none"}
     async with serve_generator() as http:
         plain = await http.post("/generate", json=body)
         streamed = await http.post("/generate", json=body | {"previews": 3}, headers=STREAM)
     stream_events = events(streamed.text)
-    names = [name for name, _ in stream_events]
-    assert [k for k, name in enumerate(names) if name == "preview"] == [4, 8, 12]  # after steps 3, 6 and 9
+    places = {
+        data["number"]: stream_events[k - 1][1].get("step")
+        for k, (name, data) in enumerate(stream_events)
+        if name == "preview"
+    }
+    assert places
+    assert places.items() <= {0: 3, 1: 6, 2: 9}.items()
     final = pixels(plain.content).astype(float)
     assert np.array_equal(pixels(base64.b64decode(stream_events[-1][1]["image"])), final)
     shown = [pixels(base64.b64decode(data["image"])).astype(float) for name, data in stream_events if name == "preview"]

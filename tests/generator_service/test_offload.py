@@ -27,7 +27,7 @@ NUM_BLOCKS = 6
 def wanted(cache: str | int = 3, *, seed: int = 0, has_reference: bool = False) -> Params:
     """A small image with mostly reused steps."""
     noise = torch.randn(1, 32, 384, generator=torch.Generator().manual_seed(seed))
-    references = (Reference(pattern(64)),) if has_reference else ()
+    references = (Reference.of(pattern(64)),) if has_reference else ()
     return Params(noise, 64, 64, 4.0, seed, schedule_for(cache, 8), references)
 
 

@@ -111,7 +111,7 @@ def test_the_decoder_may_fail_too(demo: Flux2Model, kind: str) -> None:
 
 def test_a_reference_may_fail_too(demo: Flux2Model) -> None:
     """An out-of-memory error while a reference image is encoded leaves no partial result in the cache."""
-    request, shortage = wanted(references=(Reference(pattern(112)),)), Shortage()
+    request, shortage = wanted(references=(Reference.of(pattern(112)),)), Shortage()
     with hooked(demo.components.vae.encoder, shortage):
         image = demo.generate(request, shortage.on_step)
     assert len(shortage.held) == 1

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flux2_shared.errors import Busy, ShuttingDown
-from generator_service.engine.events import ProgressEvent, Queued
+from generator_service.engine.events import EmittedEvent, Queued
 from generator_service.engine.generation import Generation
 from generator_service.engine.latency import LatencyEstimate
 from generator_service.engine.queue import Queue
@@ -35,7 +35,7 @@ class RecordedGeneration(Generation):
         super().__init__(*args, **options)
         self.positions: list[Queued] = []
 
-    def emit(self, event: ProgressEvent) -> None:
+    def emit(self, event: EmittedEvent) -> None:
         assert isinstance(event, Queued)
         self.positions.append(event)
         super().emit(event)

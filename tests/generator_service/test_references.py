@@ -1,14 +1,18 @@
 """Reference images, and several images in one request."""
 
+import asyncio
 import base64
 import email
 import email.policy
 import io
+import threading
+import weakref
 from collections.abc import Callable
 from email.message import EmailMessage
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -18,12 +22,13 @@ from PIL import Image, ImageFile
 from demo_model.services import WEIGHTS
 from flux2_shared.errors import InvalidRequest
 from flux2_shared.wire import dump_safetensors
+from generator_service.api import resolve, srgb
 from generator_service.api.base64_text import decode_base64
 from generator_service.api.references import parse_reference, read_reference
 from generator_service.errors import UnsupportedImageType
 from generator_service.lemica import schedule_for
 from generator_service.pipelines.flux2 import Flux2Model
-from generator_service.pipelines.params import Params, Reference
+from generator_service.pipelines.params import LARGEST_AREA, Params, Reference, ReferenceSize
 from tests.conftest import Serve, local_model
 
 pytestmark = pytest.mark.anyio
@@ -218,6 +223,93 @@ async def test_an_edit_equals_the_pipelines(serve_generator: Serve, demo: Flux2M
     assert not np.array_equal(pixels(response.content), pixels(without.content))
 
 
+@pytest.mark.parametrize("size", [(1200, 1000), (1448, 1448), (2897, 363), (2048, 1024), (1030, 1021)])
+def test_a_large_reference_equals_the_pipelines(size: tuple[int, int], demo: Flux2Model) -> None:
+    """A large image is scaled down while it is decoded, to the pixels that ``Flux2Pipeline`` makes of the whole one."""
+    image = sample_image(*size)
+    reference = read_reference(file_of(image), "images[0]", MAX_PIXELS)
+    assert reference.size.width * reference.size.height <= LARGEST_AREA
+    assert ReferenceSize(*size).prepared(16) == reference.size.prepared(16)
+    processor = demo.components.new_pipeline(demo.reference_cache).image_processor
+    assert processor._resize_if_exceeds_area(reference.image, LARGEST_AREA).tobytes() == reference.pixels
+    assert processor._resize_to_target_area(image, LARGEST_AREA).tobytes() == reference.pixels
+
+
+async def test_an_edit_of_a_large_image_equals_the_pipelines(serve_generator: Serve, demo: Flux2Model) -> None:
+    """A reference image of more than a megapixel gives the pixels of ``Flux2Pipeline`` with the whole image."""
+    image, embeds = sample_image(2900, 400), torch.randn(1, 32, demo.info.embedding_width)
+    body = {"prompt_embeds": as_text(dump_safetensors(embeds)), "num_inference_steps": 1, "cache": "none", "seed": 7}
+    async with serve_generator() as http:
+        response = await http.post(
+            "/generate", json=body | {"images": [as_text(file_of(image))], "width": 64, "height": 64}
+        )
+    assert response.status_code == 200, response.text
+    pipeline = Flux2Pipeline.from_pretrained(WEIGHTS, text_encoder=None, tokenizer=None, dtype=demo.dtype)
+    wanted = pipeline(
+        prompt_embeds=embeds,
+        image=[image],
+        width=64,
+        height=64,
+        num_inference_steps=1,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    assert np.array_equal(pixels(response.content), np.asarray(wanted))
+
+
+async def test_few_full_size_images_exist(serve_generator: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many edits arrive at once, at most two images exist at full size, each until the next is decoded."""
+    decoded: list[weakref.ref[Image.Image]] = []
+    counts: list[int] = []
+    real = srgb.to_srgb
+
+    def counted(opened: Image.Image) -> Image.Image:
+        image = real(opened)
+        decoded.append(weakref.ref(opened))
+        counts.append(sum(each() is not None for each in decoded))
+        return image
+
+    monkeypatch.setattr("generator_service.api.references.to_srgb", counted)
+    files = [as_text(file_of(sample_image(80 + 16 * k, 64))) for k in range(4)]
+    async with serve_generator() as http:
+        bodies = [SMALL | {"images": files, "num_inference_steps": 1, "seed": seed} for seed in range(6)]
+        responses = await asyncio.gather(*(http.post("/generate", json=body) for body in bodies))
+    assert {response.status_code for response in responses} == {200}
+    assert len(counts) == 24
+    assert max(counts) <= 2
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/edits"])
+async def test_images_do_not_delay_other_requests(
+    serve_generator: Serve, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """While six requests have their images decoded, a request without images is served."""
+    may_decode = threading.Event()
+    real = parse_reference
+
+    def slow(*args: Any) -> Reference:
+        assert may_decode.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(resolve, "parse_reference", slow)
+    file = file_of(sample_image())
+    fields = {"num_inference_steps": "1", "cache": "none"}
+
+    async def edit(http: httpx.AsyncClient) -> int:
+        if path == "/generate":
+            body = SMALL | {"images": [as_text(file)]}
+            return (await http.post(path, json=body)).status_code
+        return (await http.post(path, data={"prompt": "x"} | fields, files={"image": file})).status_code
+
+    async with serve_generator() as http:
+        edits = [asyncio.create_task(edit(http)) for _ in range(6)]
+        plain = await http.post("/generate", json=SMALL)
+        assert not any(task.done() for task in edits)
+        may_decode.set()
+        assert await asyncio.gather(*edits) == [200] * 6
+    assert plain.status_code == 200
+
+
 def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same reference image in a later request is not encoded again, and the image stays the same."""
     calls: list[int] = []
@@ -230,7 +322,7 @@ def test_a_reference_is_encoded_once(demo: Flux2Model, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vae, "encode", counted)
     embeds = torch.zeros(1, 32, demo.info.embedding_width)
-    request = Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(sample_image(112, 64)),))
+    request = Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference.of(sample_image(112, 64)),))
     first, second = demo.generate(request).latents, demo.generate(request).latents
     assert len(calls) == 1
     assert torch.equal(first, second)
@@ -240,7 +332,7 @@ def test_references_of_other_shapes_are_encoded_separately(demo: Flux2Model) -> 
     """Two images of equal bytes and different shapes are encoded separately."""
     embeds = torch.zeros(1, 32, demo.info.embedding_width)
     wide, tall = Image.new("RGB", (128, 64)), Image.new("RGB", (64, 128))
-    wanted = [Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference(image),)) for image in (wide, tall)]
+    wanted = [Params(embeds, 64, 64, 4.0, 1, schedule_for("none", 2), (Reference.of(image),)) for image in (wide, tall)]
     first, second = (demo.generate(request).latents for request in wanted)
     assert not torch.equal(first, second)
     other_model = local_model(WEIGHTS)

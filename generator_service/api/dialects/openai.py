@@ -142,7 +142,8 @@ def image_files(form: FormData) -> list[UploadFile]:
 
 
 async def submit(body: ImagesRequest, native: GenerateRequest, state: GeneratorState, permit: Permit) -> Generation:
-    return state.engine.submit(await state.requests.run(state.resolver.resolve, native, body.stream), permit)
+    threads = state.images if native.images else state.requests
+    return state.engine.submit(await threads.run(state.resolver.resolve, native, body.stream), permit)
 
 
 async def respond(
@@ -200,7 +201,7 @@ async def openai_events(
 
     def partial_image(preview: Preview) -> ServerSentEvent:
         kind = f"{prefix}.partial_image"
-        image = {"b64_json": sse.preview_base64(preview), "output_format": "jpeg"}
+        image = {"b64_json": base64.b64encode(preview.file).decode(), "output_format": "jpeg"}
         return sse.json_event(kind, {"type": kind, "partial_image_index": preview.number} | common | image)
 
     def completed(result: GenerationResult) -> ServerSentEvent:
