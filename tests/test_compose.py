@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from demo_model.services import OPENMP
 from generator_service.engine.metrics import GeneratorMetrics
@@ -40,7 +41,7 @@ OF_LIBRARIES = {
     "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR",
 }
-DEFAULT = re.compile(r"\$\{\w+:-([^}]*)\}")
+DEFAULT = re.compile(r"\$\{\w+:[-+]([^}]*)\}")
 
 
 class Loader(yaml.SafeLoader):
@@ -57,7 +58,7 @@ Loader.add_constructor("!override", list_of)
 
 
 def read(name: str) -> dict[str, Any]:
-    """A compose file with resolved anchors and the default of every variable."""
+    """A compose file with resolved anchors and the default of every variable; ``:+`` is resolved as if it were set."""
     text = DEFAULT.sub(r"\1", (ROOT / name).read_text(encoding="utf-8"))
     loaded: dict[str, Any] = yaml.load(text, Loader)  # noqa: S506 - the loader is a safe one
     return loaded
@@ -261,9 +262,18 @@ def test_keys_are_read(name: str, variables: set[str]) -> None:
     assert keys_files == variables
 
 
-def test_no_keys_are_included() -> None:
-    """The file that replaces missing keys contains none."""
-    assert GeneratorSettings(keys_file=ROOT / "deploy" / "no-keys").tokens() == ()
+def test_an_open_service_is_a_decision(tmp_path: Path) -> None:
+    """Without a keys file of the operator none is read; the operator's own must hold a key, or the setting says so."""
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    read_files = re.findall(r"^ +(\w+)_KEYS_FILE: (.*)$", text, re.MULTILINE)
+    assert [value for prefix, value in read_files if f"${{{prefix}_KEYS_FILE:+/run/secrets/" not in value] == []
+    assert len(read_files) == 4
+    (tmp_path / "keys").write_bytes((ROOT / "deploy" / "no-keys").read_bytes())
+    with pytest.raises(ValidationError, match="holds no key"):
+        GeneratorSettings(keys_file=tmp_path / "keys")
+    for name, prefix in prefixes(OURS):
+        assert SERVICES[name]["environment"][f"{prefix}_ALLOW_UNAUTHENTICATED"] == "False"
+    assert all(SERVICES[name]["environment"]["TEXT_ENCODER_ALLOW_UNAUTHENTICATED"] == "False" for name in OURS)
 
 
 @pytest.mark.parametrize("name", [*OURS, "weights"])
