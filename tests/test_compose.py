@@ -177,6 +177,20 @@ def test_the_encoder_is_internal(name: str) -> None:
     assert on_it == {*OURS, "prometheus"}
 
 
+def test_only_the_download_has_a_way_out() -> None:
+    """Published ports need a network that is not internal: theirs is not masqueraded, unless ``ROUTE_OUT`` says so."""
+    networks = {name: set(service.get("networks", ["default"])) for name, service in SERVICES.items()}
+    assert {name for name, joined in networks.items() if "default" in joined} == {"weights"}
+    assert {name for name, joined in networks.items() if "published" in joined} == {
+        *GENERATORS,
+        "prometheus",
+        "grafana",
+    }
+    option = "com.docker.network.bridge.enable_ip_masquerade"
+    assert COMPOSE["networks"]["published"] == {"driver_opts": {option: "false"}}
+    assert COMPOSE["networks"].keys() == {"default", "encoder", "published"}
+
+
 def test_ports_are_published_on_loopback() -> None:
     """The generator and Grafana are published on loopback; ``GENERATOR_HOST`` changes the generator's address."""
     published = {name: service["ports"] for name, service in SERVICES.items() if service.get("ports")}
