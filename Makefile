@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak test-docker test-ray test-cluster test-slow mutants audit docs check format train clean weights up down logs
+.PHONY: help install demo serve test soak test-docker test-ray test-cluster test-slow mutants attack audit docs check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ test-slow: .venv-quantization/.installed ## run the slow tests: compilation, 8-b
 
 mutants: install ## mutation testing: the tests must detect each mutant (up to half an hour)
 	@$(BIN)/python -m tests.mutants
+
+attack: install ## attack both services with the demo model: one line with the figures each (up to 15 minutes)
+	@$(BIN)/python -m tests.attacks $(WORD)
 
 audit: .venv-audit/.installed ## look the pinned packages up in an advisory database, if one can be reached
 	@.venv-audit/bin/python tests/audit.py

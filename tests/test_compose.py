@@ -167,6 +167,25 @@ def test_resources_are_limited(name: str) -> None:
     assert service["init"] is True
 
 
+IDLE_MIB = 520
+"""The resident size of the demo's generator after its start, as measured."""
+LARGEST_IMAGE_MIB = 1300
+"""What an image of 2048x2048 takes in addition while it is generated, as measured."""
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_no_request_exceeds_the_memory(name: str) -> None:
+    """The largest request fits beside full caches: body, reference images at full size, image and temporary files."""
+    settings = GeneratorSettings()
+    bodies = 5 * settings.max_body_bytes  # as pieces, as bytes, as text, as a field, and without base64
+    references = settings.max_references * settings.max_reference_pixels * 3
+    conversion = settings.max_reference_pixels * 11  # of one image at a time, from four channels to three
+    caches = settings.embedding_cache_bytes + settings.max_job_bytes
+    temporary = 256 * 2**20
+    needed = bodies + references + conversion + caches + temporary + (IDLE_MIB + LARGEST_IMAGE_MIB) * 2**20
+    assert needed <= int(SERVICES[name]["mem_limit"].removesuffix("g")) * 2**30 * 0.8
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_encoder_is_internal(name: str) -> None:
     """It has no published port and one network, which is internal."""

@@ -61,7 +61,7 @@ async def in_pieces(num_pieces: int, size: int = 100) -> AsyncIterator[bytes]:
 async def test_a_body_without_a_key_is_not_received(monkeypatch: pytest.MonkeyPatch, authorization: str | None) -> None:
     """The headers alone decide; requests without a body go to the API, which knows the open routes."""
     proxy = ServeProxy()
-    headers = {"Authorization": authorization.encode("latin-1")} if authorization else {}
+    headers = [(b"Authorization", authorization.encode("latin-1"))] if authorization else []
     async with behind(proxy, monkeypatch, TOKEN="a-key-of-20-letters-") as http:
         for body in (b"a" * 10, in_pieces(3)):
             response = await http.post("/generate", content=body, headers=headers)
