@@ -33,7 +33,7 @@ class Relay:
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection; each response ends it, so that the behavior never lags behind."""
         self.num_connections += 1
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError, asyncio.CancelledError):
             request_head, body = await read_request(reader)
             self.heads.append(request_head)
             if self.target is not None:

@@ -19,7 +19,7 @@ async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
             writer.write(b" ")
             await writer.drain()
             await asyncio.sleep(0.5)
-    except OSError:
+    except (OSError, asyncio.CancelledError):
         writer.close()
 
 
