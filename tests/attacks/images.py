@@ -57,6 +57,7 @@ async def scan_bombs(figures: Figures) -> None:
             _, other_s = await generate(other, "a red circle")
             for each in bombs:
                 each.cancel()
+            await asyncio.gather(*bombs, return_exceptions=True)
             target.process.send_signal(signal.SIGTERM)
             ended_s = await asyncio.to_thread(seconds_until_exit, target.process)
     figures.one_of("status", status, (422,))
@@ -101,6 +102,9 @@ async def decoded_references(figures: Figures) -> None:
                 edits = [asyncio.create_task(http.post("/jobs", json=body)) for _ in range(12)]
                 await asyncio.wait(edits, timeout=EDITS_S)
                 statuses = [each.result().status_code for each in edits if each.done() and not each.exception()]
+            for each in edits:
+                each.cancel()
+            await asyncio.gather(*edits, return_exceptions=True)
             await first.delete(f"/jobs/{running}")
     figures.at_least("accepted or refused", len(statuses), 12)
     figures.at_most("growth", watch.growth, 600, " MiB")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
+import warnings
 import zipfile
 from contextlib import closing
 from pathlib import Path
@@ -49,9 +50,9 @@ def archive(pickled: bytes) -> bytes:
 def payloads() -> dict[str, bytes]:
     """Answers that are no embedding, by name."""
     nested = io.BytesIO()
-    torch.save(torch.nested.nested_tensor([torch.zeros(2, 384), torch.zeros(3, 384)]), nested)
+    with warnings.catch_warnings(action="ignore"):  # that they are a prototype
+        torch.save(torch.nested.nested_tensor([torch.zeros(2, 384), torch.zeros(3, 384)]), nested)
     return {
-        "text": b"not a tensor",
         "bytearray": archive(pickle.dumps(Reduced(bytearray, 2**31 - 1), 2)),
         "Tensor(shape)": archive(pickle.dumps(Reduced(torch.Tensor, *SHAPE), 2)),
         "nested": nested.getvalue(),
@@ -63,7 +64,7 @@ def payloads() -> dict[str, bytes]:
 @attack(31, "tensor reader")
 async def tensor_reader(figures: Figures) -> None:
     """Whatever the encoder answers is not unpickled: 502 within 100 ms more than for plain text, without memory."""
-    answers, current = payloads(), b""
+    answers, current = payloads(), b"not a tensor"
 
     async def answer(request_head: bytes, body: bytes) -> bytes:
         return respond(current) if b"/predict" in request_head.split(b"\r\n")[0] else respond(b"{}", "application/json")
@@ -87,11 +88,14 @@ async def cookies(figures: Figures) -> None:
     """Cookies of an encoder are not kept, redirects not followed, environment proxies not used: it works afterwards."""
     filler = [f"Set-Cookie: c{k}={'x' * 4000}; Path=/" for k in range(8)]
 
+    async def refuse(request_head: bytes, body: bytes) -> bytes:
+        return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+
     async def set_cookies(request_head: bytes, body: bytes) -> bytes:
         return respond(b"{}", "application/json", *(f"{line[:14]}{len(relay.heads)}{line[14:]}" for line in filler))
 
     async with (
-        relaying() as elsewhere,
+        relaying(answer=refuse) as elsewhere,
         relaying(answer=set_cookies) as relay,
         service("text_encoder_service") as encoder,
         generator(TEXT_ENCODER_URL=relay.url, HTTP_PROXY=elsewhere.url, http_proxy=elsewhere.url) as target,

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+MAX_HEAD_BYTES = 16 * 2**20
+"""Heads that are full of cookies are passed on: it is the encoder that refuses them."""
 Answer = Callable[[bytes, bytes], Awaitable[bytes | None]]
 """Makes a whole response from a request's head and body; None is silence."""
 
@@ -54,7 +56,7 @@ class Relay:
 async def relaying(target: int | None = None, answer: Answer | None = None) -> AsyncIterator[Relay]:
     """A relay that listens until the block ends."""
     relay = Relay(target=target, answer=answer)
-    server = await asyncio.start_server(relay.handle, "127.0.0.1", 0)
+    server = await asyncio.start_server(relay.handle, "127.0.0.1", 0, limit=MAX_HEAD_BYTES)
     relay.port = server.sockets[0].getsockname()[1]
     try:
         yield relay

@@ -154,10 +154,10 @@ async def watching(watched: Service) -> AsyncIterator[Watch]:
         watch.latencies.extend(map(float, output.split()))
 
 
-def metric(watched: Service, name: str) -> float:
-    """The sum of a metric over its labels."""
+def metric(watched: Service, name: str, label: str = "") -> float:
+    """The sum of a metric over its labels, or over those with ``label``."""
     lines = httpx.get(f"{watched.url}/metrics", timeout=PATIENCE_S).text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
 
 
 async def generate(http: httpx.AsyncClient, prompt: str, **fields: Any) -> tuple[int, float]:
