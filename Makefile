@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo serve test soak test-docker test-ray test-cluster test-slow mutants docs check format train clean weights up down logs
+.PHONY: help install demo serve test soak test-docker test-ray test-cluster test-slow mutants attack audit docs check format train clean weights up down logs
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,12 @@ test-slow: .venv-quantization/.installed ## run the slow tests: compilation, 8-b
 mutants: install ## mutation testing: the tests must detect each mutant (up to half an hour)
 	@$(BIN)/python -m tests.mutants
 
+attack: install ## attack both services with the demo model: one line with the figures each (up to 15 minutes)
+	@$(BIN)/python -m tests.attacks $(WORD)
+
+audit: .venv-audit/.installed ## look the pinned packages up in an advisory database, if one can be reached
+	@.venv-audit/bin/python tests/audit.py
+
 docs: .venv-docs/.installed ## build the documentation into site/; broken links are errors
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict # --quiet would hide warnings from --strict
 
@@ -88,4 +94,4 @@ logs: ## follow the logs of the containers
 	docker compose --profile '*' logs --follow --tail 100
 
 clean: ## remove everything that these targets created
-	rm -rf .venv .venv-docs .venv-ray .venv-quantization site demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-audit .venv-docs .venv-ray .venv-quantization site demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

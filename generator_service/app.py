@@ -42,8 +42,6 @@ from generator_service.settings import GeneratorSettings
 
 logger = logging.getLogger("flux2")
 
-LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -88,7 +86,8 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warn_if_unauthenticated(settings)
+        for weakness in settings.key_warnings(settings.published_host or settings.host):
+            logger.warning(weakness)
         async with (
             open_backend(app) as backend,
             ThreadPool("requests") as requests,
@@ -204,13 +203,6 @@ def make_upsampler(settings: GeneratorSettings, transport: httpx.AsyncBaseTransp
         timeout_s=settings.upsampler_timeout_s,
         transport=transport,
     )
-
-
-def warn_if_unauthenticated(settings: GeneratorSettings) -> None:
-    """Log a warning if other machines can use the service without a key."""
-    address = settings.published_host or settings.host
-    if address not in LOOPBACK and not settings.tokens():
-        logger.warning("listening on %s without authentication; set GENERATOR_KEYS_FILE", address)
 
 
 def load_model(

@@ -1,12 +1,13 @@
 """Settings of the generator, from ``GENERATOR_...`` and, for its text encoder, ``TEXT_ENCODER_...``."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, SecretStr
+from pydantic import AnyHttpUrl, BeforeValidator, DirectoryPath, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
-from flux2_shared.settings import KeysFile, ServiceSettings, Token, read_keys, read_names
+from flux2_shared.settings import KeysFile, ServiceSettings, Token, read_keys, read_names, require_key
 
 CacheName = str
 """``none`` or the name of a schedule."""
@@ -89,6 +90,8 @@ class GeneratorSettings(ServiceSettings):
     text_encoder_url: AnyHttpUrl = Field(AnyHttpUrl("http://127.0.0.1:8006"), validation_alias="TEXT_ENCODER_URL")
     """URL of the text encoder service, or of another service with the same protocol; ``/predict`` is optional."""
     text_encoder_token: Token | None = Field(None, validation_alias="TEXT_ENCODER_TOKEN")
+    text_encoder_allow_unauthenticated: bool = Field(False, validation_alias="TEXT_ENCODER_ALLOW_UNAUTHENTICATED")
+    """Whether the text encoder's keys file may hold no key, so that none is sent."""
     text_encoder_keys_file: KeysFile | None = Field(None, validation_alias="TEXT_ENCODER_KEYS_FILE")
     """The encoder's key file; without ``text_encoder_token``, its first key is sent."""
     text_encoder_timeout_s: float = Field(30.0, gt=0, validation_alias="TEXT_ENCODER_TIMEOUT_S")
@@ -96,6 +99,12 @@ class GeneratorSettings(ServiceSettings):
 
     encoder_grace_s: float = Field(300.0, ge=0)
     """Time that the generator stays ready after the text encoder's last answer, in seconds."""
+
+    @field_validator("text_encoder_keys_file")
+    @classmethod
+    def _require_key_to_send(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        names = ("text_encoder_allow_unauthenticated", "text_encoder_token")
+        return require_key(file, "TEXT_ENCODER_", is_open_allowed=any(info.data.get(name) for name in names))
 
     def queue_share(self) -> float:
         """Return the share of the queue that one owner of requests may have."""

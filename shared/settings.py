@@ -1,10 +1,20 @@
 """Settings of both services, read from the environment or a ``.env`` file at startup."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, FilePath, IPvAnyNetwork, SecretStr, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from flux2_shared.observability.logs import LogFormat
@@ -13,6 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 FLUX2_DEV = "black-forest-labs/FLUX.2-dev"
+KEY = re.compile(r"[!-~]+")
+"""What an ``Authorization`` header can carry after ``Bearer``: visible ASCII characters."""
+MIN_KEY_CHARS = 16
+"""Shorter keys can be guessed."""
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 PATH_PREFIX = re.compile(r"(?:/(?!\.{1,2}(?:/|$))[\w.~@+-]+)+", re.ASCII)
 """Path segments without a trailing slash. None is empty, or a link with it could lead to another host."""
 
@@ -31,14 +46,32 @@ def read_path_prefix(text: Any) -> Any:
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
-    """Read one key per line, skipping empty lines and comments; editors may have added a byte order mark."""
-    lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
-    return tuple(line for line in lines if line and not line.startswith("#"))
+    """Read one key per line, without repetitions, skipping empty lines and comments.
+
+    Editors may have added a byte order mark, and end lines as any system does.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8 text, or a key holds a character that an ``Authorization`` header cannot carry. The
+            message has the number of the line, never the key.
+    """
+    keys = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+        key = line.strip()
+        if key and not key.startswith("#"):
+            if not KEY.fullmatch(key):
+                raise ValueError(
+                    f"line {number} of {file} is no key: use ASCII letters, digits and signs, without spaces"
+                )
+            keys[key] = number
+    return tuple(keys)
 
 
 def check_keys_file(file: Path) -> Path:
-    """Return ``file``; raise ``ValueError`` if it cannot be read as text."""
+    """Return ``file``; raise ``ValueError`` if no keys can be read from it."""
     try:
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file" if file.exists() else f"{file} does not exist")
         read_keys(file)
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not UTF-8 text; save it with that encoding") from None
@@ -47,16 +80,29 @@ def check_keys_file(file: Path) -> Path:
     return file
 
 
-KeysFile = Annotated[FilePath, AfterValidator(check_keys_file)]
+def require_key(file: Path | None, prefix: str, *, is_open_allowed: bool) -> Path | None:
+    """Return ``file``; raise ``ValueError`` if it holds no key, unless that is allowed.
+
+    An empty file is more often a mistake, such as a secret that was not filled, than a decision for an open service.
+    """
+    if file is not None and not is_open_allowed and not read_keys(file):
+        meant = f"if requests need no key, set {prefix}ALLOW_UNAUTHENTICATED=true"
+        raise ValueError(f"{prefix}KEYS_FILE: {file} holds no key; add one, or {meant}")
+    return file
+
+
+KeysFile = Annotated[Path, AfterValidator(check_keys_file)]
 
 
 def read_token(text: Any) -> Any:
     """Remove whitespace around a token, such as the line break of a file; other values are returned unchanged.
 
-    A blank token is refused, because an empty one would mean that none is required.
+    A blank token is refused, because an empty one would mean that none is required; so is one that no header can carry.
     """
     if isinstance(text, str) and text and not text.strip():
         raise ValueError("the token is blank")
+    if isinstance(text, str) and not (text.isascii() and text.strip().isprintable()):
+        raise ValueError("the token may hold ASCII letters, digits, signs and inner spaces only")
     return text.strip() if isinstance(text, str) else text
 
 
@@ -97,6 +143,8 @@ class ServiceSettings(BaseSettings):
     embedding_cache_bytes: int = Field(512 * 2**20, ge=0)
     token: Token | None = None
     """If set, requests need it as ``Authorization: Bearer``; health and metrics stay open."""
+    allow_unauthenticated: bool = False
+    """Whether the service may start with a keys file that holds no key, and then serve everyone."""
     keys_file: KeysFile | None = None
     """A file with one API key per line. Each is accepted like ``token``, and sees only its own jobs."""
     root_path: Annotated[str | None, BeforeValidator(read_path_prefix)] = None
@@ -114,10 +162,25 @@ class ServiceSettings(BaseSettings):
     """``text``, or ``json`` with one object per line."""
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", validation_alias="LOG_LEVEL")
 
+    @field_validator("keys_file")
+    @classmethod
+    def _require_key(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        is_open_allowed = bool(info.data.get("allow_unauthenticated") or info.data.get("token"))
+        return require_key(file, cls.model_config["env_prefix"], is_open_allowed=is_open_allowed)
+
     def tokens(self) -> tuple[str, ...]:
         """Return all accepted bearer tokens; if there are none, no authentication is required."""
         single = [self.token.get_secret_value()] if self.token else []
         return (*single, *(read_keys(self.keys_file) if self.keys_file else ()))
+
+    def key_warnings(self, address: str) -> Iterator[str]:
+        """Yield what is weak about the authentication of the service, which clients reach at ``address``."""
+        tokens, prefix = self.tokens(), self.model_config["env_prefix"]
+        if not tokens and not self.allow_unauthenticated and address not in LOOPBACK:
+            yield f"listening on {address} without authentication; set {prefix}KEYS_FILE"
+        num_short = sum(len(token) < MIN_KEY_CHARS for token in tokens)
+        if num_short:
+            yield f"{num_short} of {len(tokens)} keys have fewer than {MIN_KEY_CHARS} characters and could be guessed"
 
     def torch_device(self) -> "torch.device":
         """Resolve the device; a GPU has an index.

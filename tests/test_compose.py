@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from demo_model.services import OPENMP
 from generator_service.engine.metrics import GeneratorMetrics
@@ -40,7 +41,7 @@ OF_LIBRARIES = {
     "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR",
 }
-DEFAULT = re.compile(r"\$\{\w+:-([^}]*)\}")
+DEFAULT = re.compile(r"\$\{\w+:[-+]([^}]*)\}")
 
 
 class Loader(yaml.SafeLoader):
@@ -57,7 +58,7 @@ Loader.add_constructor("!override", list_of)
 
 
 def read(name: str) -> dict[str, Any]:
-    """A compose file with resolved anchors and the default of every variable."""
+    """A compose file with resolved anchors and the default of every variable; ``:+`` is resolved as if it were set."""
     text = DEFAULT.sub(r"\1", (ROOT / name).read_text(encoding="utf-8"))
     loaded: dict[str, Any] = yaml.load(text, Loader)  # noqa: S506 - the loader is a safe one
     return loaded
@@ -166,6 +167,25 @@ def test_resources_are_limited(name: str) -> None:
     assert service["init"] is True
 
 
+IDLE_MIB = 520
+"""The resident size of the demo's generator after its start, as measured."""
+LARGEST_IMAGE_MIB = 1300
+"""What an image of 2048x2048 takes in addition while it is generated, as measured."""
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_no_request_exceeds_the_memory(name: str) -> None:
+    """The largest request fits beside full caches: body, reference images at full size, image and temporary files."""
+    settings = GeneratorSettings()
+    bodies = 5 * settings.max_body_bytes  # as pieces, as bytes, as text, as a field, and without base64
+    references = settings.max_references * settings.max_reference_pixels * 3
+    conversion = settings.max_reference_pixels * 11  # of one image at a time, from four channels to three
+    caches = settings.embedding_cache_bytes + settings.max_job_bytes
+    temporary = 256 * 2**20
+    needed = bodies + references + conversion + caches + temporary + (IDLE_MIB + LARGEST_IMAGE_MIB) * 2**20
+    assert needed <= int(SERVICES[name]["mem_limit"].removesuffix("g")) * 2**30 * 0.8
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_encoder_is_internal(name: str) -> None:
     """It has no published port and one network, which is internal."""
@@ -174,6 +194,20 @@ def test_the_encoder_is_internal(name: str) -> None:
     assert COMPOSE["networks"]["encoder"] == {"internal": True}
     on_it = {n for n, service in SERVICES.items() if "encoder" in service.get("networks", [])}
     assert on_it == {*OURS, "prometheus"}
+
+
+def test_only_the_download_has_a_way_out() -> None:
+    """Published ports need a network that is not internal: theirs is not masqueraded, unless ``ROUTE_OUT`` says so."""
+    networks = {name: set(service.get("networks", ["default"])) for name, service in SERVICES.items()}
+    assert {name for name, joined in networks.items() if "default" in joined} == {"weights"}
+    assert {name for name, joined in networks.items() if "published" in joined} == {
+        *GENERATORS,
+        "prometheus",
+        "grafana",
+    }
+    option = "com.docker.network.bridge.enable_ip_masquerade"
+    assert COMPOSE["networks"]["published"] == {"driver_opts": {option: "false"}}
+    assert COMPOSE["networks"].keys() == {"default", "encoder", "published"}
 
 
 def test_ports_are_published_on_loopback() -> None:
@@ -261,9 +295,18 @@ def test_keys_are_read(name: str, variables: set[str]) -> None:
     assert keys_files == variables
 
 
-def test_no_keys_are_included() -> None:
-    """The file that replaces missing keys contains none."""
-    assert GeneratorSettings(keys_file=ROOT / "deploy" / "no-keys").tokens() == ()
+def test_an_open_service_is_a_decision(tmp_path: Path) -> None:
+    """Without a keys file of the operator none is read; the operator's own must hold a key, or the setting says so."""
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    read_files = re.findall(r"^ +(\w+)_KEYS_FILE: (.*)$", text, re.MULTILINE)
+    assert [value for prefix, value in read_files if f"${{{prefix}_KEYS_FILE:+/run/secrets/" not in value] == []
+    assert len(read_files) == 4
+    (tmp_path / "keys").write_bytes((ROOT / "deploy" / "no-keys").read_bytes())
+    with pytest.raises(ValidationError, match="holds no key"):
+        GeneratorSettings(keys_file=tmp_path / "keys")
+    for name, prefix in prefixes(OURS):
+        assert SERVICES[name]["environment"][f"{prefix}_ALLOW_UNAUTHENTICATED"] == "False"
+    assert all(SERVICES[name]["environment"]["TEXT_ENCODER_ALLOW_UNAUTHENTICATED"] == "False" for name in OURS)
 
 
 @pytest.mark.parametrize("name", [*OURS, "weights"])

@@ -65,7 +65,7 @@ def compose_variables() -> dict[str, str]:
     for name in ("docker-compose.one-gpu.yml", "docker-compose.yml"):  # the second default applies
         text = text_of(name)
         defaults |= dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
-        assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:-", text)), "a variable without a default"
+        assert len(re.findall(r"\$\{", text)) == len(re.findall(r"\$\{\w+:[-+]", text)), "a variable without a default"
         for arguments in re.findall(r"args: \[(.*)\]", text):  # set in the Dockerfile
             defaults |= dict.fromkeys(arguments.split(", "), "")
     return defaults

@@ -1,7 +1,9 @@
 """The manifests under ``deploy/``: they match Kubernetes' schemas, and grant as few rights as Compose does."""
 
 import importlib.util
+import re
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,13 @@ SERVICES = ("text-encoder", "generator")
 
 def manifests() -> Iterator[dict[str, Any]]:
     """Every object of Kubernetes' own kinds."""
-    yield load(ROOT / "deploy/ray/network.yaml")
-    for name in load(PLAIN / "kustomization.yaml")["resources"]:
-        yield from yaml.safe_load_all((PLAIN / name).read_text(encoding="utf-8"))
+    for file in (ROOT / "deploy/ray/network.yaml", *(PLAIN / name for name in kustomization()["resources"])):
+        yield from yaml.safe_load_all(file.read_text(encoding="utf-8"))
+
+
+def kustomization() -> dict[str, Any]:
+    """What ``kubectl apply -k`` applies."""
+    return load(PLAIN / "kustomization.yaml")
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -128,14 +134,15 @@ def test_variables_are_settings(pod: dict[str, Any]) -> None:
     """Every variable is a setting, or is read by a library."""
     known = variables(TextEncoderSettings) | variables(GeneratorSettings)
     of_compilers = {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
-    of_libraries = {"HF_HUB_OFFLINE", "HF_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED", *of_compilers}
+    of_ray = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "RAY_USAGE_STATS_ENABLED"}
+    of_libraries = {"HF_HUB_OFFLINE", "HF_TOKEN_PATH", *of_ray, *of_compilers}
     ours = {n for n in variables_of(pod) if n not in of_libraries and not n.startswith("RAY_health_check_")}
     assert ours <= set(known)
 
 
 def test_every_pod_runs_one_of_our_images(pod: dict[str, Any]) -> None:
     """The images' setting for PyTorch's allocator applies in every pod, since no manifest overrides it."""
-    image = container_of(pod)["image"].rpartition("/")[2].partition(":")[0]
+    image = re.split("[@:]", container_of(pod)["image"].rpartition("/")[2])[0]
     assert image in {"flux2-text-encoder", "flux2-generator", "flux2-ray"}
     assert {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}.isdisjoint(variables_of(pod))
 
@@ -191,6 +198,37 @@ def test_only_generators_can_reach_the_encoder() -> None:
     (rule,) = policy["ingress"]
     assert {"podSelector": {"matchLabels": {"app": "generator"}}} in rule["from"]
     assert all(named("Service", name)["spec"].get("type", "ClusterIP") == "ClusterIP" for name in SERVICES)
+
+
+def test_no_pod_reaches_the_internet() -> None:
+    """Only the download may: generators and Ray's pods reach each other, the DNS and private addresses."""
+    dns = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
+    policies = {m["metadata"]["name"]: m["spec"] for m in manifests() if m["kind"] == "NetworkPolicy"}
+    open_to_all = {name for name, spec in policies.items() if any("to" not in rule for rule in spec.get("egress", []))}
+    assert open_to_all == {"weights"}
+    for name, own in (("generator", {"app": "text-encoder"}), ("ray", {"ray.io/is-ray-node": "yes"})):
+        assert "Egress" in policies[name]["policyTypes"]
+        targets = [target for rule in policies[name]["egress"] for target in rule["to"]]
+        assert targets == [{"podSelector": {"matchLabels": own}}, dns]
+    (head,) = policies["ray-head"]["egress"]
+    assert all(ip_network(target["ipBlock"]["cidr"]).is_private for target in head["to"])
+    assert {rule["port"] for rule in head["ports"]} == {443, 6443}
+
+
+def test_images_are_named_by_digest() -> None:
+    """A tag could be moved to another image; the digests are zeros until the operator has built the images."""
+    digest = re.compile(r"sha256:[0-9a-f]{64}")
+    assert all(digest.fullmatch(image["digest"]) and "newTag" not in image for image in kustomization()["images"])
+    names = {container_of(pod)["image"] for name, pod in pods().items() if not name.startswith("ray")}
+    assert names == {image["name"] for image in kustomization()["images"]}
+    assert all(digest.fullmatch(container_of(pod)["image"].partition("@")[2]) for pod in ray_templates())
+
+
+def test_serves_proxies_limit_bodies() -> None:
+    """Every Ray process has the variable with which Serve's proxies get the limits of the API."""
+    name = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+    assert {variables_of(pod)[name] for pod in ray_templates()} == {"flux2_ray.proxy:middleware"}
+    assert f"{name}=flux2_ray.proxy:middleware" in (ROOT / "docs/run.md").read_text(encoding="utf-8")
 
 
 def test_only_ray_can_reach_ray() -> None:

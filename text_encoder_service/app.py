@@ -1,5 +1,6 @@
 """The text encoder's app. Its lifespan owns the model, the queue and the cache."""
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -25,6 +26,7 @@ from text_encoder_service.routes import EncoderState, router
 from text_encoder_service.settings import TextEncoderSettings
 
 WARM_UP_PROMPT = "a red circle"
+logger = logging.getLogger("flux2")
 
 
 def create_app(settings: TextEncoderSettings) -> FastAPI:
@@ -33,6 +35,8 @@ def create_app(settings: TextEncoderSettings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         health = app.state.health
+        for weakness in settings.key_warnings(settings.host):
+            logger.warning(weakness)
         async with (
             DeviceThread(health.device_lost.set) as thread,
             running_encoder(settings, app.state.metrics, thread, health.report) as state,

@@ -10,7 +10,7 @@ from dotenv.parser import Binding, parse_stream
 from pydantic import ValidationError
 
 from flux2_shared.model.subfolders import Service
-from flux2_shared.settings import ServiceSettings
+from flux2_shared.settings import LOOPBACK, ServiceSettings
 from generator_service.doctor.check import Check, describe, failed, ok, one_line, warning
 from generator_service.doctor.host import Host
 from generator_service.doctor.model import Model
@@ -25,7 +25,6 @@ OTHER_VARIABLES = ("GENERATOR_URL", "GENERATOR_GPU", "GENERATOR_MEMORY")
 """Variables of the command line and docker-compose.yml with the same prefixes."""
 SIMILARITY_CUTOFF = 0.85
 """The minimum similarity of a misspelled variable to a setting."""
-LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 Settings = TypeVar("Settings", bound=ServiceSettings)
 
 
@@ -122,27 +121,33 @@ def check_keys(settings: ServiceSettings, service: str, published_host: str | No
     variable = variable_of(type(settings), "keys_file")
     try:
         count = len(settings.tokens())
-    except (OSError, UnicodeDecodeError) as error:
-        fix = f"make {settings.keys_file} readable for this user; in containers that is user 1000"
-        yield failed(name, f"{variable} cannot be read: {describe(error)}", fix)
+    except (OSError, ValueError) as error:
+        yield failed(name, f"{variable} cannot be read: {describe(error)}", fix_of_keys(settings.keys_file))
         return
-    if count:
+    address = published_host or settings.host
+    weaknesses = list(settings.key_warnings(address))
+    if weaknesses:
+        yield warning(name, "; ".join(weaknesses), f"create keys with `openssl rand -hex 32` and set {variable}")
+    elif count:
         yield ok(name, f"requests need one of {count} keys" if count > 1 else "requests need the one key")
-    elif (published_host or settings.host) in LOOPBACK and (settings.keys_file is None or published_host):
+    elif address in LOOPBACK:
         yield ok(name, "none: the service is not authenticated, but listens on a loopback address only")
     else:
-        why = f"{variable} holds none" if settings.keys_file else f"the service listens on {settings.host}"
-        yield warning(
-            name, f"none, and {why}: everyone on the network can use the service", f"create keys and set {variable}"
-        )
+        allowed = variable_of(type(settings), "allow_unauthenticated")
+        yield ok(name, f"none: {allowed} says that everyone on the network may use the service")
+
+
+def fix_of_keys(file: Path | None) -> str:
+    """Return what to do about a keys file that cannot be read."""
+    return f"make {file} a text file that this user can read; in containers that is user 1000"
 
 
 def check_key_to_send(settings: GeneratorSettings) -> Iterator[Check]:
     """Check that the key which the generator sends to the text encoder can be read."""
     try:
         settings.token_to_send()
-    except (OSError, UnicodeDecodeError) as error:
-        fix = f"make {settings.text_encoder_keys_file} readable for this user; in containers that is user 1000"
+    except (OSError, ValueError) as error:
+        fix = fix_of_keys(settings.text_encoder_keys_file)
         yield failed("key to send", f"TEXT_ENCODER_KEYS_FILE cannot be read: {describe(error)}", fix)
 
 

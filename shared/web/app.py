@@ -12,6 +12,7 @@ from flux2_shared.observability.metrics import Metrics
 from flux2_shared.observability.tracing import tracing_of
 from flux2_shared.settings import ServiceSettings
 from flux2_shared.web.body import BodyLimit, BodyLimits
+from flux2_shared.web.docs import add_docs_routes
 from flux2_shared.web.health import Health, add_health_routes
 from flux2_shared.web.middleware import RequestContext
 from flux2_shared.web.problem import PROBLEM_MEDIA_TYPE, add_error_handlers, problem_schema
@@ -30,7 +31,15 @@ def make_app(
     errors: dict[int | str, dict[str, Any]] = {
         "default": {"description": "Any error", "content": {PROBLEM_MEDIA_TYPE: {"schema": problem_schema()}}}
     }
-    app = FastAPI(title=title, version=version, lifespan=lifespan, responses=errors, redirect_slashes=False)
+    app = FastAPI(
+        title=title,
+        version=version,
+        lifespan=lifespan,
+        responses=errors,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.metrics = metrics
     app.state.tracing = tracing_of(title)
     app.state.health = Health()
@@ -38,6 +47,7 @@ def make_app(
     app.state.max_connections = settings.max_connections
     add_error_handlers(app)
     add_health_routes(app, app.state.health, app.state.metrics.registry)
+    add_docs_routes(app)
     add_middleware(app, settings)
     return app
 

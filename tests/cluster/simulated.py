@@ -46,6 +46,7 @@ def environment(folder: Path, settings: dict[str, str]) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "flux2_ray.proxy:middleware",
         "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "2",  # few cores for many processes: they respond late
         "OMP_NUM_THREADS": "1",  # so that images are bit-identical to those of one thread
         "HF_HUB_OFFLINE": "1",

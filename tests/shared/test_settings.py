@@ -49,7 +49,82 @@ def test_the_encoders_keys_file_authenticates_the_generator(tmp_path: Path) -> N
     assert sent is not None
     assert sent.get_secret_value() == "own"
     keys.write_text("# none\n")
-    assert GeneratorSettings(text_encoder_keys_file=keys).token_to_send() is None
+    open_encoder = GeneratorSettings(text_encoder_keys_file=keys, text_encoder_allow_unauthenticated=True)
+    assert open_encoder.token_to_send() is None
+
+
+NO_KEYS = ("", "\n\n \t\r\n", "# a comment\n  # another\n", "\ufeff", "\ufeff# a comment\r\n")
+
+
+@pytest.mark.parametrize("content", NO_KEYS)
+@pytest.mark.parametrize("variable", ["GENERATOR_KEYS_FILE", "TEXT_ENCODER_KEYS_FILE"])
+@pytest.mark.parametrize("kind", [GeneratorSettings, TextEncoderSettings])
+def test_a_keys_file_without_keys_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[GeneratorSettings | TextEncoderSettings],
+    variable: str,
+    content: str,
+) -> None:
+    """It neither opens the service nor makes the generator send no key, unless a setting allows it."""
+    (tmp_path / "keys").write_text(content, encoding="utf-8")
+    monkeypatch.setenv(variable, str(tmp_path / "keys"))
+    if (kind, variable) == (TextEncoderSettings, "GENERATOR_KEYS_FILE"):
+        assert kind().tokens() == ()  # another service's
+        return
+    allowed = variable.replace("KEYS_FILE", "ALLOW_UNAUTHENTICATED")
+    with pytest.raises(
+        ValidationError, match=f"{variable}: {tmp_path}/keys holds no key; add one, or .*{allowed}=true"
+    ):
+        kind()
+    monkeypatch.setenv(allowed, "true")
+    assert kind().tokens() == ()
+    monkeypatch.delenv(allowed)
+    monkeypatch.setenv(variable.replace("KEYS_FILE", "TOKEN"), "a-token")
+    assert variable.startswith("TEXT") or kind().tokens() == ("a-token",)
+
+
+def test_keys_are_required_although_none_would_be_allowed(tmp_path: Path) -> None:
+    """The permission to serve everyone does not cancel keys that are there; repeated keys count once."""
+    (tmp_path / "keys").write_text("one-key\r\nanother\r\none-key\r\n", newline="")
+    settings = GeneratorSettings(keys_file=tmp_path / "keys", allow_unauthenticated=True)
+    assert settings.tokens() == ("one-key", "another")
+
+
+BAD_KEYS = (
+    "SECRET two",
+    "SECRET\u00e9",
+    "SECRET\tb",
+    "SECRET\x00b",
+    "a\x0bSECRET",
+    "a\u2028SECRET",
+    "a\x85SECRET",
+    "SECRET # old",
+)
+
+
+@pytest.mark.parametrize("key", BAD_KEYS)
+@pytest.mark.parametrize("setting", ["keys_file", "text_encoder_keys_file"])
+def test_keys_that_no_header_can_carry_are_refused(tmp_path: Path, setting: str, key: str) -> None:
+    """A key with spaces, control characters or characters beyond ASCII is named by its line, and never quoted."""
+    keys = tmp_path / "keys"
+    keys.write_text(f"# keys\n\na-good-key\n{key}\n", encoding="utf-8")
+    with pytest.raises(ValidationError, match=f"line 4 of {keys} is no key") as refused:
+        GeneratorSettings.model_validate({setting: keys, setting.upper(): keys})
+    assert "SECRET" not in "".join(error["msg"] for error in refused.value.errors())
+    (tmp_path / "keys").write_text("!#$%&'()*+,-./:;<=>?@[]^_`{|}~", encoding="utf-8")
+    assert GeneratorSettings(keys_file=keys).tokens() == ("!#$%&'()*+,-./:;<=>?@[]^_`{|}~",)
+
+
+def test_weak_authentication_is_described(tmp_path: Path) -> None:
+    """Short keys are counted, and an open service beyond loopback is named unless that is meant."""
+    (tmp_path / "keys").write_text("short\nfifteen-letters\nsixteen-letters!\n")
+    settings = GeneratorSettings(keys_file=tmp_path / "keys")
+    assert list(settings.key_warnings("::1")) == ["2 of 3 keys have fewer than 16 characters and could be guessed"]
+    open_one = TextEncoderSettings()
+    assert list(open_one.key_warnings("localhost")) == []
+    assert list(open_one.key_warnings("::")) == ["listening on :: without authentication; set TEXT_ENCODER_KEYS_FILE"]
+    assert list(TextEncoderSettings(allow_unauthenticated=True).key_warnings("::")) == []
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -72,8 +147,10 @@ def test_keys_files_that_cannot_be_read_are_refused(tmp_path: Path, setting: str
         with pytest.raises(ValidationError, match="keys is not UTF-8 text; save it with that encoding"):
             GeneratorSettings.model_validate({setting: keys, setting.upper(): keys})
     keys.unlink()
-    with pytest.raises(ValidationError, match="Path does not point to a file"):
+    with pytest.raises(ValidationError, match="keys does not exist"):
         GeneratorSettings.model_validate({setting: keys, setting.upper(): keys})
+    with pytest.raises(ValidationError, match=f"{tmp_path} is not a file"):
+        GeneratorSettings.model_validate({setting: tmp_path, setting.upper(): tmp_path})
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -96,6 +173,15 @@ def test_whitespace_around_tokens_is_removed(monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setenv(name, " \n")
     with pytest.raises(ValidationError, match="the token is blank"):
         GeneratorSettings()
+
+
+@pytest.mark.parametrize("token", ["s\u00e9cret", "a\nb", "a\tb", "a\x00b", "\u201cquoted\u201d"])
+def test_tokens_that_no_header_can_carry_are_refused(token: str) -> None:
+    """A token that no client can send is refused, because nobody could use the service; it is not quoted."""
+    with pytest.raises(ValidationError, match="the token may hold ASCII") as refused:
+        GeneratorSettings(token=token)
+    assert token not in refused.value.errors()[0]["msg"]
+    assert GeneratorSettings(token="inner spaces are sent").tokens() == ("inner spaces are sent",)
 
 
 def test_other_text_files_and_tokens_are_read_alike(tmp_path: Path) -> None:
@@ -173,6 +259,22 @@ def test_an_index_that_is_too_large_for_pytorch_is_refused(monkeypatch: pytest.M
     has_gpus(monkeypatch, 2)
     with pytest.raises(ModelRefused, match="sees 2 GPUs"):
         GeneratorSettings(device="cuda:256").torch_device()
+
+
+@pytest.mark.parametrize("service", ["generator_service", "text_encoder_service"])
+def test_a_service_does_not_start_with_a_keys_file_without_keys(service: str, tmp_path: Path) -> None:
+    """It ends with status 1 and one line that names the variable and the file, before it listens."""
+    prefix = service.removesuffix("_service").upper()
+    (tmp_path / "keys").write_text("# to be filled\n")
+    variables = {f"{prefix}_KEYS_FILE": str(tmp_path / "keys"), f"{prefix}_PORT": "0", "FLUX2_MODEL": "no/such"}
+    environment = os.environ | variables | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", service], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("flux2: bad setting: ")
+    assert f"{prefix}_KEYS_FILE: {tmp_path / 'keys'} holds no key" in line
 
 
 @pytest.mark.parametrize("service", ["generator_service", "text_encoder_service"])

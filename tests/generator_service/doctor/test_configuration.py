@@ -52,7 +52,8 @@ def test_each_invalid_setting_is_one_check(monkeypatch: pytest.MonkeyPatch) -> N
     assert {check.name for check in checks} == bad.keys() - {"GENERATOR_TOKEN"}
     assert {check.status for check in checks} == {Status.FAILED}
     assert all(check.detail and check.fix for check in checks)
-    assert not any(value in str(checks) for value in bad.values())
+    assert not any(value in str(checks) for name, value in bad.items() if name != "GENERATOR_KEYS_FILE")
+    assert any("/no/such/file does not exist" in check.detail for check in checks)
     assert (settings.port, settings.log_level, settings.max_waiting) == (8000, "info", 3)
     assert settings.token is not None
 
@@ -102,22 +103,27 @@ def test_a_misspelt_name_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {check.status for check in checks.values()} == {Status.WARNING}
 
 
+OPEN = {"allow_unauthenticated": True}
+ALL = "0.0.0.0"  # noqa: S104 - as in a container
+
+
 @pytest.mark.parametrize(
     ("content", "settings", "published", "status", "message"),
     [
         (None, {}, None, Status.OK, "loopback address only"),
-        (None, {"token": "t"}, None, Status.OK, "requests need the one key"),
-        ("a\n# no\n\nb\n", {}, None, Status.OK, "requests need one of 2 keys"),
-        ("# none\n", {}, None, Status.WARNING, "GENERATOR_KEYS_FILE holds none"),
-        ("# none\n", {"host": "0.0.0.0"}, "127.0.0.1", Status.OK, "loopback address only"),  # noqa: S104 - as in a container
-        ("# none\n", {"host": "0.0.0.0"}, "0.0.0.0", Status.WARNING, "holds none"),  # noqa: S104 - as above
-        (None, {"host": "0.0.0.0"}, None, Status.WARNING, "listens on 0.0.0.0"),  # noqa: S104 - as above
+        (None, {"token": "a-token-of-24-characters"}, None, Status.OK, "requests need the one key"),
+        (None, {"token": "t"}, None, Status.WARNING, "1 of 1 keys have fewer than 16 characters"),
+        ("a-key-of-20-letters-\n# no\n\nb-key-of-20-letters-\n", {}, None, Status.OK, "requests need one of 2 keys"),
+        ("# none\n", OPEN, None, Status.OK, "loopback address only"),
+        ("# none\n", OPEN | {"host": ALL}, "127.0.0.1", Status.OK, "loopback address only"),
+        ("# none\n", OPEN | {"host": ALL}, ALL, Status.OK, "GENERATOR_ALLOW_UNAUTHENTICATED says that everyone"),
+        (None, {"host": ALL}, None, Status.WARNING, "listening on 0.0.0.0 without authentication"),
     ],
 )
 def test_missing_authentication_is_a_warning(
     tmp_path: Path, content: str | None, settings: dict[str, Any], published: str | None, status: Status, message: str
 ) -> None:
-    """A keys file without keys, and a reachable service without keys, are warnings."""
+    """A reachable service without keys is a warning unless a setting says that it is meant, and so are short keys."""
     more: dict[str, Any] = {}
     if content is not None:
         more = {"keys_file": tmp_path / "keys"}
@@ -125,6 +131,21 @@ def test_missing_authentication_is_a_warning(
     [check] = check_keys(GeneratorSettings(**settings, **more), "generator", published)
     assert check.status is status
     assert message in check.detail
+
+
+def test_a_keys_file_without_keys_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The doctor reports the line with which the service would refuse to start."""
+    (tmp_path / "keys").write_text("# none\n")
+    for variable in ("GENERATOR_KEYS_FILE", "TEXT_ENCODER_KEYS_FILE"):
+        monkeypatch.setenv(variable, str(tmp_path / "keys"))
+    for kind, names in (
+        (GeneratorSettings, {"GENERATOR_KEYS_FILE", "TEXT_ENCODER_KEYS_FILE"}),
+        (TextEncoderSettings, {"TEXT_ENCODER_KEYS_FILE"}),
+    ):
+        _, checks = read_settings(kind)
+        assert {check.name for check in checks} == names
+        assert {check.status for check in checks} == {Status.FAILED}
+        assert all("keys holds no key" in check.detail for check in checks)
 
 
 def test_keys_that_cannot_be_read_are_a_failure(tmp_path: Path) -> None:
