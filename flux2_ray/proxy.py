@@ -11,18 +11,14 @@ from collections.abc import Sequence
 
 from fastapi import Request
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flux2_shared.errors import Busy, Flux2Error, PayloadTooLarge, Unauthorized
-from flux2_shared.web.body import BodyLimit
+from flux2_shared.errors import Flux2Error, PayloadTooLarge, Unauthorized
+from flux2_shared.web.body import BodyLimit, BodyLimits
 from flux2_shared.web.problem import problem_response
 from generator_service.settings import GeneratorSettings
 
-MAX_BODIES = 8
-"""Bodies of the largest size that a proxy holds at the same time."""
-RETRY_AFTER_S = 5.0
 OF_SERVE = {"serve_multiplexed_model_id", "x_request_disconnect_disabled", "x_request_timeout_seconds", "x_session_id"}
 """Headers that Serve obeys, in its spelling: with underscores."""
 
@@ -30,16 +26,17 @@ OF_SERVE = {"serve_multiplexed_model_id", "x_request_disconnect_disabled", "x_re
 def middleware() -> list[Middleware]:
     """Return what Serve puts around its proxy, from the innermost to the outermost; Serve calls it once per proxy."""
     settings = GeneratorSettings()
-    limits = Middleware(ProxyLimits, max_body_bytes=settings.max_body_bytes, tokens=settings.tokens())
-    return [limits, Middleware(BodyLimit, max_bytes=settings.max_body_bytes)]
+    limits = BodyLimits(settings.max_body_bytes, max(settings.max_body_bytes, settings.max_bodies_bytes))
+    proxy_limits = Middleware(ProxyLimits, max_body_bytes=settings.max_body_bytes, tokens=settings.tokens())
+    return [proxy_limits, Middleware(BodyLimit, limits=limits)]
 
 
 class ProxyLimits:
-    """Middleware that refuses bodies without a key, too large ones, and too many at once, before they are received.
+    """Middleware that refuses bodies without a key before they are received, and answers for ``BodyLimit``.
 
     Args:
         app: Serve's proxy.
-        max_body_bytes: the largest body; at most ``MAX_BODIES`` times as much is held for all requests together.
+        max_body_bytes: the largest body.
         tokens: one of them is needed for a request with a body; empty: none is.
     """
 
@@ -47,7 +44,6 @@ class ProxyLimits:
         self._app = app
         self._max_bytes = max_body_bytes
         self._tokens = [token.encode() for token in tokens]
-        self._num_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,30 +52,23 @@ class ProxyLimits:
         headers = Headers(scope=scope)
         of_client = [(name, value) for name, value in scope["headers"] if spelled(name) not in OF_SERVE]
         refusal = self._refuse(headers)
-        num_bytes, has_response = 0, False
+        has_response = False
 
         async def receive_within_limits() -> Message:
-            nonlocal num_bytes, refusal
+            nonlocal refusal
             try:
-                message = await receive()
-            except HTTPException:  # of BodyLimit
-                refusal = self._too_large()
-            else:
-                num_bytes += len(message.get("body", b""))
-                self._num_bytes += len(message.get("body", b""))
-                refusal = self._too_many() if self._num_bytes > MAX_BODIES * self._max_bytes else None
-            return {"type": "http.disconnect"} if refusal else message
+                return await receive()
+            except Flux2Error as error:  # of BodyLimit
+                refusal = error
+                return {"type": "http.disconnect"}
 
         async def send_response(message: Message) -> None:
             nonlocal has_response
             has_response = True
             await send(message)
 
-        try:
-            if refusal is None:
-                await self._app({**scope, "headers": of_client}, receive_within_limits, send_response)
-        finally:
-            self._num_bytes -= num_bytes
+        if refusal is None:
+            await self._app({**scope, "headers": of_client}, receive_within_limits, send_response)
         if refusal is not None and not has_response:
             await respond(refusal, scope, receive, send)
 
@@ -93,15 +82,8 @@ class ProxyLimits:
         if self._tokens and not (scheme.lower() == "bearer" and any(is_known)):
             return Unauthorized("a valid bearer token is required")
         if declared.isascii() and declared.isdigit() and int(declared) > self._max_bytes:
-            return self._too_large()
+            return PayloadTooLarge(f"the body is larger than the {self._max_bytes} bytes that this service accepts")
         return None
-
-    def _too_large(self) -> Flux2Error:
-        limit = f"larger than the {self._max_bytes} bytes that this service accepts"
-        return PayloadTooLarge(f"the body is {limit}")
-
-    def _too_many(self) -> Flux2Error:
-        return Busy("the service is busy: it is receiving too many bodies", retry_after_s=RETRY_AFTER_S)
 
 
 def spelled(name: bytes) -> str:

@@ -48,7 +48,7 @@ class Admission:
         self._permits: set[Permit] = set()
         self._last_turns: dict[str, int] = {}
         """The last turn of each owner."""
-        self._turn = 0
+        self.turn = 0
         """The last turn that was served."""
 
     @property
@@ -76,7 +76,8 @@ class Admission:
             self._check_extra_slot(self._permits, is_embedded, "the queue is full")
         if len(own) >= math.ceil(self._share * capacity):
             self._check_extra_slot(own, is_embedded, "this key has its share of the queue")
-        turn = max(self._turn, self._last_turns.get(owner, -1) + 1)
+        self._last_turns = {each: last for each, last in self._last_turns.items() if last >= self.turn}
+        turn = max(self.turn, self._last_turns.get(owner, -1) + 1)
         permit = Permit(next(self._numbers), time.monotonic(), owner, turn)
         self._last_turns[owner] = turn
         self._permits.add(permit)
@@ -87,11 +88,6 @@ class Admission:
                 self.release(permit)
                 if self._last_turns.get(owner) == turn:
                     self._last_turns[owner] = turn - 1  # refused requests do not delay later ones
-
-    def begin(self, permit: Permit) -> None:
-        """Note that the generation of ``permit`` is served."""
-        self._turn = max(self._turn, permit.turn)
-        self._last_turns = {owner: turn for owner, turn in self._last_turns.items() if turn >= self._turn}
 
     def release(self, permit: Permit) -> None:
         """Free the slot of ``permit``."""

@@ -89,7 +89,7 @@ class Queue(Generic[Image]):
         slot = self._slots.get(generation)
         if slot is not None and not slot.has_begun:
             slot.has_begun = True
-            self._admission.begin(slot.permit)
+            self._admission.turn = max(self._admission.turn, slot.permit.turn)
             self._report()
 
     def leave(self, generation: Generation) -> None:
@@ -108,7 +108,7 @@ class Queue(Generic[Image]):
             slot = self._slots[work.generation]
             slot.ready.remove(work)
             slot.has_begun = True
-            self._admission.begin(slot.permit)
+            self._admission.turn = max(self._admission.turn, slot.permit.turn)
         self._running = batch
         self._report()
         return batch

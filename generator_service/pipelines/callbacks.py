@@ -64,30 +64,33 @@ class PreviewDecoder:
         return image
 
 
+@dataclass
 class DenoisingCallback:
     """Callback for ``callback_on_step_end``: records the end of the last step and checks the final latents.
 
     Before the last step, only previews synchronize with the device.
     """
 
-    def __init__(self, num_steps: int, device: torch.device, preview: PreviewDecoder | None = None) -> None:
-        self._last = num_steps - 1
-        self._device = device
-        self._preview = preview
-        self._events: deque[torch.cuda.Event] = deque()
-        self.ended = 0.0
-        self.latents = torch.empty(0)
-        self.previews_s = 0.0
+    num_steps: int
+    device: torch.device
+    preview: PreviewDecoder | None = None
+    ended: float = 0.0
+    """When the last step ended, by ``time.perf_counter``."""
+    latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """The final ones, on the CPU."""
+    previews_s: float = 0.0
+    """Time that the previews took, in seconds."""
+    _events: "deque[torch.cuda.Event]" = field(default_factory=deque)
 
     def __call__(
         self, pipeline: Any, step: int, _timestep: object, tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Handle the end of a step; raise ``NonFiniteOutput`` if the final latents are not finite."""
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self._throttle_host()
-        if self._preview is not None:
-            self._show(self._preview, pipeline, step, tensors["latents"])
-        if step == self._last:
+        if self.preview is not None:
+            self._show(self.preview, pipeline, step, tensors["latents"])
+        if step == self.num_steps - 1:
             self.latents = tensors["latents"].cpu()  # synchronizes with the device
             self.ended = time.perf_counter()
             if not self.latents.isfinite().all():
@@ -97,14 +100,14 @@ class DenoisingCallback:
     def _throttle_host(self) -> None:
         """Wait until the device has finished the step ``STEPS_AHEAD`` steps ago."""
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(self.device))
         self._events.append(event)
         if len(self._events) > STEPS_AHEAD:
             self._events.popleft().synchronize()
 
     def _show(self, preview: PreviewDecoder, pipeline: Any, step: int, latents: torch.Tensor) -> None:
-        if self._device.type == "cuda" and preview.is_due(step):
-            torch.cuda.synchronize(self._device)  # so that the time of earlier steps is not attributed to the preview
+        if self.device.type == "cuda" and preview.is_due(step):
+            torch.cuda.synchronize(self.device)  # so that the time of earlier steps is not attributed to the preview
         began = time.perf_counter()
         preview(pipeline, step, latents)
         self.previews_s += time.perf_counter() - began

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 
 from flux2_shared.web import protocol, server
 from flux2_shared.web.protocol import ConnectionLimit, LimitedProtocol, peer_of
@@ -60,8 +60,8 @@ def serving() -> Iterator[Served]:
         return "done"
 
     @app.post("/read")
-    async def read(body: bytes) -> int:
-        return len(body)
+    async def read(request: Request) -> int:
+        return len(await request.body())
 
     @app.get("/large")
     async def large() -> Response:
