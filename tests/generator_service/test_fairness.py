@@ -188,10 +188,11 @@ async def test_another_key_is_served_next(
     device = Device(monkeypatch)
     async with serve_generator(keys_file=keys_file) as http:
         jobs = [await http.post("/jobs", json=SMALL | {"seed": 0}, headers=KEYS["alice"])]
-        while not device.seeds:
+        while not device.seeds:  # noqa: ASYNC110 - the device thread has no event to wait for
             await asyncio.sleep(0.001)
         for seed in range(1, 6):
-            jobs.append(await http.post("/jobs", json=SMALL | {"seed": seed}, headers=KEYS["alice"]))
+            body = SMALL | {"seed": seed}
+            jobs += [await http.post("/jobs", json=body, headers=KEYS["alice"])]
         other = await http.post("/jobs", json=SMALL | {"seed": 100}, headers=KEYS["bob"])
         while any(slot.is_encoding for slot in queue_of(http)._slots.values()):  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0.001)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from flux2_shared.web.server import FORCED_EXIT_S, LAST_RESPONSES_S
 from tests.e2e.test_services import PATIENCE_S, ROOT, free_port, is_ok, wait_for
@@ -196,8 +197,12 @@ def test_a_service_without_its_device_ends(tmp_path: Path) -> None:
     assert LAST_RESPONSES_S < FORCED_EXIT_S < 5
 
 
-def test_requests_that_exceed_the_drain_get_503(tmp_path: Path) -> None:
-    """After SIGTERM requests that run longer than the drain get 503 ``shutting_down``; connections are not cut."""
+@pytest.mark.parametrize("hangs", [False, True])
+def test_requests_that_exceed_the_drain_get_503(tmp_path: Path, hangs: bool) -> None:
+    """After SIGTERM requests that run longer than the drain get 503 ``shutting_down``; connections are not cut.
+
+    The process ends soon afterwards, even if one of its threads hangs.
+    """
     with service(tmp_path) as (process, url), ThreadPoolExecutor(4) as clients:
         send(tmp_path, "loaded")
         wait_for(lambda: is_ready(url))
@@ -208,5 +213,6 @@ def test_requests_that_exceed_the_drain_get_503(tmp_path: Path) -> None:
             assert (response.status_code, response.json()["code"]) == (503, "shutting_down")
             assert response.headers["content-type"] == "application/problem+json"
             assert int(response.headers["retry-after"]) >= 1
-        send(tmp_path, "run")
+        if not hangs:
+            send(tmp_path, "run")
         assert process.wait(PATIENCE_S) == 0
