@@ -50,6 +50,15 @@ class ConnectionLimit:
         elif self._num_open > self._max_connections:
             self._close_one(sorted(self._peers.values(), key=len, reverse=True), connection)
 
+    def reduce(self, num_free: int) -> None:
+        """Lower the limit, and close waiting connections, so that there are ``num_free`` fewer than now."""
+        self._max_connections = max(1, self._num_open - num_free)
+        self._max_of_peer = max(1, int(self._max_connections * PEER_SHARE))
+        waiting = [each for peer in self._peers.values() for each in peer if each.is_waiting]
+        for connection in waiting[: max(0, self._num_open - self._max_connections)]:
+            self.discard(connection)
+            connection.transport.abort()
+
     def discard(self, connection: "LimitedProtocol") -> None:
         """Stop counting a connection that is closed."""
         own = self._peers.get(connection.peer, {})

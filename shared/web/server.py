@@ -88,7 +88,7 @@ def bind_port(host: str, port: int) -> socket.socket:
 async def _serve(app: FastAPI, bound: socket.socket, drain_s: int) -> None:
     """Serve from the start, while the lifespan still loads the model, so that health routes can report its progress."""
     limit = ConnectionLimit(num_connections(app.state.max_connections))
-    asyncio.get_running_loop().set_exception_handler(LoopErrors())
+    asyncio.get_running_loop().set_exception_handler(LoopErrors(limit))
     config = uvicorn.Config(
         app,
         http=partial(LimitedProtocol, limit=limit),  # type: ignore[arg-type]  # called like the class
@@ -155,12 +155,15 @@ def num_connections(max_connections: int) -> int:
 
 
 class LoopErrors:
-    """Exception handler of the event loop that does not repeat that connections cannot be accepted.
+    """Exception handler of the event loop, which makes room if there are no descriptors for further connections.
 
-    asyncio reports it for each connection in the backlog (https://github.com/python/cpython/issues/151615).
+    """Exception handler of the event loop, which makes room if there are no descriptors for more connections.
+    the start. asyncio reports it for each connection in the backlog (https://github.com/python/cpython/issues/151615);
+    the log has it once a second.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limit: ConnectionLimit, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
         self._clock = clock
         self._next_report = 0.0
 
@@ -170,6 +173,7 @@ class LoopErrors:
         elif self._clock() >= self._next_report:
             self._next_report = self._clock() + ACCEPT_LOG_S
             logger.error("connections cannot be accepted: %s", context.get("exception"))
+            self._limit.reduce(RESERVED_DESCRIPTORS // 2)
 
 
 async def _close_after_drain(app: FastAPI, server: _Server, drain_s: int) -> None:

@@ -68,13 +68,12 @@ async def service(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with log.open("wb") as output:
-            command = [*wrapper, sys.executable, "-m", module]
+            limited = ("sh", "-c", f'ulimit -n {files} && exec "$@"', "sh") if files else ()
+            command = [*limited, *wrapper, sys.executable, "-m", module]
             process = subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=output)
         try:
             started = Service(process, f"http://127.0.0.1:{port}", log, port)
             await asyncio.to_thread(wait_until_started, started)
-            if files:
-                psutil.Process(process.pid).rlimit(psutil.RLIMIT_NOFILE, (files, files))
             yield started
         finally:
             process.kill()

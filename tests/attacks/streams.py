@@ -4,12 +4,14 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
+from flux2_shared.web.server import KEEP_ALIVE_S
 from tests.attacks.attack import Figures, attack
 from tests.attacks.services import TINY, Service, both, client, watching
 from tests.attacks.traffic import connected, head
 
 NUM_READERS = 20
-GONE_S = 60.0
+GONE_S = KEEP_ALIVE_S + 15.0
+"""The kernel may hold all events of a stream, so that only the connection is left unread."""
 JOB: dict[str, Any] = TINY | {
     "prompt": "a red circle",
     "width": 512,

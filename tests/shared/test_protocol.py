@@ -5,8 +5,8 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -37,6 +37,7 @@ class Served:
     limit: ConnectionLimit
     goes_on: threading.Event
     """Ends the requests to ``/wait``."""
+    loop: asyncio.AbstractEventLoop
     num_waiting: list[int] = field(default_factory=list)
 
     def connect(self, peer: str = "127.0.0.1") -> socket.socket:
@@ -47,7 +48,14 @@ class Served:
 @contextmanager
 def serving() -> Iterator[Served]:
     """An app behind ``LimitedProtocol``."""
-    app, goes_on, waiting = FastAPI(), threading.Event(), list[int]()
+    app, goes_on, waiting, loops = FastAPI(), threading.Event(), list[int](), list[asyncio.AbstractEventLoop]()
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        loops.append(asyncio.get_running_loop())
+        yield
+
+    app.router.lifespan_context = lifespan
 
     @app.get("/live")
     async def live() -> str:
@@ -76,7 +84,7 @@ def serving() -> Iterator[Served]:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Served(uvicorn_server.servers[0].sockets[0].getsockname()[1], limit, goes_on, waiting)
+        yield Served(uvicorn_server.servers[0].sockets[0].getsockname()[1], limit, goes_on, loops[0], waiting)
     finally:
         goes_on.set()
         uvicorn_server.should_exit = True
@@ -203,6 +211,21 @@ def test_the_client_with_the_most_connections_loses_one() -> None:
         assert all(map(is_answered, few))
 
 
+def test_waiting_connections_are_closed_without_descriptors() -> None:
+    """If a connection cannot be accepted, waiting ones are closed and the limit is lowered; busy ones are kept."""
+    with serving() as served, ExitStack() as stack:
+        busy = stack.enter_context(served.connect())
+        busy.sendall(WAIT)
+        waiting = [stack.enter_context(served.connect()) for _ in range(MAX_OF_PEER - 1)]
+        wait_until(lambda: served.limit.num_open == MAX_OF_PEER and bool(served.num_waiting))
+        served.loop.call_soon_threadsafe(served.limit.reduce, 3)
+        assert [is_closed(connection) for connection in waiting[:3]] == [True] * 3
+        wait_until(lambda: served.limit.num_open == MAX_OF_PEER - 3)
+        assert is_answered(stack.enter_context(served.connect()))
+        served.goes_on.set()
+        assert busy.recv(2**16).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_a_client_that_does_not_read_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A response that its client leaves unread is given up."""
     monkeypatch.setattr(protocol, "SEND_S", SHORT_S)
@@ -287,7 +310,7 @@ def test_connections_leave_descriptors(
 def test_failed_accepts_are_logged_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
     """The event loop reports each connection that it cannot accept; one report in a second is logged."""
     now = 0.0
-    handle, loop = LoopErrors(lambda: now), asyncio.new_event_loop()
+    handle, loop = LoopErrors(ConnectionLimit(MAX_CONNECTIONS), lambda: now), asyncio.new_event_loop()
     for second in range(3):
         now = second * server.ACCEPT_LOG_S
         for _ in range(100):
