@@ -157,9 +157,9 @@ def num_connections(max_connections: int) -> int:
 class LoopErrors:
     """Exception handler of the event loop, which makes room if there are no descriptors for further connections.
 
-    """Exception handler of the event loop, which makes room if there are no descriptors for more connections.
-    the start. asyncio reports it for each connection in the backlog (https://github.com/python/cpython/issues/151615);
-    the log has it once a second.
+    That happens if other parts of the process hold more than ``RESERVED_DESCRIPTORS``, or if the limit was lowered
+    since the start. The log has it once a second, while asyncio reports it for each connection in the backlog
+    (https://github.com/python/cpython/issues/151615).
     """
 
     def __init__(self, limit: ConnectionLimit, clock: Callable[[], float] = time.monotonic) -> None:
