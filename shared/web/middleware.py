@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from http import HTTPStatus
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -20,6 +21,8 @@ logger = logging.getLogger("flux2")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """Request ids that are accepted from clients."""
 MAX_METHOD_CHARS = 20
+PROBED_ROUTES = {"/health", "/health/live", "/health/ready", "/metrics"}
+"""Routes that machines request every few seconds; their successful requests are only logged at the level debug."""
 
 
 class RequestContext:
@@ -82,4 +85,6 @@ class RequestContext:
         self._metrics.request_seconds.labels(route).observe(seconds)
         fields = {"method": scope["method"][:MAX_METHOD_CHARS], "route": route, "status": status, "code": code}
         fields["ms"] = round(1000 * seconds)
-        logger.info("%s %s %s %s %s ms", *fields.values(), extra={"fields": fields})
+        is_probe = route in PROBED_ROUTES and status == HTTPStatus.OK
+        level = logging.DEBUG if is_probe else logging.INFO
+        logger.log(level, "%s %s %s %s %s ms", *fields.values(), extra={"fields": fields})

@@ -68,3 +68,18 @@ async def test_an_id_goes_through_both_services(serve_generator: Serve, caplog: 
     routes = [message.split()[1] for id_, message in seen if id_ == "request-77"]
     assert set(routes) == {"/predict", "/generate", "completed"}
     assert "secret" not in caplog.text
+
+
+@pytest.mark.anyio
+async def test_probes_are_not_logged(serve_encoder: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Successful probes and scrapes, which come every few seconds, are logged only at the level debug."""
+    caplog.set_level(logging.INFO, "flux2")
+    async with serve_encoder() as http:
+        caplog.clear()
+        for path in ("/health", "/health/live", "/health/ready", "/metrics", "/info"):
+            await http.get(path)
+        assert [message for message in caplog.messages if message.startswith("GET")] == [caplog.messages[-1]]
+        assert caplog.messages[-1].startswith("GET /info 200 ok")
+        http._transport.app.state.health.device_lost.set()  # type: ignore[attr-defined]
+        await http.get("/health/live")
+    assert any(message.startswith("GET /health/live 500") for message in caplog.messages)
