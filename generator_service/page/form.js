@@ -122,7 +122,8 @@ export async function refreshModes() {
   } catch (error) {
     if (signal.aborted) return;
     report(error); // without moving the focus while the user types
-    if (chosenMode() === undefined) await showModes({}, [], signal).catch(report); // else there is nothing to choose
+    const isRefused = error instanceof ServiceError && error.param !== null;
+    if (isRefused && chosenMode() === undefined) await showModes({}, [], signal).catch(report); // to have a choice
   }
 }
 
