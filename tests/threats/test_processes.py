@@ -144,7 +144,7 @@ def test_no_request_is_an_internal_error(times: Times) -> None:
         with process("generator_service", free_port(), **expected) as (_, generator):
             for url in (encoder, generator):
                 tool = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json"]
-                options = ["--checks", checks, "--max-examples", str(times(5, 200)), "--phases", "examples,fuzzing"]
+                options = ["--checks", checks, "--max-examples", str(times(5, 400)), "--phases", "examples,fuzzing"]
                 options += ["--seed", "1", "--suppress-health-check", "all", "--generation-database", "none"]
                 result = subprocess.run([*tool, *options], capture_output=True, text=True, check=False)
                 print(result.stdout[-2000:])
