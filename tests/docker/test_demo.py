@@ -368,6 +368,7 @@ def test_gpus_are_requested(engine: docker.DockerClient, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("image", ["flux2-text-encoder", "flux2-generator"])
+@pytest.mark.usefixtures("demo")  # has built the images
 def test_compiled_code_has_a_volume(engine: docker.DockerClient, image: str) -> None:
     """A new volume at ``/compiled`` belongs to the service's user, and the image has a C compiler."""
     compile_and_run = (
