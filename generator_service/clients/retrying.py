@@ -119,8 +119,9 @@ class RetryingEncoder:
     async def _embed_with_retries(self, prompt: str, failures: list[Exception]) -> Embedding:
         """Make attempts until one succeeds, or is not worth another one; append the error of each to ``failures``."""
 
-        def is_worth_retrying(error: Exception) -> bool:
-            failures.append(error)
+        def is_worth_retrying(error: BaseException) -> bool:
+            if isinstance(error, Exception):  # and not a cancellation
+                failures.append(error)
             num_bad_responses = sum(isinstance(each, BadEncoderResponse) for each in failures)
             is_first_bad = isinstance(error, BadEncoderResponse) and num_bad_responses == 1
             return isinstance(error, EncoderUnavailable) or is_first_bad
