@@ -88,7 +88,7 @@ class RetryingEncoder:
 
         Raises:
             EncoderUnavailable: the service cannot be reached or is overloaded; raised after retries, or immediately
-                while the circuit is open.
+                while the circuit is open, or when it opens.
             EncoderTimeout: no response within ``timeout_s``.
             EncoderMismatch: the service has another model or revision.
             BadEncoderResponse: the response is not an embedding; raised after one retry.
@@ -100,31 +100,32 @@ class RetryingEncoder:
         if cached is not None:
             return cached, True
         began, limit = time.monotonic(), asyncio.timeout(self._timeout_s)
-        failures: list[Exception] = []
         try:
             with self._breaker.sending(limit):
                 async with limit:
-                    embedding = await self._embed_with_retries(prompt, failures)
+                    embedding = await self._embed_with_retries(prompt)
         except CircuitOpen as error:
             raise EncoderUnavailable("the text encoder is unavailable", retry_after_s=OPEN_S) from error
         except TimeoutError as error:
-            if failures and isinstance(failures[-1], EncoderUnavailable):
-                raise failures[-1] from error  # it was not slow, but could not be reached
-            waited_s = round(time.monotonic() - began, 1)
-            raise EncoderTimeout(f"the text encoder did not respond within {waited_s:g} s") from error
+            waited_s = time.monotonic() - began
+            detail = f"the text encoder did not respond within {round(waited_s, 1):g} s"
+            if waited_s < self._timeout_s:  # the circuit was opened meanwhile
+                raise EncoderUnavailable(detail, retry_after_s=OPEN_S) from error
+            raise EncoderTimeout(detail) from error
         self.last_answer = time.monotonic()
         self._cache.put(key, embedding)
         return embedding, False
 
-    async def _embed_with_retries(self, prompt: str, failures: list[Exception]) -> Embedding:
-        """Make attempts until one succeeds, or is not worth another one; append the error of each to ``failures``."""
+    async def _embed_with_retries(self, prompt: str) -> Embedding:
+        num_bad_responses = 0
+        last_error: Exception | None = None
 
-        def is_worth_retrying(error: BaseException) -> bool:
-            if isinstance(error, Exception):  # and not a cancellation
-                failures.append(error)
-            num_bad_responses = sum(isinstance(each, BadEncoderResponse) for each in failures)
-            is_first_bad = isinstance(error, BadEncoderResponse) and num_bad_responses == 1
-            return isinstance(error, EncoderUnavailable) or is_first_bad
+        def is_worth_retrying(error: Exception) -> bool:
+            nonlocal num_bad_responses, last_error
+            last_error = error
+            is_bad = isinstance(error, BadEncoderResponse)
+            num_bad_responses += is_bad
+            return isinstance(error, EncoderUnavailable) or (is_bad and num_bad_responses == 1)
 
         async for attempt in stamina.retry_context(
             on=is_worth_retrying,
@@ -134,9 +135,9 @@ class RetryingEncoder:
             wait_max=MAX_BACKOFF_S,
             wait_jitter=0.1,
         ):
-            if failures:
+            if last_error is not None:
                 logger.warning(
-                    "embedding a prompt: attempt %d, because the last one failed: %s", attempt.num, failures[-1]
+                    "embedding a prompt: attempt %d, because the last one failed: %s", attempt.num, last_error
                 )
             with attempt:
                 return await self._encoder.embed(prompt)

@@ -146,7 +146,10 @@ async def read_timeout(_request: httpx.Request) -> httpx.Response:
 async def test_an_encoder_that_never_answers_opens_it(
     serve_generator: Serve, encoder: Callable[[httpx.Request], Awaitable[httpx.Response]]
 ) -> None:
-    """After three timeouts the encoder counts as unavailable: most requests are refused without contacting it."""
+    """After three timeouts the encoder counts as unavailable: most requests are refused without contacting it.
+
+    The third may already be refused as unavailable, when its silence opens the circuit.
+    """
     requests: list[httpx.Request] = []
 
     async def counted(request: httpx.Request) -> httpx.Response:
@@ -156,9 +159,10 @@ async def test_an_encoder_that_never_answers_opens_it(
     async with serve_generator(httpx.MockTransport(counted), text_encoder_timeout_s=0.05) as http:
         responses = [await http.post("/generate", json=SMALL) for _ in range(FAILURES_TO_OPEN + 20)]
     codes = [response.json()["code"] for response in responses]
-    assert codes[:FAILURES_TO_OPEN] == ["encoder_timeout"] * FAILURES_TO_OPEN
+    assert codes[: FAILURES_TO_OPEN - 1] == ["encoder_timeout"] * (FAILURES_TO_OPEN - 1)
     assert set(codes) == {"encoder_timeout", "encoder_unavailable"}
-    assert codes.count("encoder_timeout") == len(requests) < len(responses)
+    assert codes.count("encoder_timeout") <= len(requests) < len(responses)
+    assert len(requests) >= FAILURES_TO_OPEN
 
 
 @pytest.mark.anyio
