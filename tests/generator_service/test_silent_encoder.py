@@ -98,7 +98,7 @@ async def test_waiting_prompts_fail_together(clock: Clock) -> None:
         assert not any(prompts.tasks[name].done() for name in names(NUM_PROMPTS))
         await pass_time(clock, 1.0)
         errors = [await prompts.error(name) for name in names(NUM_PROMPTS)]
-        assert {type(error) for error in errors} == {EncoderTimeout}
+        assert {type(error) for error in errors} == {EncoderUnavailable}
         assert "within 5" in str(errors[0])
         assert prompts.encoder.is_circuit_open
         with pytest.raises(EncoderUnavailable):
@@ -141,7 +141,7 @@ async def test_silence_after_an_answer_is_silence(clock: Clock) -> None:
         await pass_time(clock, MAX_PATIENCE_S - 0.5)
         assert not prompts.tasks["1"].done()
         await pass_time(clock, 1.0)
-        assert isinstance(await prompts.error("1"), EncoderTimeout)
+        assert isinstance(await prompts.error("1"), EncoderUnavailable)
 
 
 async def test_a_slow_answer_makes_patient(clock: Clock) -> None:
