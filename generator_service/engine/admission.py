@@ -36,14 +36,22 @@ class Admission:
         capacity: returns the largest number of generations in flight.
         seconds_of: estimates the time until a number of generations have ended, for ``Retry-After``.
         share: share of the slots that one owner may have.
+        is_cached: returns whether a prompt is cached, so that generations with it do not wait for a silent encoder.
     """
 
-    def __init__(self, capacity: Callable[[], int], seconds_of: Callable[[int], float], share: float = 1.0) -> None:
+    def __init__(
+        self,
+        capacity: Callable[[], int],
+        seconds_of: Callable[[int], float],
+        share: float = 1.0,
+        is_cached: Callable[[str], bool] = lambda _prompt: False,
+    ) -> None:
         self.refusal: Callable[[], Flux2Error] | None = None
         """Makes the error of all further requests, once the queue is closed."""
         self._capacity = capacity
         self._seconds_of = seconds_of
         self._share = share
+        self._is_cached = is_cached
         self._numbers = itertools.count()
         self._permits: set[Permit] = set()
         self._last_turns: dict[str, int] = {}
@@ -95,6 +103,10 @@ class Admission:
 
     def _check_extra_slot(self, permits: Collection[Permit], is_embedded: Callable[[], bool], reason: str) -> None:
         """Raise ``Busy`` unless nearly all permits wait for the text encoder, and this request would not."""
-        num_encoding = sum(permit.generation is not None and permit.generation.is_encoding for permit in permits)
+        num_encoding = sum(permit.generation is not None and self._is_held_up(permit.generation) for permit in permits)
         if num_encoding == 0 or len(permits) - num_encoding >= EXTRA_SLOTS or not is_embedded():
             raise Busy(f"the service is busy: {reason}", retry_after_s=self._seconds_of(self.num_permits))
+
+    def _is_held_up(self, generation: Generation) -> bool:
+        """Return whether a generation waits for the text encoder, and its prompt was not embedded for others."""
+        return generation.is_encoding and not self._is_cached(generation.request.params.prompt or "")

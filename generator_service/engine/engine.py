@@ -123,9 +123,9 @@ class Engine:
             max_batch=batching.max_batch,
             batch_key=self.worker.batch_key,
             share=share,
+            is_cached=encoder.is_cached,
         )
-        self.admit = self.queue.admit
-        self.is_cached = encoder.is_cached
+        self.admit, self.is_cached = self.queue.admit, encoder.is_cached
         self._encoder = encoder
         self._thread = runtime.thread
         self._metrics = runtime.metrics
@@ -135,7 +135,7 @@ class Engine:
         self._files = ThreadPool("files")
         self._sampler = QualitySampler(self.queue, self._files, runtime.metrics)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._metrics.queue_depth.set_function(lambda: self.queue.num_in_flight)
+        runtime.metrics.queue_depth.set_function(lambda: self.queue.num_in_flight)
         model.adapters.on_load = self._metrics.lora_loads.inc
 
     async def __aenter__(self) -> Self:

@@ -33,6 +33,7 @@ class Queue(Generic[Image]):
         batch_key: images with equal keys may share a run; an image with the key None runs alone.
         num_devices: returns the number of generations that run concurrently.
         share: share of the slots that one owner may have.
+        is_cached: returns whether the embedding of a prompt is cached.
         clock: monotonic, in seconds.
     """
 
@@ -44,13 +45,14 @@ class Queue(Generic[Image]):
         batch_key: Callable[[Work[Image]], object] = lambda _work: None,
         num_devices: Callable[[], int] = lambda: 1,
         share: float = 1.0,
+        is_cached: Callable[[str], bool] = lambda _prompt: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_batch = max_batch
         self._batch_key = batch_key
         self._num_devices = num_devices
         self._clock = clock
-        self._admission = Admission(capacity, self._seconds_of, share)
+        self._admission = Admission(capacity, self._seconds_of, share, is_cached)
         self.admit = self._admission.admit
         self._slots: dict[Generation, Slot[Image]] = {}  # in the order of service
         self._running: list[Work[Image]] = []

@@ -144,6 +144,17 @@ async def test_cached_prompts_do_not_wait_for_a_silent_encoder() -> None:
     assert owners.queue.num_in_flight == EXTRA_SLOTS
 
 
+async def test_generations_with_a_cached_prompt_are_not_held_up() -> None:
+    """There are no extra slots for a burst of one prompt, whose first embedding is cached while others still wait."""
+    cached: set[str] = set()
+    owners = Owners(3, is_cached=cached.__contains__)
+    for _ in range(3):
+        owners.enter("", needs_encoder=True, is_ready=False)
+    cached.add("a prompt")  # of all of them
+    with pytest.raises(Busy, match="the queue is full"):
+        owners.enter("")
+
+
 async def test_an_owners_share_has_extra_slots_too() -> None:
     """An owner whose share waits for the text encoder may use its cached prompts, also while the queue has room."""
     owners = Owners(9, share=0.3)

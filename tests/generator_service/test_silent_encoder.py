@@ -194,7 +194,7 @@ async def test_a_probe_lets_prompts_pass_but_not_for_long(clock: Clock) -> None:
         await prompts.encoder.info()
         await prompts.send(*names(2, "after"))
         await pass_time(clock, MAX_PATIENCE_S + 0.5)
-        assert isinstance(await prompts.error("after0"), EncoderTimeout)
+        assert isinstance(await prompts.error("after0"), EncoderUnavailable)
         assert prompts.encoder.is_circuit_open
 
 
