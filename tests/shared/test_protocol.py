@@ -23,7 +23,7 @@ from tests.control import PATIENCE_S
 pytestmark = pytest.mark.anyio
 
 MAX_CONNECTIONS, MAX_OF_PEER = 8, 6
-SHORT_S = 0.2
+SHORT_S = 0.5
 GET = b"GET /live HTTP/1.1\r\nHost: test\r\n\r\n"
 WAIT = b"GET /wait HTTP/1.1\r\nHost: test\r\n\r\n"
 UNFINISHED = b"POST /read HTTP/1.1\r\nHost: test\r\nContent-Length: 100\r\n\r\nabc"
