@@ -5,7 +5,6 @@ client can disable Serve's timeout and its detection of clients that left. The e
 this module: ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=flux2_ray.proxy:middleware``.
 """
 
-import secrets
 import uuid
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flux2_shared.errors import Flux2Error, PayloadTooLarge, Unauthorized
+from flux2_shared.web.auth import authenticate
 from flux2_shared.web.body import BodyLimit, BodyLimits
 from flux2_shared.web.problem import problem_response
 from generator_service.settings import GeneratorSettings
@@ -43,7 +43,7 @@ class ProxyLimits:
     def __init__(self, app: ASGIApp, max_body_bytes: int, tokens: Sequence[str]) -> None:
         self._app = app
         self._max_bytes = max_body_bytes
-        self._tokens = [token.encode() for token in tokens]
+        self._tokens = tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,10 +77,10 @@ class ProxyLimits:
         declared = headers.get("content-length", "0")
         if "transfer-encoding" not in headers and not declared.strip("0"):
             return None  # no body: the API decides
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        is_known = [secrets.compare_digest(given.encode(), token) for token in self._tokens]  # in constant time
-        if self._tokens and not (scheme.lower() == "bearer" and any(is_known)):
-            return Unauthorized("a valid bearer token is required")
+        try:
+            authenticate(headers, self._tokens)
+        except Unauthorized as error:
+            return error
         if declared.isascii() and declared.isdigit() and int(declared) > self._max_bytes:
             return PayloadTooLarge(f"the body is larger than the {self._max_bytes} bytes that this service accepts")
         return None

@@ -1,7 +1,7 @@
 """The API's description as a page at ``/docs``: Swagger UI from a pinned package, with nothing from other hosts.
 
-FastAPI's own page loads its program from a CDN and starts it with a script inside the page: whoever controls the CDN
-could read the key that a reader types in, and a strict ``Content-Security-Policy`` refuses both.
+FastAPI's own page loads its program from a CDN and starts it with a script inside the page. The operator of the
+CDN could read the key that a user types in, and a strict ``Content-Security-Policy`` refuses both.
 """
 
 import html
@@ -10,7 +10,8 @@ from string import Template
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
-from starlette.staticfiles import StaticFiles
+
+from flux2_shared.web.page_files import PageFiles, page_headers
 
 PACKAGE_FOLDER = ("fastapi_swagger", "resources")
 """Where the release of Swagger UI is; the package's own code is not used."""
@@ -19,12 +20,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEADERS = {
-    "Cache-Control": "no-cache",  # cached, but validated with its ETag each time: an upgrade shows at once
-    "Content-Security-Policy": POLICY,
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+HEADERS = page_headers(POLICY)
 PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -56,7 +52,7 @@ SwaggerUIBundle({
 
 def add_docs_routes(app: FastAPI) -> None:
     """Add the page and its files. They need no key; the routes that the page calls may."""
-    files = StaticFiles(packages=[PACKAGE_FOLDER])
+    files = PageFiles(HEADERS, packages=[PACKAGE_FOLDER])
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
@@ -71,6 +67,4 @@ def add_docs_routes(app: FastAPI) -> None:
     async def file_of_docs(name: str, request: Request) -> Response:
         if name not in FILES:
             raise HTTPException(404)
-        response = await files.get_response(name, request.scope)
-        response.headers.update(HEADERS)
-        return response
+        return await files.get_response(name, request.scope)

@@ -39,7 +39,7 @@ class ServiceRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_checked(request: Request) -> Response:
-            authenticate(request)
+            request.state.owner = authenticate(request.headers, request.app.state.tokens)
             checked = self.request_class(request.scope, request.receive)
             if self.body_field is not None and request.headers.get("content-type") != JSON_MEDIA_TYPE:
                 check_content_type(checked, self.json_hint)

@@ -28,7 +28,7 @@ LIMITS = BodyLimits(max_bytes=1000, max_bytes_of_all=1500, initial_s=0.2, min_ra
 
 
 class Client:
-    """Sends the body of a request in parts, when it is told to, and records the response."""
+    """Sends a request whose body the test provides in parts, and records the response."""
 
     def __init__(self, app: Any, path: str = "/read", headers: dict[str, str] | None = None) -> None:
         fields = {"transfer-encoding": "chunked"} | (headers or {})

@@ -3,11 +3,11 @@
 import html
 import mimetypes
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
-from fastapi.staticfiles import StaticFiles
+
+from flux2_shared.web.page_files import PageFiles, page_headers
 
 router = APIRouter(include_in_schema=False)
 
@@ -18,25 +18,11 @@ POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; "
     "base-uri 'self'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 )
-HEADERS = {
-    "Cache-Control": "no-cache",  # cached, but validated with its ETag each time: an upgrade shows at once
-    "Content-Security-Policy": POLICY,
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
+HEADERS = page_headers(POLICY)
 mimetypes.add_type("text/javascript", ".js")  # some hosts have another type, which browsers refuse for modules
 
 
-class PageFiles(StaticFiles):
-    """The files of the page, with headers that allow nothing from other hosts."""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(HEADERS)
-        return response
-
-
-files = PageFiles(directory=FOLDER)
+files = PageFiles(HEADERS, directory=FOLDER)
 
 
 @router.get("/")
