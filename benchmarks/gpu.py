@@ -68,6 +68,9 @@ class Part:
     """A benchmark and its options."""
 
     name: str
+    """The name of its result."""
+    module: str
+    """Its module in ``benchmarks``."""
     on_gpu: tuple[str, ...]
     smoke: tuple[str, ...]
     limit_s: float
@@ -75,11 +78,17 @@ class Part:
 
 
 PARTS = (
-    Part("latency", ("--budget-s", "185"), ("--steps", "8", "--repeats", "1", "--budget-s", "200"), 230),
-    Part("peers", ("--budget-s", "120"), ("--steps", "10", "--computed", "4", "--repeats", "1"), 160),
-    Part("trace", (), (), 60),
-    Part("encoder", ("--budget-s", "35"), ("--budget-s", "100"), 60),
-    Part("reuse", (), ("--steps", "20"), 60),
+    Part(
+        "latency",
+        "generator.latency",
+        ("--budget-s", "185"),
+        ("--steps", "8", "--repeats", "1", "--budget-s", "200"),
+        230,
+    ),
+    Part("peers", "lemica.peers", ("--budget-s", "120"), ("--steps", "10", "--computed", "4", "--repeats", "1"), 160),
+    Part("trace", "generator.trace", (), (), 60),
+    Part("encoder", "encoder.latency", ("--budget-s", "35"), ("--budget-s", "100"), 60),
+    Part("reuse", "lemica.reuse", (), ("--steps", "20"), 60),
 )
 
 
@@ -98,7 +107,7 @@ def run_part(part: Part, options: tuple[str, ...], limit_s: float, out: Path) ->
     file.unlink(missing_ok=True)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(  # noqa: S603 - modules of this package
-        [sys.executable, "-m", f"benchmarks.{part.name}", *options, "--so-far", str(file)],
+        [sys.executable, "-m", f"benchmarks.{part.module}", *options, "--so-far", str(file)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -163,7 +172,7 @@ def main() -> None:
         sys.exit(f"benchmarks.gpu: not installed: {', '.join(required)}; see the module's docstring")
     for name in missing(WANTED):
         print(f"{name} is not installed; measurements that need it are omitted")
-    from benchmarks.system_info import show, system_info  # noqa: PLC0415 - imports modules that are checked above
+    from benchmarks.report.system_info import show, system_info  # noqa: PLC0415 - imports what is checked above
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "log.txt").unlink(missing_ok=True)

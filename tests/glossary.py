@@ -40,7 +40,7 @@ INSTEAD = {
 ALLOWED = {"JobNotFound", "identify_listener", "x_embedder"}
 """HTTP's own words, who listens on a port, and diffusers' name."""
 RESULT_KEYS = {"floor_s", "drawn", "pictures"}
-"""Keys of committed result files, which are fields in ``benchmarks/profile_run.py``."""
+"""Keys of committed result files, which are fields in ``benchmarks/generator/profile_run.py``."""
 PACKAGES = ("shared", "text_encoder_service", "generator_service", "flux2_ray", "demo_model", "benchmarks", "tests")
 JAVASCRIPT = re.compile(r"\b(?:const|let|function|class)\s+(\w+)")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.synthetic import source_of
+from benchmarks.generator.synthetic import source_of
 from demo_model.services import WEIGHTS
 from flux2_shared.model.folder import ModelFolder, read_prompt_format
 from generator_service.app import create_app as create_generator
@@ -41,7 +41,9 @@ from text_encoder_service.settings import TextEncoderSettings
 
 pytestmark = [
     pytest.mark.skipif(fake_gpu.COMPILER is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch knows real GPUs: benchmarks.trace"),
+    pytest.mark.skipif(
+        torch.version.cuda is not None, reason="this PyTorch knows real GPUs: benchmarks.generator.trace"
+    ),
 ]
 
 FOLDER = ModelFolder("weights", "local", WEIGHTS)

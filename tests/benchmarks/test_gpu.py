@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Par
     def make(source: str) -> Part:
         start = "import sys, time\nfrom pathlib import Path\nso_far = Path(sys.argv[sys.argv.index('--so-far') + 1])\n"
         (tmp_path / "benchmarks" / "made_up.py").write_text(start + source)
-        return Part("made_up", (), (), 30)
+        return Part("made_up", "made_up", (), (), 30)
 
     return make
 
@@ -86,7 +87,9 @@ def test_unused_time_is_available_to_later_parts(monkeypatch: pytest.MonkeyPatch
         return {"part": "", "seconds": 0.0}
 
     monkeypatch.setattr(gpu, "run_part", note)
-    monkeypatch.setattr(gpu, "PARTS", (Part("a", (), (), 100), Part("b", (), (), 50), Part("c", (), (), 20)))
+    monkeypatch.setattr(
+        gpu, "PARTS", (Part("a", "a", (), (), 100), Part("b", "b", (), (), 50), Part("c", "c", (), (), 20))
+    )
     run_all(["a", "b", "c"], 170, tmp_path, is_smoke=False)
     assert limits == [100, 150, 170]
 
@@ -116,7 +119,7 @@ def imported_packages(module: str, seen: set[str]) -> Iterator[str]:
 def test_required_packages_are_checked() -> None:
     """The command checks for every package that the parts import in addition to PyTorch and its dependencies."""
     seen: set[str] = set()
-    imported = {package for part in PARTS for package in imported_packages(f"benchmarks.{part.name}", seen)}
+    imported = {package for part in PARTS for package in imported_packages(f"benchmarks.{part.module}", seen)}
     assert "generator_service.app" in seen
     assert imported - {"torch", "numpy", "transformers", "huggingface_hub", "starlette", "pydantic_core"} <= {
         *NEEDED,
@@ -132,4 +135,4 @@ def test_all_parts_fit_into_ten_minutes() -> None:
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_parts_are_benchmarks(part: Part) -> None:
     """Every part is a module of ``benchmarks``."""
-    assert (ROOT / "benchmarks" / f"{part.name}.py").exists()
+    assert find_spec(f"benchmarks.{part.module}")

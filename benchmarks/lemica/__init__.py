@@ -1,0 +1,1 @@
+"""Benchmarks of LeMiCa, and of other methods that skip steps."""

@@ -1,0 +1,1 @@
+"""Measuring and showing: what all benchmarks share, and the page of their results."""

@@ -1,0 +1,5 @@
+"""Runs ``benchmarks.report.page`` as ``python -m benchmarks.report``."""
+
+from benchmarks.report.page import main
+
+main()

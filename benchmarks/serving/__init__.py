@@ -1,0 +1,1 @@
+"""Benchmarks of the services over HTTP, and of many generators."""
